@@ -1,0 +1,1 @@
+"""Encoder runtimes: batched full passes, and incremental passes over cached keys and values."""

@@ -1,0 +1,1 @@
+"""Event logs, training, evaluation and their commands."""

@@ -1,0 +1,1 @@
+"""What surrounds the product: a local broker, topics, replay, demo, dashboards, benchmarks."""

@@ -1,0 +1,1 @@
+"""Stream processing: record batches in, exact sequences, triggers, fresh embeddings out."""

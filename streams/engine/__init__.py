@@ -1,0 +1,1 @@
+"""Faust made to deliver by record batch: the only files that know the insides of Faust."""

@@ -1,0 +1,1 @@
+"""State that survives: codec, RocksDB store, changelog, checkpoint, restore."""

@@ -1,0 +1,1 @@
+"""Bytes to columns and back: actions in, embeddings and dead letters out."""
