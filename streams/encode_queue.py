@@ -1,0 +1,221 @@
+"""The encode queue: each due user waits in it at most once, and leaves it as a published embedding.
+
+It stands between the event loop, which owns all state, and one encoder thread, which owns the runtime. Users wait by
+priority, then in order of arrival; whoever is taken is encoded as of that moment, so a burst of actions costs one
+embedding (coalescing). The loop never waits for torch and torch never waits for the loop: while one micro-batch is
+encoded, the previous one is being published and the next one gathers.
+
+The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
+output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
+
+Limits, all in `EncodeQueuePolicy`: users waiting (beyond it `room` holds ingestion back), users in a micro-batch,
+unacknowledged micro-batches, attempts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from encoder.actions import SequenceBatch
+from encoder.inference import EncoderRuntime
+
+logger = logging.getLogger(__name__)
+
+Embeddings = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeQueuePolicy:
+    """The named limits of the queue."""
+
+    users_max: int = 100_000
+    batch_users_max: int = 256
+    wait_ms: float = 0.0
+    """How long a micro-batch may gather after its first user; 0 takes whoever is there."""
+    publishing_max: int = 8
+    """Micro-batches that may be unacknowledged at once."""
+    attempts_max: int = 3
+    retry_backoff_ms: int = 200
+
+
+class EncodeJob(Protocol):
+    """Users as they are at the moment of being taken."""
+
+    @property
+    def sequences(self) -> SequenceBatch: ...
+    def select(self, rows: npt.NDArray[np.intp]) -> Any: ...
+
+
+class EncodeSource(Protocol):
+    """What the queue needs of an owned partition."""
+
+    def encode_job(self, users: Sequence[bytes]) -> EncodeJob | None:
+        """Those of `users` that are still due, as of now; None when no one is."""
+
+    def publish(self, job: EncodeJob, embeddings: Embeddings) -> Awaitable[None]:
+        """Publish row i of `embeddings` for row i of `job`; returns when acknowledged, raises to have them retried."""
+
+    def refuse(self, job: EncodeJob, detail: str) -> None:
+        """The encoder cannot embed these users as they are: dead-letter them; their state stays intact."""
+
+
+class EncodeQueue:
+    """One slot per user, micro-batches, one encoder thread."""
+
+    def __init__(
+        self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, *, on_batch: Callable[[int, float], None]
+    ) -> None:
+        self._runtime = runtime
+        self._policy = policy
+        self._on_batch = on_batch
+        self._waiting: dict[int, dict[bytes, EncodeSource]] = {}
+        """Priority -> users in order of arrival; a higher priority is taken first."""
+        self._priority_of: dict[bytes, int] = {}
+        self._filled, self._has_room, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._has_room.set()
+        self._idle.set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._publishing: set[asyncio.Task[None]] = set()
+        self.healthy = True
+        """False from the first failed attempt until the encoder works again: readiness follows it."""
+
+    def __len__(self) -> int:
+        return len(self._priority_of)
+
+    def put(self, source: EncodeSource, users: Iterable[bytes], priorities: Iterable[int]) -> None:
+        """Queue users that are due; one that waits already keeps its slot, at the higher of both priorities."""
+        for user, priority in zip(users, priorities, strict=True):
+            waits_at = self._priority_of.get(user)
+            if waits_at is not None:
+                if waits_at >= priority:
+                    continue
+                del self._waiting[waits_at][user]
+            self._priority_of[user] = priority
+            self._waiting.setdefault(priority, {})[user] = source
+        if self._priority_of:
+            self._filled.set()
+        if len(self._priority_of) >= self._policy.users_max:
+            self._has_room.clear()
+
+    async def room(self) -> None:
+        """Return once fewer users wait than the limit: the backpressure of ingestion."""
+        await self._has_room.wait()
+
+    def drop(self, source: EncodeSource) -> None:
+        """Forget the users of a partition that is given back; they stay due in its state."""
+        for users in self._waiting.values():
+            for user in [user for user, owner in users.items() if owner is source]:
+                del users[user]
+                del self._priority_of[user]
+        self._update_flags()
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait until nothing is being encoded or published; True when that was within the time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                while self._publishing:
+                    await asyncio.wait(self._publishing)
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Encode and publish micro-batches until cancelled."""
+        while True:
+            await self._filled.wait()
+            if self._policy.wait_ms and len(self) < self._policy.batch_users_max:
+                await asyncio.sleep(self._policy.wait_ms / 1000)
+            while len(self._publishing) >= self._policy.publishing_max:
+                await asyncio.wait(self._publishing, return_when=asyncio.FIRST_COMPLETED)
+            self._idle.clear()
+            try:
+                await self._encode(self._take())
+            finally:
+                self._idle.set()
+
+    def close(self) -> None:
+        """Let the encoder thread end once its current micro-batch is done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def clear_cache(self) -> None:
+        """Drop every cached key and value, in the thread that owns them: used when partitions change hands."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._runtime.clear)
+
+    def _take(self) -> list[tuple[EncodeSource, EncodeJob]]:
+        """The next micro-batch, highest priority first, as one job per partition."""
+        by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}
+        room = self._policy.batch_users_max
+        for priority in sorted(self._waiting, reverse=True):
+            users = self._waiting[priority]
+            for user in list(islice(users, room)):
+                source = users.pop(user)
+                del self._priority_of[user]
+                by_source.setdefault(id(source), (source, []))[1].append(user)
+                room -= 1
+            if not room:
+                break
+        self._update_flags()
+        jobs = [(source, source.encode_job(users)) for source, users in by_source.values()]
+        return [(source, job) for source, job in jobs if job is not None]
+
+    def _update_flags(self) -> None:
+        if not self._priority_of:
+            self._filled.clear()
+        if len(self._priority_of) < self._policy.users_max:
+            self._has_room.set()
+
+    async def _encode(self, jobs: list[tuple[EncodeSource, EncodeJob]]) -> None:
+        for source, job in jobs:
+            embeddings = await self._embed(job)
+            good = np.isfinite(embeddings).all(axis=1)
+            if not good.all():
+                source.refuse(job.select(np.flatnonzero(~good)), "the encoder returned NaN or infinity")
+                job, embeddings = job.select(np.flatnonzero(good)), embeddings[good]
+            if len(embeddings):
+                task = asyncio.create_task(self._publish(source, job, embeddings))
+                self._publishing.add(task)
+                task.add_done_callback(self._publishing.discard)
+
+    async def _embed(self, job: EncodeJob) -> Embeddings:
+        """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
+        loop = asyncio.get_running_loop()
+        for attempt in range(1, self._policy.attempts_max + 1):
+            started = loop.time()
+            try:
+                embeddings = await loop.run_in_executor(self._thread, self._runtime.embed, job.sequences)
+            except Exception:
+                self.healthy = False
+                logger.exception("encoder failed on %d users, attempt %d", len(job.sequences), attempt)
+                await loop.run_in_executor(self._thread, self._runtime.clear)
+                await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
+            else:
+                self.healthy = True
+                self._on_batch(len(embeddings), loop.time() - started)
+                return embeddings
+        return await self._embed_halves(job)
+
+    async def _embed_halves(self, job: EncodeJob) -> Embeddings:
+        users = len(job.sequences)
+        if users == 1:
+            return np.full((1, self._runtime.embedding_dim), np.nan, np.float32)
+        halves = np.array_split(np.arange(users), 2)
+        return np.concatenate([await self._embed(job.select(rows)) for rows in halves])
+
+    async def _publish(self, source: EncodeSource, job: EncodeJob, embeddings: Embeddings) -> None:
+        try:
+            await source.publish(job, embeddings)
+        except Exception:
+            # Still due in the state: wait in line again, at the front of nobody.
+            logger.exception("publishing %d embeddings failed, they are queued again", len(embeddings))
+            await asyncio.sleep(self._policy.retry_backoff_ms / 1000)
+            self.put(source, job.sequences.users, [0] * len(job.sequences))

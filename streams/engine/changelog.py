@@ -1,0 +1,151 @@
+"""The changelog topic over aiokafka: one transactional producer per source partition, and a reader that proves its end.
+
+Starting a `ChangelogProducer` raises the epoch of its `transactional.id` at the broker: an open transaction of the
+predecessor is aborted, and the predecessor itself, stopped or cut off, can never write again. Only after that are
+end offsets and committed offsets worth reading.
+
+Traps of aiokafka's transactions that the code below closes: a failed batch leaves the transaction open and a commit
+would succeed without it (so every batch is awaited); offsets sent while batches are in flight are refused and retried
+(so batches come first); after any failure the producer is discarded, never reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.structs import TopicPartition
+
+logger = logging.getLogger(__name__)
+
+Records = Sequence[tuple[bytes, bytes | None]]
+
+BATCH_BYTES_MAX = 900_000
+"""Below the broker's default `message.max.bytes` of 1,048,588."""
+
+
+class Fenced(Exception):
+    """Another worker has taken the partition over; nothing of it may be written here any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangelogNames:
+    """What one partition's transactions name: the group, its source partition and its changelog partition."""
+
+    group_id: str
+    source: TopicPartition
+    changelog: TopicPartition
+
+    @property
+    def transactional_id(self) -> str:
+        return f"{self.changelog.topic}-{self.changelog.partition}"
+
+
+class ChangelogProducer:
+    """Writes one partition's changelog records and source offset in one transaction."""
+
+    def __init__(self, names: ChangelogNames, client: Mapping[str, Any], *, transaction_timeout_ms: int) -> None:
+        self._names = names
+        self._producer = aiokafka.AIOKafkaProducer(
+            **client,
+            acks="all",
+            transactional_id=names.transactional_id,
+            transaction_timeout_ms=transaction_timeout_ms,
+            max_batch_size=BATCH_BYTES_MAX,
+            linger_ms=0,
+        )
+
+    async def start(self) -> None:
+        """Fence every predecessor; return once its transactions are over."""
+        await self._producer.start()
+
+    async def stop(self) -> None:
+        """Give the producer back; a transaction still open stays so until the successor's start aborts it."""
+        await self._producer.stop()
+
+    async def commit(self, records: Records, source_offset: int) -> int:
+        """Make `records` and `source_offset` durable together; return the changelog offset of the last record.
+
+        `records` must not be empty. Raises `Fenced` when the partition has a new owner, `KafkaError` when the
+        outcome is unknown or the transaction failed: then this producer must be stopped and replaced.
+        """
+        try:
+            await self._producer.begin_transaction()
+            last_offset = await self._send(records)
+            offsets = {self._names.source: source_offset}
+            await self._producer.send_offsets_to_transaction(offsets, self._names.group_id)
+            await self._producer.commit_transaction()
+        except ProducerFenced as error:
+            raise Fenced(f"partition {self._names.source.partition} has a new owner") from error
+        return last_offset
+
+    async def _send(self, records: Records) -> int:
+        pending = [
+            (await self._producer.send_batch(batch, self._names.changelog.topic, partition=self._names.changelog.partition), batch)
+            for batch in self._batches(records)
+        ]
+        results = await asyncio.gather(*(future for future, _ in pending))
+        return int(results[-1].offset) + int(pending[-1][1].record_count()) - 1
+
+    def _batches(self, records: Records) -> Iterable[Any]:
+        batch = self._producer.create_batch()
+        for key, value in records:
+            if batch.append(timestamp=None, key=key, value=value) is None:
+                batch.close()
+                yield batch
+                batch = self._producer.create_batch()
+                batch.append(timestamp=None, key=key, value=value)
+        batch.close()
+        yield batch
+
+
+class LogReader:
+    """Reads one partition up to the end offset that was current when reading began, and can show that it did."""
+
+    def __init__(self, tp: TopicPartition, client: Mapping[str, Any]) -> None:
+        self._tp = tp
+        self._consumer = aiokafka.AIOKafkaConsumer(
+            **client,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            max_partition_fetch_bytes=4 << 20,
+            fetch_max_wait_ms=100,
+        )
+        self.begin = 0
+        """First offset in the log."""
+        self.end = 0
+        """Offset past the last stable record when `open` was called."""
+
+    async def open(self) -> None:
+        """Assign the partition and read its begin and end offsets."""
+        await self._consumer.start()
+        self._consumer.assign([self._tp])
+        self.begin = (await self._consumer.beginning_offsets([self._tp]))[self._tp]
+        self.end = (await self._consumer.end_offsets([self._tp]))[self._tp]
+
+    async def close(self) -> None:
+        await self._consumer.stop()
+
+    async def batches(self, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
+        """Yield the records from `start` in lists of at most `records_max`, until the position is at `end`.
+
+        Ends by position and not by the last record seen, for transaction markers fill offsets that no record has.
+        Returning is the proof: every visible record in [start, end) has been yielded.
+        """
+        self._consumer.seek(self._tp, start)
+        position = start
+        while position < self.end:
+            fetched = await self._consumer.getmany(self._tp, timeout_ms=200, max_records=records_max)
+            records = fetched.get(self._tp)
+            if records:
+                yield records
+            position = await self._consumer.position(self._tp)
+
+
+__all__ = ["BATCH_BYTES_MAX", "ChangelogNames", "ChangelogProducer", "Fenced", "KafkaError", "LogReader"]

@@ -1,0 +1,319 @@
+"""The source partitions this worker owns: fenced, restored, read without a hole, checkpointed, given back.
+
+After an assignment each partition is acquired by a task of its own, with its source partition paused:
+
+1. *fence*: starting the partition's transactional producer shuts every predecessor out at the broker;
+2. *restore*: the local database is brought to the changelog's end offset read after fencing, or rebuilt from the
+   changelog where it does not fit the log;
+3. *prove*: the checkpoint mark that was restored names the source offset it belongs to. Behind the committed offset
+   means an incomplete restore, and the worker stops rather than begin on it;
+4. *catch up on outputs*: what the output topic holds beyond the mark was published before and is not published again;
+5. *resume*: seek to the mark's offset and resume the partition.
+
+Before a partition is given back it is checkpointed. A partition found fenced is dropped at once, without a write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
+from faust.types import TP
+from mode import Service
+
+from streams.core.pipeline import PartitionState
+from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
+from streams.engine.delivery import RecordBatch
+from streams.engine.outputs import Published
+from streams.engine.restore import IncompleteRestore, restore
+from streams.metrics import Metrics
+from streams.state.checkpoint import CheckpointMark, checkpoint
+from streams.state.store import PartitionStore
+
+logger = logging.getLogger(__name__)
+
+
+class Joint(Enum):
+    """How a batch fits the position that its partition expects next."""
+
+    FITS = "fits"
+    PASSED = "passed"
+    """Everything in it has been processed, or it was fetched before the last seek: ignore it."""
+    HOLE = "hole"
+    """It begins behind the expected position: records in between were not delivered."""
+
+
+@dataclass(slots=True, eq=False)
+class OwnedPartition:
+    """One source partition while this worker owns it."""
+
+    tp: TP
+    state: PartitionState
+    store: PartitionStore
+    producer: ChangelogProducer
+    next_offset: int
+    """Where the next batch must begin; what a checkpoint commits."""
+    committed_offset: int
+    output_offset: int
+    """Past the last acknowledged record of this partition in the output topic."""
+    epoch: int = 0
+    """Batches fetched before this many seeks are ignored."""
+    unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
+    """Dead letters that must be acknowledged before the offsets behind them may be committed."""
+    checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def joint(self, batch: RecordBatch) -> Joint:
+        """Whether the batch continues exactly where the last one ended (law 2)."""
+        if batch.epoch < self.epoch or batch.end <= self.next_offset:
+            return Joint.PASSED
+        return Joint.FITS if batch.begin <= self.next_offset else Joint.HOLE
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionsConfig:
+    """What acquiring a partition needs to know."""
+
+    app_id: str
+    source_topic: str
+    changelog_topic: str
+    output_topic: str
+    client: Mapping[str, Any]
+    """aiokafka's connection options: servers and security."""
+    data_dir: Path
+    checkpoint_interval_ms: int
+    transaction_timeout_ms: int
+    session_timeout_ms: int
+    restores_max: int = 2
+    """Partitions restored at the same time."""
+
+
+class PartitionHost(Protocol):
+    """What the worker provides for its partitions, and what it hears of them."""
+
+    def new_state(self) -> PartitionState: ...
+    def open_store(self, path: Path) -> PartitionStore: ...
+    async def published_since(self, partition: int, offset: int) -> Published:
+        """What the output topic holds from `offset` on, by this encoder version, and where it ends."""
+        ...
+
+    def on_ready(self, owned: OwnedPartition) -> None: ...
+    async def on_giving_back(self, owned: Collection[OwnedPartition]) -> None:
+        """Stop taking work for these partitions and let what is in flight end, within bounded time."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """End the process at once: going on would risk an event."""
+        ...
+
+
+class Partitions(Service):  # type: ignore[misc]
+    """Acquires, checkpoints and gives back the partitions of this worker."""
+
+    app: Any
+    """The Faust app; set before the service starts."""
+
+    def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._config, self._host, self._metrics = config, host, metrics
+        self._restores = asyncio.Semaphore(config.restores_max)
+        self._acquiring: dict[int, asyncio.Task[None]] = {}
+        self._fenced_at: dict[int, float] = {}
+        self.ready: dict[int, OwnedPartition] = {}
+        """Partitions that may be processed, by number."""
+        self.assigned: frozenset[int] = frozenset()
+        """Partitions of the current assignment, ready or still being acquired."""
+
+    # -- acquiring
+
+    async def take_over(self, changelogs: frozenset[TP], generation: int) -> None:
+        """Acquire the partitions of a new assignment; returns at once."""
+        self.assigned = frozenset(tp.partition for tp in changelogs)
+        self._fenced_at.clear()
+        for number in sorted(self.assigned):
+            task = asyncio.create_task(self._acquire_or_abort(number, generation), name=f"acquire-{number}")
+            self._acquiring[number] = task
+            task.add_done_callback(lambda _, number=number: self._acquiring.pop(number, None))
+
+    async def _acquire_or_abort(self, number: int, generation: int) -> None:
+        try:
+            await self._acquire(number, generation)
+        except Fenced:
+            logger.warning("partition %d was taken over while it was being acquired", number)
+        except IncompleteRestore as error:
+            self._host.abort(str(error))
+        except Exception as error:
+            logger.exception("partition %d cannot be acquired", number)
+            self._host.abort(f"partition {number} cannot be acquired: {error!r}")
+
+    async def _acquire(self, number: int, generation: int) -> None:
+        started = time.monotonic()
+        source = TP(self._config.source_topic, number)
+        producer = self._new_producer(number)
+        store: PartitionStore | None = None
+        try:
+            await producer.start()
+            committed = await self._committed(source)
+            async with self._restores:
+                store = await self._restore(number)
+            mark = self._prove(number, store, committed)
+            owned = await self._owned(source, store, producer, mark)
+            if self.app.consumer_generation_id != generation:
+                raise Fenced(f"partition {number}: the assignment has changed")
+            await self._resume(owned)
+        except BaseException:
+            if store is not None:
+                store.close()
+            await producer.stop()
+            raise
+        logger.info("partition %d is ready at offset %d after %.2f s", number, owned.next_offset, time.monotonic() - started)
+
+    def _new_producer(self, number: int) -> ChangelogProducer:
+        config = self._config
+        names = ChangelogNames(
+            group_id=config.app_id,
+            source=TopicPartition(config.source_topic, number),
+            changelog=TopicPartition(config.changelog_topic, number),
+        )
+        return ChangelogProducer(names, config.client, transaction_timeout_ms=config.transaction_timeout_ms)
+
+    async def _committed(self, source: TP) -> int | None:
+        """The committed offset, read after fencing, so no transaction of a predecessor can still move it."""
+        thread = self.app.consumer._thread
+        committed: int | None = await thread.call_thread(thread._ensure_consumer().committed, source)
+        return committed
+
+    async def _restore(self, number: int) -> PartitionStore:
+        def on_progress(records: int, remaining: int) -> None:
+            self._metrics.restored_records.inc(records)
+            self._metrics.restore_remaining.set(remaining, partition=number)
+
+        path = self._config.data_dir / f"{self._config.changelog_topic}-{number}"
+        changelog = TopicPartition(self._config.changelog_topic, number)
+        return await restore(path, self._host.open_store, changelog, self._config.client, on_progress=on_progress)
+
+    def _prove(self, number: int, store: PartitionStore, committed: int | None) -> CheckpointMark | None:
+        """The restored mark; it and the committed offset were written in one transaction, so it cannot lag behind."""
+        mark = store.mark()
+        if committed is not None and (mark is None or mark.source_offset < committed):
+            at = "empty" if mark is None else f"of offset {mark.source_offset}"
+            raise IncompleteRestore(
+                f"partition {number}: the restored state is {at}, but offset {committed} is committed: the changelog "
+                f"{self._config.changelog_topic} has lost records; rebuild with `streamformer state rebuild`"
+            )
+        return mark
+
+    async def _owned(
+        self, source: TP, store: PartitionStore, producer: ChangelogProducer, mark: CheckpointMark | None
+    ) -> OwnedPartition:
+        state = self._host.new_state()
+        published = await self._host.published_since(source.partition, mark.output_offset if mark else 0)
+        state.note_published(published.users, published.offsets)
+        state.resume(store.pending())
+        earliest = (await self.app.consumer.earliest_offsets(source))[source]
+        start = earliest if mark is None else mark.source_offset
+        return OwnedPartition(source, state, store, producer, start, start, published.end)
+
+    async def _resume(self, owned: OwnedPartition) -> None:
+        await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
+        owned.epoch = self.app.consumer._thread.epoch(owned.tp)
+        self.ready[owned.tp.partition] = owned
+        self._host.on_ready(owned)
+        self.app.consumer.resume_partitions({owned.tp})
+
+    # -- reading without a hole
+
+    async def fits(self, batch: RecordBatch) -> OwnedPartition | None:
+        """The owner of `batch` when the batch continues exactly where it stands; else None, after seeking back."""
+        owned = self.ready.get(batch.tp.partition)
+        joint = Joint.PASSED if owned is None else owned.joint(batch)
+        if owned is None or joint is Joint.PASSED:
+            return None
+        if joint is Joint.HOLE and not await self._expired(owned, batch):
+            self._metrics.position_holes.inc()
+            await self._seek(owned)
+            return None
+        return owned
+
+    async def _expired(self, owned: OwnedPartition, batch: RecordBatch) -> bool:
+        """Whether the missing records no longer exist: the topic's retention has removed them."""
+        earliest = (await self.app.consumer.earliest_offsets(owned.tp))[owned.tp]
+        if earliest < batch.begin:
+            return False
+        lost = batch.begin - owned.next_offset
+        logger.error("%d events of %s expired before they were read: raise retention.ms", lost, owned.tp)
+        self._metrics.events_expired.inc(lost)
+        return True
+
+    async def _seek(self, owned: OwnedPartition) -> None:
+        logger.warning("records of %s were not delivered, seeking back to %d", owned.tp, owned.next_offset)
+        owned.epoch = self.app.consumer._thread.epoch(owned.tp) + 1
+        await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
+
+    # -- checkpoints
+
+    @Service.task
+    async def _checkpoints(self) -> None:
+        interval_s = self._config.checkpoint_interval_ms / 1000
+        async for _ in self.itertimer(interval_s, name="checkpoint"):
+            self._check_fenced()
+            await asyncio.gather(*(self.checkpoint(owned) for owned in list(self.ready.values())))
+
+    async def checkpoint(self, owned: OwnedPartition) -> None:
+        """Make the partition's state and position durable; a partition found fenced is dropped."""
+        async with owned.checkpointing:
+            if self.ready.get(owned.tp.partition) is not owned:
+                return
+            try:
+                await self._write_checkpoint(owned)
+            except Fenced:
+                await self._drop_fenced(owned)
+            except KafkaError as error:
+                logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
+                await self._renew_producer(owned)
+
+    async def _renew_producer(self, owned: OwnedPartition) -> None:
+        """A producer is not to be used after a failure; its successor's start settles the open transaction."""
+        await owned.producer.stop()
+        owned.producer = self._new_producer(owned.tp.partition)
+        await owned.producer.start()
+
+    async def _drop_fenced(self, owned: OwnedPartition) -> None:
+        logger.warning("partition %d has a new owner; dropping it without a write", owned.tp.partition)
+        self._metrics.fenced.inc()
+        self._fenced_at[owned.tp.partition] = time.monotonic()
+        await self._close([owned])
+
+    def _check_fenced(self) -> None:
+        """A fenced member that hears of no rebalance is cut off from its group: only a restart helps."""
+        bound_s = self._config.session_timeout_ms / 1000 + 3
+        for number, at in self._fenced_at.items():
+            if time.monotonic() - at > bound_s:
+                self._host.abort(f"partition {number} was fenced {bound_s:.0f} s ago and no rebalance has followed")
+
+    # -- giving back
+
+    async def release(self) -> None:
+        """Checkpoint and close every partition; used when partitions are revoked and at shutdown."""
+        for task in list(self._acquiring.values()):
+            task.cancel()
+        await asyncio.gather(*self._acquiring.values(), return_exceptions=True)
+        owned = list(self.ready.values())
+        await self._host.on_giving_back(owned)
+        await asyncio.gather(*(self.checkpoint(each) for each in owned))
+        await self._close(owned)
+        self.assigned = frozenset()
+
+    async def _close(self, owned: Collection[OwnedPartition]) -> None:
+        for each in owned:
+            if self.ready.get(each.tp.partition) is each:
+                del self.ready[each.tp.partition]
+                each.store.close()
+                await each.producer.stop()

@@ -1,0 +1,94 @@
+"""Faust's recovery, reduced to one decision: a partition is resumed when its restore has ended, and not before.
+
+Faust decides that recovery is over from offsets of messages it has seen; transaction markers are never seen, and an
+answer from the previous assignment can end it too early. Here Faust restores nothing. After an assignment the flow
+is resumed with every partition paused, and `streams.engine.partitions` resumes each partition by itself once it has
+fenced the predecessor, restored the state and proved where the restore ended. The order matters: resuming the flow
+clears Faust's queues, so it must come before any partition is fetched.
+
+Private parts relied upon, held by tests/contract/test_faust_insides.py:
+`faust.tables.recovery.Recovery`: tasks `_restart_recovery`, `_slurp_changelogs`, `_publish_stats`, attributes
+`signal_recovery_start`, `completed`, `_generation_id`; `faust.tables.manager.TableManager`: `_recovery`,
+`_update_channels`, `on_start`; `faust.App._fetcher`, `App.consumer_generation_id`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.types import TP
+from mode import Service
+
+TakeOver = Callable[[frozenset[TP], int], Awaitable[None]]
+"""Called with the active changelog partitions and the generation; returns at once, work goes on in tasks."""
+
+
+class PausedRecovery(Recovery):  # type: ignore[misc]
+    """Resumes the flow with all partitions paused and hands them over to be restored one by one."""
+
+    take_over: TakeOver
+
+    async def on_rebalance(
+        self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
+    ) -> None:
+        if generation_id != self.app.consumer_generation_id:
+            self.log.warning("assignment of generation %s is already outdated", generation_id)
+            return
+        self._generation_id = generation_id
+        self.signal_recovery_start.set()
+
+    @Service.task
+    async def _restart_recovery(self) -> None:
+        while not self.should_stop:
+            if await self.wait_for_stopped(self.signal_recovery_start):
+                return
+            self.signal_recovery_start.clear()
+            await self._resume(self._generation_id)
+
+    async def _resume(self, generation_id: int) -> None:
+        app, consumer = self.app, self.app.consumer
+        await app.on_rebalance_complete.send()
+        if app.consumer_generation_id != generation_id:
+            return  # the next assignment has already been announced
+        self.completed.set()
+        app.flow_control.resume()
+        consumer.resume_flow()
+        await app._fetcher.maybe_start()
+        self.tables.on_actives_ready()
+        self.tables.on_standbys_ready()
+        app.on_rebalance_end()
+        actives = frozenset(tp for tp in app.assignor.assigned_actives() if tp.topic in self.tables.changelog_topics)
+        await self.take_over(actives, generation_id)
+
+    @Service.task
+    async def _slurp_changelogs(self) -> None:
+        """Changelog partitions stay paused, so nothing arrives here."""
+
+    @Service.task
+    async def _publish_stats(self) -> None:
+        """Restore progress is reported by the restore itself."""
+
+
+class PausedTableManager(TableManager):  # type: ignore[misc]
+    """Faust's table manager with `PausedRecovery`, and without the second it sleeps at start."""
+
+    take_over: TakeOver
+
+    @property
+    def recovery(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = PausedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
+            self._recovery.take_over = self.take_over
+        return self._recovery
+
+    async def on_start(self) -> None:
+        await self._update_channels()
+        await self.recovery.start()
+
+
+def with_take_over(take_over: TakeOver) -> type[Any]:
+    """A table manager class for Faust's `TableManager` setting, bound to `take_over`."""
+    return type("BoundTableManager", (PausedTableManager,), {"take_over": staticmethod(take_over)})
