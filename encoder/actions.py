@@ -32,7 +32,7 @@ Actions = npt.NDArray[np.void]
 
 def item_key(text: str) -> int:
     """The 64-bit key of an id: XXH3 of its UTF-8 bytes, never 0."""
-    return xxh3_64_intdigest(text) or 1
+    return xxh3_64_intdigest(text.encode()) or 1
 
 
 def name_code(name: str) -> int:
@@ -40,7 +40,7 @@ def name_code(name: str) -> int:
 
     Two names of one vocabulary may share a code (0.3 % for twenty names); whoever builds a vocabulary checks that.
     """
-    return xxh3_64_intdigest(name) % 65_535 + 1 if name else 0
+    return xxh3_64_intdigest(name.encode()) % 65_535 + 1 if name else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,148 @@
+"""Where item vectors come from: trained in place, a file the user has, or the text of the items.
+
+All three are modules with one interface: `forward(rows [...]) -> [..., V]` and `table() -> [I + 1, V]`. Row 0 is a
+learned vector that every unknown item shares. A release keeps the table alone: what is served is always a look-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from xxhash import xxh3_64_intdigest
+
+from encoder.actions import item_key
+
+Keys = npt.NDArray[np.uint64]
+
+TEXT_BUCKETS = 1 << 16
+"""Rows of the hashed n-gram table (ItemSage hashes its tokens too: arXiv 2205.11728, section 4.2)."""
+
+
+class ItemError(ValueError):
+    """Item vectors or texts that cannot be used; the text says which and what to do."""
+
+
+class TrainedItems(nn.Module):
+    """One trained vector for each known item, and row 0 for the unknown ones."""
+
+    def __init__(self, items: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(items + 1, dim))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight)
+
+    def table(self) -> Tensor:
+        return self.weight
+
+
+class FixedItems(nn.Module):
+    """Vectors that training leaves alone (somebody's PinSage); only the unknown row learns."""
+
+    vectors: Tensor
+
+    def __init__(self, vectors: npt.NDArray[np.float32]) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.from_numpy(np.ascontiguousarray(vectors, np.float32)))
+        self.unknown = nn.Parameter(torch.zeros(1, vectors.shape[1]))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.table())
+
+    def table(self) -> Tensor:
+        return torch.cat([self.unknown, self.vectors])
+
+
+class TextItems(nn.Module):
+    """The mean of the hashed word, word-pair and trigram vectors of an item's text, weighted by learned importance."""
+
+    grams: Tensor
+    offsets: Tensor
+
+    def __init__(self, texts: Sequence[str], dim: int) -> None:
+        super().__init__()
+        grams = [text_grams(text) for text in texts]
+        ends = np.cumsum([0, 0] + [len(g) for g in grams])  # row 0 has no text: its vector is `unknown`
+        self.register_buffer("grams", torch.from_numpy(np.concatenate([*grams, np.zeros(0, np.int64)])))
+        self.register_buffer("offsets", torch.from_numpy(ends))
+        self.weight = nn.Parameter(torch.zeros(TEXT_BUCKETS, dim))
+        self.importance = nn.Parameter(torch.zeros(TEXT_BUCKETS, 1))
+        self.unknown = nn.Parameter(torch.zeros(1, dim))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.table())
+
+    def table(self) -> Tensor:
+        weights = torch.sigmoid(F.embedding(self.grams, self.importance)).squeeze(-1)
+        total = F.embedding_bag(
+            self.grams,
+            self.weight,
+            self.offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+        counts = (self.offsets[1:] - self.offsets[:-1]).unsqueeze(-1)
+        has_text = (counts > 0).to(total.dtype)
+        return total / counts.clamp(min=1).sqrt() + (1 - has_text) * self.unknown
+
+
+ItemVectors = TrainedItems | FixedItems | TextItems
+
+
+def text_grams(text: str) -> npt.NDArray[np.int64]:
+    """Buckets of the words, word pairs and character trigrams of a text, lower-cased; [G]."""
+    words = re.findall(r"\w+", text.lower())
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
+    trigrams = [f"#{padded[i : i + 3]}" for padded in (f"^{w}$" for w in words) for i in range(len(padded) - 2)]
+    return np.array([xxh3_64_intdigest(gram.encode()) % TEXT_BUCKETS for gram in (*words, *pairs, *trigrams)], np.int64)
+
+
+def read_vectors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+    """Keys [I] strictly increasing and vectors [I, V] of a file.
+
+    Either `x.safetensors` with tensors `vectors` [I, V] and `keys` [I] (unsigned 64-bit), or `x.npy` [I, V] beside
+    `x.ids.txt` with one item id a line. Raises `ItemError`.
+    """
+    keys, vectors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npy(path)
+    if vectors.ndim != 2 or len(keys) != len(vectors):
+        raise ItemError(f"item vectors do not fit their ids: {len(keys)} ids, shape {vectors.shape}; rewrite {path}")
+    if not np.isfinite(vectors).all():
+        raise ItemError(f"item vectors are not finite: {path}; remove the rows with NaN or infinity")
+    order = np.argsort(keys)
+    keys, vectors = keys[order], vectors[order].astype(np.float32)
+    if (keys[1:] == keys[:-1]).any():
+        raise ItemError(f"an item id occurs twice in {path}; keep one row for each item")
+    return keys, vectors
+
+
+def _read_safetensors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+    try:
+        tensors = load_file(path)
+        return tensors["keys"].astype(np.uint64), tensors["vectors"]
+    except Exception as error:
+        raise ItemError(f"item vectors cannot be read: {path} ({error}); it needs tensors keys and vectors") from error
+
+
+def _read_npy(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+    try:
+        ids = path.with_suffix(".ids.txt").read_text(encoding="utf-8").splitlines()
+        vectors: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ItemError(f"item vectors cannot be read: {path} ({error}); it needs a .npy and an .ids.txt") from error
+    return np.array([item_key(text) for text in ids], np.uint64), vectors
+
+
+def texts_by_key(texts: Mapping[str, str], keys: Keys) -> list[str]:
+    """The text of each key, in order, empty where `texts` (item id -> text) has none."""
+    by_key = {item_key(item): text for item, text in texts.items()}
+    return [by_key.get(int(key), "") for key in keys]

@@ -1,0 +1,191 @@
+"""A release: a trained encoder with its vocabularies and a version that is a hash of all that it computes with.
+
+A folder of two files. `weights.safetensors` holds the parameters of the encoder, `items.weight` (one vector an item,
+row 0 for the unknown) and `item_keys` (the 64-bit keys, as signed integers of the same bits). `release.json` holds the
+format, the feature version, the encoder's configuration, the names of action types and surfaces, what was measured,
+and the version. Loading is strict: an unknown key, a missing tensor, another shape, a value that is not finite or a
+content that does not hash to the version is refused. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from encoder.features import FEATURE_VERSION, Tokenizer, Vocabularies
+from encoder.items import TrainedItems
+from encoder.model import AnyEncoder, EncoderConfig, build_encoder
+
+FORMAT = 1
+WEIGHTS, METADATA = "weights.safetensors", "release.json"
+_KEYS = {"format", "version", "feature_version", "encoder", "actions", "surfaces", "metrics", "training"}
+
+
+class ReleaseError(ValueError):
+    """A folder that is not a release this code can trust; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """An encoder ready to serve, and what it was trained with."""
+
+    model: AnyEncoder
+    """In evaluation mode, float32, its item vectors a plain table."""
+    vocabularies: Vocabularies
+    metrics: Mapping[str, Any]
+    """What was measured on it, by protocol."""
+    training: Mapping[str, Any]
+    """How it was made: recipe, seed, minutes, machine."""
+
+    @property
+    def config(self) -> EncoderConfig:
+        return self.model.config
+
+    @cached_property
+    def version(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of configuration, vocabularies, feature version and weights."""
+        return _version(_identity(self), self._weights)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.vocabularies)
+
+    def item_vectors(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+        """Keys [I] and vectors [I, E] of the known items; a user's score for an item is their dot product."""
+        with torch.inference_mode():
+            vectors = self.model.item_embeddings()[1:].float().cpu().numpy()
+        return self.vocabularies.item_keys, np.ascontiguousarray(vectors, np.float32)
+
+    def save(self, folder: Path) -> Path:
+        """Write the release into `folder` (made if missing), each file whole or not at all; returns the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            **_identity(self),
+            "version": self.version,
+            "metrics": dict(self.metrics),
+            "training": dict(self.training),
+        }
+        _replace(folder / WEIGHTS, self._weights)
+        _replace(folder / METADATA, json.dumps(metadata, indent=2, sort_keys=True).encode() + b"\n")
+        return folder
+
+    @cached_property
+    def _weights(self) -> bytes:
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        tensors["item_keys"] = torch.from_numpy(self.vocabularies.item_keys.view(np.int64).copy())
+        return save(tensors)
+
+
+def make_release(
+    model: AnyEncoder,
+    vocabularies: Vocabularies,
+    *,
+    metrics: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> Release:
+    """A release of a trained model: a copy whose item vectors are folded into one table."""
+    with torch.inference_mode():
+        table = model.items.table().detach().float().cpu().clone()
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("items.")}
+    served = _empty_model(model.config, vocabularies)
+    served.load_state_dict({**state, "items.weight": table})
+    return Release(served.eval().requires_grad_(False), vocabularies, metrics, training)
+
+
+def load_release(folder: Path) -> Release:
+    """Read a release, strictly; raises `ReleaseError`."""
+    metadata = _read_metadata(folder / METADATA)
+    tensors = _read_weights(folder / WEIGHTS)
+    try:
+        keys = tensors.pop("item_keys").numpy().view(np.uint64)
+        vocabularies = Vocabularies(keys, tuple(metadata["actions"]), tuple(metadata["surfaces"]))
+        model = _empty_model(_read_config(metadata["encoder"]), vocabularies)
+        model.load_state_dict(tensors, strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise ReleaseError(f"release does not hold together: {folder} ({detail}); train or copy it again") from error
+    release = Release(model.eval().requires_grad_(False), vocabularies, metadata["metrics"], metadata["training"])
+    if release.version != metadata["version"]:
+        raise ReleaseError(
+            f"release was altered: {folder} says version {metadata['version']}, its content is {release.version}; "
+            "copy it again"
+        )
+    return release
+
+
+def _empty_model(config: EncoderConfig, vocabularies: Vocabularies) -> AnyEncoder:
+    items = TrainedItems(len(vocabularies.item_keys), config.item_dim)
+    return build_encoder(config, items, actions=len(vocabularies.actions), surfaces=len(vocabularies.surfaces))
+
+
+def _identity(release: Release) -> dict[str, Any]:
+    """The part of the metadata that changes what an embedding is."""
+    return {
+        "format": FORMAT,
+        "feature_version": FEATURE_VERSION,
+        "encoder": asdict(release.config),
+        "actions": list(release.vocabularies.actions),
+        "surfaces": list(release.vocabularies.surfaces),
+    }
+
+
+def _version(identity: Mapping[str, Any], weights: bytes) -> str:
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode() + b"\0" + weights).hexdigest()[:16]
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"release cannot be read: {path} ({error}); name a folder that train has written") from error
+    if not isinstance(metadata, dict) or set(metadata) != _KEYS:
+        raise ReleaseError(f"release has not the keys of format {FORMAT}: {path}; train or copy it again")
+    for key, ours in (("format", FORMAT), ("feature_version", FEATURE_VERSION)):
+        if metadata[key] != ours:
+            raise ReleaseError(f"release has {key} {metadata[key]}, this code reads {ours}: {path}; train it again")
+    return metadata
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ReleaseError(f"weights cannot be read: {path} ({error}); copy the release again") from error
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ReleaseError(f"weights are not finite: {', '.join(bad)} in {path}; train again")
+    return tensors
+
+
+def _read_config(values: Mapping[str, Any]) -> EncoderConfig:
+    expected = {field.name for field in fields(EncoderConfig)}
+    if set(values) != expected:
+        raise ValueError(f"encoder keys differ: {sorted(set(values) ^ expected)}")
+    return EncoderConfig(**{**values, "windows": tuple(cast(list[int], values["windows"]))})
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
