@@ -86,7 +86,12 @@ class ChangelogProducer:
 
     async def _send(self, records: Records) -> int:
         pending = [
-            (await self._producer.send_batch(batch, self._names.changelog.topic, partition=self._names.changelog.partition), batch)
+            (
+                await self._producer.send_batch(
+                    batch, self._names.changelog.topic, partition=self._names.changelog.partition
+                ),
+                batch,
+            )
             for batch in self._batches(records)
         ]
         results = await asyncio.gather(*(future for future, _ in pending))

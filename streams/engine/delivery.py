@@ -30,8 +30,6 @@ from faust.transport.consumer import notify
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage, Message
 
-from streams.engine.records import KafkaRecord
-
 
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
@@ -42,7 +40,8 @@ class RecordBatch:
     """Position before the fetch: no visible record between `begin` and the first one is missing."""
     end: int
     """Position after the fetch: above the last record, beyond control records that follow it."""
-    records: list[KafkaRecord]
+    records: list[Any]
+    """aiokafka consumer records; at least one."""
     epoch: int
     """How often the partition had been sought when the batch was fetched: tells batches from before a seek."""
 

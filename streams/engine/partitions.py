@@ -35,7 +35,7 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
 from streams.engine.restore import IncompleteRestore, restore
 from streams.metrics import Metrics
-from streams.state.checkpoint import CheckpointMark, checkpoint
+from streams.state.checkpoint import CheckpointMark
 from streams.state.store import PartitionStore
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,9 @@ class Partitions(Service):  # type: ignore[misc]
                 store.close()
             await producer.stop()
             raise
-        logger.info("partition %d is ready at offset %d after %.2f s", number, owned.next_offset, time.monotonic() - started)
+        logger.info(
+            "partition %d is ready at offset %d after %.2f s", number, owned.next_offset, time.monotonic() - started
+        )
 
     def _new_producer(self, number: int) -> ChangelogProducer:
         config = self._config

@@ -81,9 +81,7 @@ def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[Partitio
     return open_store(path), reader.begin
 
 
-async def _read(
-    store: PartitionStore, reader: LogReader, start: int, on_progress: Callable[[int, int], None]
-) -> None:
+async def _read(store: PartitionStore, reader: LogReader, start: int, on_progress: Callable[[int, int], None]) -> None:
     restored, started, reported = 0, time.monotonic(), time.monotonic()
     async for records in reader.batches(start, records_max=RECORDS_PER_WRITE):
         store.write([(record.key, record.value) for record in records], records[-1].offset)

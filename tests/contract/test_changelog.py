@@ -1,0 +1,145 @@
+"""What the state relies on from Kafka transactions, shown on the real broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import aiokafka
+import pytest
+from aiokafka.structs import TopicPartition
+from kafka.admin import KafkaAdminClient, NewTopic
+
+from streams.engine.changelog import BATCH_BYTES_MAX, ChangelogNames, ChangelogProducer, Fenced, LogReader
+
+pytestmark = pytest.mark.broker
+
+
+@pytest.fixture
+def names(broker: Any, topic_prefix: str) -> ChangelogNames:
+    source, changelog = f"{topic_prefix}-source", f"{topic_prefix}-changelog"
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+    admin.create_topics([NewTopic(source, 1, 1), NewTopic(changelog, 1, 1)])
+    admin.close()
+    return ChangelogNames(topic_prefix, TopicPartition(source, 0), TopicPartition(changelog, 0))
+
+
+@pytest.fixture
+def client(broker: Any) -> dict[str, Any]:
+    return {"bootstrap_servers": broker.bootstrap_servers}
+
+
+def producer(names: ChangelogNames, client: dict[str, Any]) -> ChangelogProducer:
+    return ChangelogProducer(names, client, transaction_timeout_ms=10_000)
+
+
+async def read_all(tp: TopicPartition, client: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    reader = LogReader(tp, client)
+    await reader.open()
+    try:
+        return [(r.key, r.value) async for batch in reader.batches(reader.begin, records_max=500) for r in batch]
+    finally:
+        await reader.close()
+
+
+async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None:
+    consumer = aiokafka.AIOKafkaConsumer(**client, group_id=names.group_id, enable_auto_commit=False)
+    await consumer.start()
+    try:
+        consumer.assign([names.source])
+        offset: int | None = await consumer.committed(names.source)
+        return offset
+    finally:
+        await consumer.stop()
+
+
+def numbered(n: int, size: int = 10) -> Sequence[tuple[bytes, bytes]]:
+    return [(b"k%d" % i, b"v" * size) for i in range(n)]
+
+
+def test_commit_writes_records_and_offset_together(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """One commit makes its records readable and its source offset committed, and tells the last record's offset."""
+
+    async def scenario() -> None:
+        writer = producer(names, client)
+        await writer.start()
+        assert await writer.commit(numbered(3), source_offset=7) == 2
+        assert await writer.commit(numbered(2), source_offset=9) == 5  # offset 3 is the marker of the first
+        await writer.stop()
+        assert await read_all(names.changelog, client) == [*numbered(3), *numbered(2)]
+        assert await committed(names, client) == 9
+
+    asyncio.run(scenario())
+
+
+def test_a_commit_larger_than_one_batch_arrives_whole(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """Records beyond one produce batch are split over several and none is missing."""
+
+    async def scenario() -> None:
+        records = numbered(40, size=BATCH_BYTES_MAX // 10)
+        writer = producer(names, client)
+        await writer.start()
+        await writer.commit(records, source_offset=1)
+        await writer.stop()
+        assert await read_all(names.changelog, client) == records
+
+    asyncio.run(scenario())
+
+
+def test_a_predecessor_is_fenced_and_leaves_nothing(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """Once a successor has started, the predecessor can write neither a record nor an offset."""
+
+    async def scenario() -> None:
+        old, new = producer(names, client), producer(names, client)
+        await old.start()
+        await old.commit(numbered(1), source_offset=1)
+        await new.start()
+        with pytest.raises(Fenced):
+            await old.commit(numbered(5), source_offset=99)
+        await old.stop()
+        await new.commit(numbered(2), source_offset=2)
+        await new.stop()
+        assert await read_all(names.changelog, client) == [*numbered(1), *numbered(2)]
+        assert await committed(names, client) == 2
+
+    asyncio.run(scenario())
+
+
+def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """Records that were sent but not committed are gone for readers, and do not hold the reader back."""
+
+    async def scenario() -> None:
+        old, new = producer(names, client), producer(names, client)
+        await old.start()
+        await old._producer.begin_transaction()
+        await old._send(numbered(3))
+        await new.start()
+        await new.commit(numbered(1), source_offset=4)
+        await new.stop()
+        assert await read_all(names.changelog, client) == numbered(1)
+        await old.stop()
+
+    asyncio.run(scenario())
+
+
+def test_reader_ends_behind_trailing_markers(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """A log that ends in transaction markers, aborted ones too, is read to its end and the reader returns."""
+
+    async def scenario() -> None:
+        writer = producer(names, client)
+        await writer.start()
+        await writer.commit(numbered(2), source_offset=1)
+        await writer._producer.begin_transaction()
+        await writer._send(numbered(3))
+        await writer._producer.abort_transaction()
+        await writer.stop()
+        reader = LogReader(names.changelog, client)
+        await reader.open()
+        async with asyncio.timeout(10):
+            seen = [r async for batch in reader.batches(0, records_max=500) for r in batch]
+        assert len(seen) == 2
+        assert reader.end == 7  # 2 records, marker, 3 aborted records, marker
+        await reader.close()
+
+    asyncio.run(scenario())
