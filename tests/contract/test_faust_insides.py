@@ -1,0 +1,81 @@
+"""The private parts of Faust and aiokafka that `streams.engine` overrides or reads.
+
+A new release that renames one, changes its parameters or rewrites its body fails here first, with its name, instead
+of losing an event in production. After reading what changed, record the new fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import aiokafka
+import pytest
+from aiokafka.consumer.subscription_state import TopicPartitionState
+from faust import App
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.transport.consumer import Consumer
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
+
+INSIDES: dict[Any, dict[str, str]] = {
+    Consumer: {
+        "getmany": "4b168d84882a",
+        "_wait_next_records": "6218e1969a63",
+        "_drain_messages": "44a2500309e8",
+        "_add_gap": "4df2573ded7c",
+        "_get_active_partitions": "b24897f3c7af",
+        "ack": "5fcf41cf4515",
+        "wait_empty": "e4662fe24f09",
+        "pause_partitions": "27a1c94bdacd",
+        "resume_partitions": "afe6b7c02a41",
+        "stop_flow": "cf7e875a2b0d",
+        "resume_flow": "db59630f25b5",
+    },
+    AIOKafkaConsumerThread: {
+        "_fetch_records": "39a2c6c79fc1",
+        "_seek_wait": "9d221e816d94",
+        "_create_worker_consumer": "c2701bfc3e6f",
+    },
+    Recovery: {
+        "on_rebalance": "aa4d997a1795",
+        "_resume_streams": "d986a6710c1a",
+        "on_recovery_completed": "6ef567acf072",
+    },
+    TableManager: {
+        "on_start": "365dd25fbc0e",
+        "_update_channels": "88e3941facc9",
+        "on_rebalance": "2d2c23a07bf5",
+        "on_stop": "351be149c036",
+    },
+    App: {
+        "_on_partitions_revoked": "d5c895bbe57d",
+        "_on_partitions_assigned": "de932b7927db",
+        "_stop_consumer": "55854a5de12c",
+    },
+    TopicPartitionState: {"consumed_to": "c7b8f0f99ce9", "seek": "c20b56d7ba7b", "await_reset": "7b5a780dd629"},
+    aiokafka.consumer.fetcher.Fetcher: {"fetched_records": "be4348896b9b", "end_offsets": "d03333ff4f87"},
+}
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "expected"),
+    [(owner, name, expected) for owner, names in INSIDES.items() for name, expected in names.items()],
+    ids=lambda value: value.__name__ if inspect.isclass(value) else str(value),
+)
+def test_inside_is_as_it_was_read(owner: Any, name: str, expected: str) -> None:
+    """The source text of this method is the one that the engine was written against."""
+    assert fingerprint(inspect.getattr_static(owner, name)) == expected, f"{owner.__name__}.{name} has changed: read it"
+
+
+def test_consumer_attributes_that_are_set_exist() -> None:
+    """The engine sets two attributes on aiokafka's consumer; both are read by it under these names."""
+    source = inspect.getsource(aiokafka.AIOKafkaConsumer)
+    assert "self._fetch_max_wait_ms" in source
+    assert "self._isolation_level" in source
