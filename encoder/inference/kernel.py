@@ -1,0 +1,50 @@
+"""What a step does between its matrix products, as one interface with two implementations.
+
+`twin.TorchKernel` is the obvious one, in plain torch: the reference, and what serves where no compiler is found.
+`native.NativeKernel` is the fast one and is tested against it.
+
+S users of a plan, T tokens, R rows of a layer, Q rows with output, H heads, G key/value heads, K head size, W window,
+D model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from encoder.inference.cone import Int64s, Plan
+from encoder.model import EncoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the attention of an encoder looks like, and in which type keys, values and products are kept."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(config: EncoderConfig, dtype: torch.dtype) -> Geometry:
+        return Geometry(config.heads, config.kv_heads, config.head_dim, config.windows, dtype)
+
+
+class Kernel(Protocol):
+    """Slabs of keys, values and event times for a fixed number of slots, and the operations of a step."""
+
+    def begin(self, plan: Plan, times_ms: Int64s) -> None:
+        """Announce the plan of the next step; `times_ms` [T] are the event times of its tokens."""
+
+    def attend(self, layer: int, qkv: Tensor, out: Tensor) -> None:
+        """Store the keys and values of rows `qkv` [R, (H + 2 G) K]; write what the rows with output mix, [Q, H K]."""
+
+    def add_norm(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm, out: Tensor) -> None:
+        """x += y in float32 and in place, then out = norm(x); all [R, D]."""
+
+    def gelu(self, x: Tensor) -> None:
+        """The tanh form of GELU, in place."""

@@ -1,0 +1,141 @@
+"""One step: the new tokens of some users through every layer, against their cached keys and values, to embeddings.
+
+The same weights and the same functions as the model's own forward pass (`encoder.model`), taken apart so that only
+the rows that a plan names are computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from encoder.actions import SequenceBatch
+from encoder.features import Features
+from encoder.inference.cone import Int64s, offsets_of, plan_tokens, suffixes
+from encoder.inference.kernel import Kernel
+from encoder.inference.linear import prepared
+from encoder.model import Block, Head, StreamingEncoder
+from encoder.release import Release
+
+Floats = npt.NDArray[np.float32]
+
+
+class Steps:
+    """Runs steps of one release over the slots of one kernel; `dtype` is the type of the products. One thread."""
+
+    def __init__(self, release: Release, kernel: Kernel, dtype: torch.dtype) -> None:
+        model = release.model
+        if not isinstance(model, StreamingEncoder):
+            raise TypeError("a window encoder computes nothing that could be kept; load it with kind full")
+        self.windows = model.config.windows
+        self._tokenizer = release.tokenizer
+        self._model = model
+        self._kernel = kernel
+        self.buffers = Buffers(dtype)
+        self._layers = [_Layer(block, kernel, dtype) for block in model.layers]
+        self._head = _Head(model.head, kernel, dtype)
+
+    @torch.inference_mode()
+    def run(self, batch: SequenceBatch, users: Int64s, slots: Int64s, fresh: Int64s, firsts: Int64s) -> Floats:
+        """Embeddings [S, E] of `users` [S], indices into the batch, after their newest `fresh` [S] actions.
+
+        `slots` [S] hold what came before, counted from position `firsts` [S]; they hold the new tokens afterwards.
+        """
+        plan = plan_tokens(slots, batch.counts[users], fresh, firsts, self.windows)
+        features = self._features(batch, users, fresh, plan.positions)
+        x = self._model.inputs(features)
+        self._kernel.begin(plan, features.time_ms.numpy())
+        y: Tensor | None = None
+        for number, (layer, rows) in enumerate(zip(self._layers, plan.layers, strict=True)):
+            x, y = layer.run(number, x, y, rows.kept, self.buffers)
+        return self._head.run(x, y, self.buffers).numpy()
+
+    def _features(self, batch: SequenceBatch, users: Int64s, fresh: Int64s, positions: Int64s) -> Features:
+        """Features of the new tokens alone; the action before them is read too where it is kept, for the gap."""
+        ends = batch.starts[users + 1]
+        known = np.minimum(fresh + 1, ends - batch.starts[users])
+        rows = np.repeat(ends - np.cumsum(known), known) + np.arange(known.sum())
+        starts = offsets_of(known)
+        wanted = suffixes(starts, fresh)
+        row_positions = np.zeros(len(rows), np.int64)
+        row_positions[wanted] = positions
+        return self._tokenizer.tokenize(batch.actions[rows], starts, row_positions).features(wanted)
+
+
+class Buffers:
+    """Scratch memory by name, reused from step to step; contents never survive a step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, width: int) -> Tensor:
+        """[rows, width], uninitialised."""
+        held = self._held.get(name)
+        if held is None or len(held) < rows or held.shape[1] != width:
+            held = self._held[name] = torch.empty(rows, width, dtype=self.dtype)
+        return held[:rows]
+
+    @torch.inference_mode()
+    def scribble(self) -> None:
+        """Fill everything with NaN: what a step did not write itself must not show in its result."""
+        for held in self._held.values():
+            held.fill_(float("nan"))
+
+
+class _FeedForward:
+    """Linear, GELU, Linear."""
+
+    def __init__(self, up: nn.Linear, down: nn.Linear, kernel: Kernel, dtype: torch.dtype) -> None:
+        self._kernel = kernel
+        self._up, self._down = prepared(up, dtype), prepared(down, dtype)
+        self._width, self._out = up.out_features, down.out_features
+
+    def run(self, x: Tensor, buffers: Buffers) -> Tensor:
+        wide = self._up(x, buffers.take("wide", len(x), self._width))
+        self._kernel.gelu(wide)
+        return self._down(wide, buffers.take("down", len(x), self._out))
+
+
+class _Layer:
+    """A `Block` over cached keys and values."""
+
+    def __init__(self, block: Block, kernel: Kernel, dtype: torch.dtype) -> None:
+        self._kernel = kernel
+        self._norms = block.norm_attention, block.norm_ffn
+        self._qkv, self._out = prepared(block.qkv, dtype), prepared(block.out, dtype)
+        self._qkv_width = block.qkv.out_features
+        self._ffn = _FeedForward(block.up, block.down, kernel, dtype)
+
+    def run(self, number: int, x: Tensor, y: Tensor | None, kept: Int64s | None, buffers: Buffers) -> _Pair:
+        """The residual x [R, D] and what is still to be added to it, y, become those of the rows kept [Q, D]."""
+        normed = buffers.take("normed", *x.shape)
+        self._kernel.add_norm(x, y, self._norms[0], normed)
+        qkv = self._qkv(normed, buffers.take("qkv", len(x), self._qkv_width))
+        if kept is not None:
+            x = x[torch.from_numpy(kept)]
+        mixed = buffers.take("mixed", *x.shape)
+        self._kernel.attend(number, qkv, mixed)
+        added = self._out(mixed, buffers.take("added", *x.shape))
+        normed = buffers.take("normed", *x.shape)
+        self._kernel.add_norm(x, added, self._norms[1], normed)
+        return x, self._ffn.run(normed, buffers)
+
+
+_Pair = tuple[Tensor, Tensor]
+
+
+class _Head:
+    """The model's head; the embedding itself is float32 and of length one."""
+
+    def __init__(self, head: Head, kernel: Kernel, dtype: torch.dtype) -> None:
+        self._kernel = kernel
+        self._norm = head.norm
+        self._ffn = _FeedForward(head.up, head.down, kernel, dtype)
+
+    def run(self, x: Tensor, y: Tensor | None, buffers: Buffers) -> Tensor:
+        normed = buffers.take("normed", *x.shape)
+        self._kernel.add_norm(x, y, self._norm, normed)
+        return nn.functional.normalize(self._ffn.run(normed, buffers).float(), dim=-1)

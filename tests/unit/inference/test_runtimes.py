@@ -1,0 +1,198 @@
+"""Law 1 for runtimes: whatever is cached, an embedding is the model's own forward pass over the kept actions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from encoder.inference import load_runtime
+from encoder.inference.incremental import IncrementalRuntime
+from encoder.inference.kernel import Geometry
+from encoder.inference.runtime import make_runtime, slopes
+from encoder.inference.steps import Steps
+from encoder.inference.twin import TorchKernel
+from encoder.model import EncoderConfig
+from tests.unit.inference.histories import User, forward, random_actions, random_release, sequences
+
+SMALL = EncoderConfig(
+    d_model=32, heads=4, kv_heads=2, windows=(5, 9, 7), embedding_dim=16, item_dim=12, sequence_length=24
+)
+SHAPES = {
+    "grouped heads, mixed windows, time bias": SMALL,
+    "no time bias, one key head": EncoderConfig(
+        d_model=24,
+        heads=2,
+        kv_heads=1,
+        windows=(6, 6),
+        embedding_dim=8,
+        item_dim=8,
+        sequence_length=16,
+        time_bias=False,
+    ),
+    "every head its own keys, window of one": EncoderConfig(
+        d_model=16, heads=2, kv_heads=2, windows=(1, 12), embedding_dim=8, item_dim=8, sequence_length=20
+    ),
+    "one layer, odd window": EncoderConfig(
+        d_model=40, heads=4, kv_heads=4, windows=(11,), embedding_dim=8, item_dim=8, sequence_length=12
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_incremental_equals_forward(shape: str) -> None:
+    """After appends, late events, evictions and forgetting, fp32 embeddings are within 1e-5 of the model's forward."""
+    config, seed = SHAPES[shape], int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    release = random_release(config, seed)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=bytes_for(config, 12), dtype=torch.float32)
+    assert isinstance(runtime, IncrementalRuntime)
+    users = [
+        User(f"u{i}".encode(), random_actions(rng, int(rng.integers(1, 60))), config.sequence_length) for i in range(30)
+    ]
+    for _ in range(40):
+        picked = [users[i] for i in rng.permutation(len(users))[: rng.integers(1, len(users))]]
+        for user in picked:
+            disturb(user, runtime, rng)
+        batch = sequences(picked)
+        worst = np.abs(runtime.embed(batch) - forward(release, batch)).max()
+        assert worst <= 1e-5
+    assert runtime.extensions > 20
+    assert runtime.prefills > 20
+
+
+def test_full_equals_forward_for_both_encoders(tmp_path: Path) -> None:
+    """Full passes of the streaming and of the published encoder are the model's forward pass, ragged batches too."""
+    rng = np.random.default_rng(5)
+    window = EncoderConfig(
+        kind="window",
+        d_model=32,
+        heads=4,
+        kv_heads=4,
+        windows=(20, 20),
+        embedding_dim=16,
+        item_dim=12,
+        sequence_length=20,
+        time_bias=False,
+    )
+    for name, config in (("streaming", SMALL), ("window", window)):
+        release = random_release(config, 5)
+        release.save(tmp_path / name)
+        runtime = load_runtime(tmp_path / name, kind="full", cache_bytes_max=1 << 20, dtype="fp32")
+        batch = sequences([user(rng, i, config, int(rng.integers(1, 60))) for i in range(300)])
+        assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
+        assert (runtime.version, runtime.embedding_dim) == (release.version, config.embedding_dim)
+        assert runtime.sequence_length == config.sequence_length
+
+
+def test_more_cold_users_than_slots() -> None:
+    """A batch of users that the slabs cannot hold at once is embedded all the same, in the order asked."""
+    rng = np.random.default_rng(7)
+    release = random_release(SMALL, 7)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=bytes_for(SMALL, 3), dtype=torch.float32)
+    batch = sequences([user(rng, i, SMALL, 1 + i) for i in range(40)])
+    assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
+
+
+def test_nothing_new_repeats_the_embedding() -> None:
+    """A user asked for again without a new action gets the same embedding, and the next action continues from it."""
+    rng = np.random.default_rng(8)
+    release = random_release(SMALL, 8)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+    one = user(rng, 0, SMALL, 50)
+    first = runtime.embed(sequences([one]))
+    again = runtime.embed(sequences([one]))
+    assert np.abs(first - again).max() <= 1e-6
+    one.append(rng, 1)
+    assert np.abs(runtime.embed(sequences([one])) - forward(release, sequences([one]))).max() <= 1e-5
+    assert (runtime.prefills, runtime.extensions) == (1, 2)
+
+
+def test_reused_buffers_never_show() -> None:
+    """With every scratch buffer full of NaN and every slab full of another user's NaN, embeddings are unchanged."""
+    rng = np.random.default_rng(9)
+    release = random_release(SMALL, 9)
+    geometry = Geometry.of(SMALL, torch.float32)
+    kernel = TorchKernel(geometry, 50, slopes(release))
+    steps = Steps(release, kernel, torch.float32)
+    runtime = IncrementalRuntime(release.version, SMALL, steps, 50)
+    for slab in (*kernel.keys, *kernel.values):
+        slab.fill_(float("nan"))
+    users = [user(rng, i, SMALL, int(rng.integers(1, 40))) for i in range(40)]
+    for _ in range(3):
+        batch = sequences(users)
+        assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
+        steps.buffers.scribble()
+        for one in users:
+            one.append(rng, int(rng.integers(1, 4)))
+
+
+def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
+    """A user whose embedding came out as NaN is computed from scratch next time."""
+    rng = np.random.default_rng(10)
+    release = random_release(SMALL, 10)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+    one = user(rng, 0, SMALL, 30)
+    weight = release.model.head.norm.weight
+    kept = weight.clone()
+    weight.fill_(float("nan"))
+    assert np.isnan(runtime.embed(sequences([one]))).all()
+    weight.copy_(kept)
+    one.append(rng, 1)
+    assert np.abs(runtime.embed(sequences([one])) - forward(release, sequences([one]))).max() <= 1e-5
+    assert runtime.extensions == 0
+
+
+def test_bf16_stays_close() -> None:
+    """Products and cache in bfloat16 leave the cosine to the fp32 forward at 0.9999 or more."""
+    rng = np.random.default_rng(11)
+    config = EncoderConfig(
+        d_model=64, heads=4, kv_heads=2, windows=(16, 16), embedding_dim=64, item_dim=32, sequence_length=40
+    )
+    release = random_release(config, 11)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.bfloat16)
+    users = [user(rng, i, config, int(rng.integers(1, 60))) for i in range(50)]
+    for _ in range(3):
+        batch = sequences(users)
+        cosines = (runtime.embed(batch) * forward(release, batch)).sum(axis=1)
+        assert cosines.min() >= 0.9999
+        for one in users:
+            one.append(rng, 1)
+
+
+def test_what_cannot_be_embedded_is_refused() -> None:
+    """A user without actions, a cache too small for one user, and an incremental window encoder are named errors."""
+    rng = np.random.default_rng(12)
+    release = random_release(SMALL, 12)
+    with pytest.raises(ValueError, match="cache is too small for one user"):
+        make_runtime(release, kind="incremental", cache_bytes_max=100, dtype=torch.float32)
+    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+    empty = user(rng, 0, SMALL, 1)
+    empty.actions = empty.actions[:0]
+    with pytest.raises(ValueError, match="sequence cannot be embedded: 0 rows"):
+        runtime.embed(sequences([empty]))
+
+
+def user(rng: np.random.Generator, number: int, config: EncoderConfig, actions: int) -> User:
+    """A user with a history of this many actions."""
+    return User(f"u{number}".encode(), random_actions(rng, actions), config.sequence_length)
+
+
+def disturb(user: User, runtime: IncrementalRuntime, rng: np.random.Generator) -> None:
+    """Nothing, some new actions, a late one, or the cache is told to forget."""
+    what = rng.random()
+    if what < 0.7:
+        user.append(rng, int(rng.choice([1, 1, 1, 2, 5, 30])))
+    elif what < 0.8:
+        user.late(rng)
+    elif what < 0.85:
+        runtime.forget([user.name])
+
+
+def bytes_for(config: EncoderConfig, users: int) -> int:
+    """Cache bytes that hold this many users of float32."""
+    vectors = 2 * config.kv_heads * config.head_dim * sum(config.windows)
+    return users * (4 * vectors + 8 * max(config.windows))
