@@ -1,0 +1,307 @@
+"""Actions: from the records of one source partition to columns, and the reason for each record that is refused.
+
+A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`;
+unknown fields are ignored and `null` in an optional field means that it is absent. Accepted as they come: CloudEvents
+in binary mode (`ce_*` headers, the value is the data; `ce_source` and `ce_id` name the event if the data does not)
+and Confluent framing (a zero byte and a 4-byte schema id before the JSON). A null value forgets the user.
+
+A batch without fault is decoded as a whole; one with a fault is read record by record, so that each bad record costs
+itself alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Annotated, Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_digest
+
+from encoder.actions import ACTION_DTYPE, ActionBatch, item_key, name_code
+
+Headers = Sequence[tuple[str, bytes]]
+
+
+class Record(Protocol):
+    """What is read of a consumed Kafka record, whichever client fetched it."""
+
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Headers: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+
+
+class RefusalReason(StrEnum):
+    """Why a record is no action: a closed set, a metric label and a dead-letter header."""
+
+    KEY_MISSING = "key-missing"
+    KEY_INVALID = "key-invalid"
+    KEY_MISMATCH = "key-mismatch"
+    VALUE_TOO_LARGE = "value-too-large"
+    NOT_UTF8 = "not-utf8"
+    NOT_JSON = "not-json"
+    FIELD_MISSING = "field-missing"
+    FIELD_TYPE = "field-type"
+    FIELD_LENGTH = "field-length"
+    FIELD_RANGE = "field-range"
+    TIMESTAMP_UNIT = "timestamp-unit"
+    TIMESTAMP_PAST = "timestamp-past"
+    TIMESTAMP_FUTURE = "timestamp-future"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """What an action may be at most. Lengths of ids and names are in characters, of values in bytes."""
+
+    value_bytes_max: int = 65_536
+    id_chars_max: int = 256
+    name_chars_max: int = 64
+    timestamp_ahead_max_ms: int = 600_000
+    """How far event time may be ahead of processing time."""
+    timestamp_min_ms: int = 315_532_800_000
+    """The oldest event time, 1980 by default: above every present time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Record `index` of the decoded list is no action, for `reason`; `detail` says it to a person."""
+
+    index: int
+    reason: RefusalReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The actions of a list of records in their order, and the refused records by ascending index."""
+
+    actions: ActionBatch
+    refused: list[Refused]
+
+
+def decode_actions(records: Sequence[Record], *, now_ms: int, limits: DecodeLimits) -> Decoded:
+    """Decode the records of one partition; every record is either a row of the result or refused, never both.
+
+    `now_ms` is processing time. Never raises for what a record holds.
+    """
+    decoder = _decoder(limits)
+    try:
+        values: list[Any] = [record.value for record in records]  # a None among them raises TypeError below
+        keys: list[Any] = [record.key for record in records]
+        if max(map(len, values), default=0) <= limits.value_bytes_max:
+            events = list(map(decoder.decode, values))
+            if [event.user_id.encode() for event in events] == keys:
+                return _within_time(_batch(keys, events, records), range(len(records)), [], now_ms, limits)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
+        pass
+    return _decode_one_by_one(records, decoder, now_ms, limits)
+
+
+def _decode_one_by_one(
+    records: Sequence[Record], decoder: msgspec.json.Decoder[Any], now_ms: int, limits: DecodeLimits
+) -> Decoded:
+    kept: list[int] = []
+    events: list[Any] = []
+    refused: list[Refused] = []
+    for index, record in enumerate(records):
+        try:
+            events.append(_read(record, decoder, limits))
+            kept.append(index)
+        except _RefusedError as error:
+            refused.append(Refused(index, error.reason, error.detail))
+    good = [records[index] for index in kept]
+    keys: list[Any] = [record.key for record in good]
+    batch = _batch(keys, events, good)
+    for row, event in enumerate(events):
+        if event is _FORGOTTEN:
+            batch.is_tombstone[row] = True
+            batch.actions[row] = np.zeros((), ACTION_DTYPE)
+            batch.actions["timestamp_ms"][row] = _tombstone_time_ms(good[row].timestamp, now_ms)
+    return _within_time(batch, kept, refused, now_ms, limits)
+
+
+def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> ActionBatch:
+    actions = np.zeros(len(events), ACTION_DTYPE)
+    actions["item"] = _id_keys([event.item_id for event in events])
+    actions["action"] = _name_codes([event.action for event in events])
+    actions["surface"] = _name_codes([event.surface for event in events])
+    actions["timestamp_ms"] = [event.timestamp_ms for event in events]
+    actions["duration_ms"] = [event.duration_ms or 0 for event in events]
+    actions["event_id"] = _event_keys([event.event_id or "" for event in events], records)
+    offsets = np.fromiter([record.offset for record in records], np.int64, len(records))
+    return ActionBatch(keys, actions, offsets, np.zeros(len(events), np.bool_))
+
+
+def _id_keys(ids: list[str]) -> npt.NDArray[np.uint64]:
+    """`item_key` of each id; the digest is big-endian."""
+    digests = b"".join(map(xxh3_64_digest, map(str.encode, ids)))
+    keys = np.frombuffer(digests, ">u8").astype(np.uint64)
+    keys[keys == 0] = 1
+    return keys
+
+
+def _event_keys(ids: list[str], records: Sequence[Record]) -> npt.NDArray[np.uint64] | int:
+    """As `_id_keys`, with 0 for an absent id unless a CloudEvents header names the event."""
+    headers = [record.headers for record in records]
+    if any(headers):
+        ids = [id_ or _cloud_event_id(of_one) for id_, of_one in zip(ids, headers, strict=True)]
+    if not any(ids):
+        return 0
+    keys = _id_keys(ids)
+    keys[keys == _KEY_OF_NO_ID] = 0
+    return keys
+
+
+def _name_codes(names: list[str]) -> npt.NDArray[np.uint16]:
+    return np.fromiter(map(_name_code, names), np.uint16, len(names))
+
+
+@lru_cache(maxsize=4_096)
+def _name_code(name: str | None) -> int:
+    return name_code(name or "")
+
+
+def _within_time(
+    batch: ActionBatch, indices: Sequence[int], refused: list[Refused], now_ms: int, limits: DecodeLimits
+) -> Decoded:
+    """Refuse the rows whose event time lies outside the limits; row r came from record `indices[r]`."""
+    times_ms = batch.actions["timestamp_ms"]
+    latest_ms = now_ms + limits.timestamp_ahead_max_ms
+    is_bad = ((times_ms < limits.timestamp_min_ms) | (times_ms > latest_ms)) & ~batch.is_tombstone
+    if not is_bad.any():
+        return Decoded(batch, refused)
+    untimely = [
+        Refused(indices[row], *_time_refusal(int(times_ms[row]), latest_ms, limits))
+        for row in np.flatnonzero(is_bad).tolist()
+    ]
+    keep = np.flatnonzero(~is_bad)
+    users = [batch.users[row] for row in keep.tolist()]
+    rest = ActionBatch(users, batch.actions[keep], batch.offsets[keep], batch.is_tombstone[keep])
+    return Decoded(rest, sorted([*refused, *untimely], key=lambda one: one.index))
+
+
+def _time_refusal(time_ms: int, latest_ms: int, limits: DecodeLimits) -> tuple[RefusalReason, str]:
+    for unit, per_ms in (("seconds", 1e-3), ("microseconds", 1e3), ("nanoseconds", 1e6)):
+        if limits.timestamp_min_ms <= time_ms / per_ms <= latest_ms:
+            return RefusalReason.TIMESTAMP_UNIT, f"timestamp_ms {time_ms} looks like {unit}; send milliseconds"
+    if time_ms < limits.timestamp_min_ms:
+        return RefusalReason.TIMESTAMP_PAST, f"timestamp_ms {time_ms} is before {limits.timestamp_min_ms}"
+    return RefusalReason.TIMESTAMP_FUTURE, f"timestamp_ms {time_ms} is after {latest_ms}, the latest accepted"
+
+
+class _RefusedError(Exception):
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def _read(record: Record, decoder: msgspec.json.Decoder[Any], limits: DecodeLimits) -> Any:
+    """The event of one record, `_FORGOTTEN` for a tombstone; raises `_RefusedError`."""
+    if record.key is None:
+        raise _RefusedError(RefusalReason.KEY_MISSING, "the record has no key; the key is the user id")
+    if record.value is None:
+        _check_tombstone_key(record.key, limits)
+        return _FORGOTTEN
+    if len(record.value) > limits.value_bytes_max:
+        detail = f"the value has {len(record.value)} bytes, at most {limits.value_bytes_max} are read"
+        raise _RefusedError(RefusalReason.VALUE_TOO_LARGE, detail)
+    event = _decode(_unframed(record.value), decoder)
+    if event.user_id.encode() != record.key:
+        raise _RefusedError(RefusalReason.KEY_MISMATCH, "the key of the record is not its user_id in UTF-8")
+    return event
+
+
+def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _RefusedError(_reason_of(str(error)), str(error)) from None
+    except UnicodeDecodeError as error:
+        raise _RefusedError(RefusalReason.NOT_UTF8, f"a text is not UTF-8: {error.reason}") from None
+    except msgspec.DecodeError as error:
+        raise _RefusedError(RefusalReason.NOT_JSON, str(error)) from None
+    except RecursionError:
+        raise _RefusedError(RefusalReason.NOT_JSON, "the value is nested too deeply") from None
+
+
+def _reason_of(message: str) -> RefusalReason:
+    """The reason behind a message of msgspec, which has one exception for all of them."""
+    if "missing required field" in message:
+        return RefusalReason.FIELD_MISSING
+    if "of length" in message:
+        return RefusalReason.FIELD_LENGTH
+    if "`int` <=" in message or "`int` >=" in message:
+        return RefusalReason.FIELD_RANGE
+    return RefusalReason.FIELD_TYPE
+
+
+def _check_tombstone_key(key: bytes, limits: DecodeLimits) -> None:
+    try:
+        is_user = 0 < len(key.decode()) <= limits.id_chars_max
+    except UnicodeDecodeError:
+        is_user = False
+    if not is_user:
+        raise _RefusedError(RefusalReason.KEY_INVALID, f"a key is UTF-8 text of 1 to {limits.id_chars_max} characters")
+
+
+def _tombstone_time_ms(timestamp_ms: int, now_ms: int) -> int:
+    """The record's time, held to the present: one from the future would forget actions that are yet to come."""
+    return min(timestamp_ms, now_ms) if timestamp_ms >= 0 else now_ms
+
+
+def _unframed(value: bytes) -> bytes:
+    return value[5:] if value[:1] == b"\0" else value
+
+
+def _cloud_event_id(headers: Headers) -> str:
+    """`source id`, which CloudEvents 1.0 (section 3.1.1) makes unique; empty where the headers name no event."""
+    attributes = dict(headers)
+    if "ce_id" not in attributes:
+        return ""
+    parts = (attributes.get("ce_source") or b"", attributes["ce_id"] or b"")
+    return " ".join(part.decode(errors="replace") for part in parts)
+
+
+@lru_cache(maxsize=16)
+def _decoder(limits: DecodeLimits) -> msgspec.json.Decoder[Any]:
+    id_text = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.id_chars_max)]
+    name = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.name_chars_max)]
+    surface = Annotated[str, msgspec.Meta(max_length=limits.name_chars_max)]
+    fields: list[Any] = [
+        ("user_id", id_text),
+        ("item_id", id_text),
+        ("action", name),
+        ("timestamp_ms", Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]),
+        ("surface", surface | None, ""),
+        ("duration_ms", Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] | None, 0),
+        ("event_id", id_text | None, ""),
+    ]
+    return msgspec.json.Decoder(msgspec.defstruct("Event", fields, gc=False))
+
+
+@dataclass(frozen=True, slots=True)
+class _Forgotten:
+    """Stands in the columns for the event that a tombstone does not have."""
+
+    item_id: str = ""
+    action: str = ""
+    timestamp_ms: int = 0
+    surface: str = ""
+    duration_ms: int = 0
+    event_id: str = ""
+
+
+_FORGOTTEN = _Forgotten()
+_KEY_OF_NO_ID = item_key("")
