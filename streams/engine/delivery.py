@@ -7,15 +7,15 @@ The delivery layer owns positions. Each batch says where it begins and ends in t
 without a hole, and what was fetched but may not be delivered (a rebalance struck, the flow was stopped) is sought
 back. The receiver checks the joint again: see `streams.engine.partitions`.
 
-Faust never commits an offset of a batched topic: acknowledging only marks the message as done, and the checkpoint
-alone commits (DESIGN: "positions belong to the delivery layer").
+Faust never commits an offset of a batched topic; the checkpoint alone commits.
 
 Private parts relied upon, held by tests/contract/test_faust_insides.py:
-`faust.transport.consumer.Consumer`: `_wait_next_records`, `_unacked_messages`, `_waiting_for_ack`, `_add_gap`,
-`_buffered_partitions`, `_get_active_partitions`, `_new_consumer_thread`, `verify_event_path`;
+`faust.transport.consumer.Consumer`: `_wait_next_records`, `_filter_tps_with_pending_acks`, `_acked`,
+`_acked_index`, `_add_gap`, `_buffered_partitions`, `_get_active_partitions`, `_new_consumer_thread`,
+`verify_event_path`;
 `faust.transport.drivers.aiokafka.AIOKafkaConsumerThread`: `_fetch_records`, `_seek_wait`, `_create_worker_consumer`;
-`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_fetcher._subscriptions`;
-`aiokafka.consumer.subscription_state.TopicPartitionState._position`.
+`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_fetcher._subscriptions`,
+`_fetcher._prefetch_backoff`; `aiokafka.consumer.subscription_state.TopicPartitionState._position`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiokafka
-from faust.transport.consumer import notify
 from faust.transport.drivers import aiokafka as driver
-from faust.types import TP, ConsumerMessage, Message
+from faust.types import TP, ConsumerMessage
+
+PREFETCH_BACKOFF_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         self._joined_at: dict[TP, int] = {}
         """Position after the last batch handed over, until a seek moves the partition."""
         self._epochs: dict[TP, int] = {}
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        # Stock waits 100 ms before it fetches other partitions of a broker while one is still being consumed.
+        self._ensure_consumer()._fetcher._prefetch_backoff = PREFETCH_BACKOFF_S
 
     async def _fetch_records(
         self,
@@ -174,15 +180,17 @@ class BatchConsumer(driver.Consumer):  # type: ignore[misc]
         super().resume_partitions(tps)
         self._resumed.set()
 
-    def ack(self, message: Message) -> bool:
-        """Mark a batch as done without recording its offset: Faust must find nothing to commit."""
-        if message.topic not in self.transport.batched_topics:
-            return bool(super().ack(message))
-        first_time = not message.acked
-        message.acked = True
-        self._unacked_messages.discard(message)
-        notify(self._waiting_for_ack)
-        return first_time
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
+        """Where Faust looks for offsets to commit: what batched topics have left there is dropped.
+
+        Not in `ack`: Faust's compiled stream keeps the same books without calling it.
+        """
+        for tp in list(super()._filter_tps_with_pending_acks(topics)):
+            if tp.topic not in self.transport.batched_topics:
+                yield tp
+            else:
+                self._acked.pop(tp, None)
+                self._acked_index.pop(tp, None)
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         if tp.topic not in self.transport.batched_topics:

@@ -27,7 +27,7 @@ INSIDES: dict[Any, dict[str, str]] = {
         "_drain_messages": "44a2500309e8",
         "_add_gap": "4df2573ded7c",
         "_get_active_partitions": "b24897f3c7af",
-        "ack": "5fcf41cf4515",
+        "_filter_tps_with_pending_acks": "f6f923977423",
         "wait_empty": "e4662fe24f09",
         "pause_partitions": "27a1c94bdacd",
         "resume_partitions": "afe6b7c02a41",

@@ -1,0 +1,171 @@
+"""Delivery by record batch, through a real Faust app on the real broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiokafka
+import faust
+import pytest
+from faust.types import TP
+from kafka.admin import KafkaAdminClient, NewTopic
+from yarl import URL
+
+from streams.engine.delivery import BatchTransport, RecordBatch
+from streams.engine.recovery import with_take_over
+
+pytestmark = pytest.mark.broker
+PARTITIONS = 2
+
+
+class Receiver:
+    """A Faust app whose agent only notes the batches it gets; every assignment starts at the beginning."""
+
+    def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
+        self.batches: list[RecordBatch] = []
+        self.topic = f"{name}-in"
+        self._changelog = f"{name}-numbers-changelog"
+        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
+        admin.create_topics([NewTopic(self.topic, PARTITIONS, 1), NewTopic(self._changelog, PARTITIONS, 1)])
+        admin.close()
+        url = URL(f"kafka://{bootstrap_servers}")
+        self.app = faust.App(
+            name,
+            broker=str(url),
+            store="memory://",
+            topic_partitions=PARTITIONS,
+            topic_allow_declare=False,
+            web_enabled=False,
+            broker_max_poll_records=7,
+            consumer_auto_offset_reset="earliest",
+            TableManager=with_take_over(self._take_over),
+            datadir=str(datadir),
+        )
+        batched = frozenset({self.topic})
+        self.app.transport = BatchTransport([url], self.app, batched_topics=batched, fetch_max_wait_ms=50)
+        source = self.app.topic(self.topic, key_type=bytes, value_type=bytes, value_serializer="raw")
+        self.app.Table("numbers", partitions=PARTITIONS)
+        self.app.agent(source)(self._receive)
+
+    async def _take_over(self, changelogs: frozenset[TP], generation: int) -> None:
+        for tp in changelogs:
+            await self.resume(tp.partition, 0)
+
+    async def resume(self, partition: int, offset: int) -> None:
+        source = TP(self.topic, partition)
+        await self.app.consumer.seek_wait({source: offset})
+        self.app.consumer.resume_partitions({source})
+
+    async def _receive(self, stream: Any) -> None:
+        async for batch in stream:
+            self.batches.append(batch)
+
+    def offsets(self, partition: int, epoch: int | None = None) -> list[int]:
+        chosen = [b for b in self.batches if b.tp.partition == partition and epoch in (None, b.epoch)]
+        return [record.offset for batch in chosen for record in batch.records]
+
+
+@asynccontextmanager
+async def running(receiver: Receiver) -> AsyncIterator[Receiver]:
+    await receiver.app.start()
+    try:
+        yield receiver
+    finally:
+        await receiver.app.stop()
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def produce(
+    bootstrap_servers: str, topic: str, partition: int, n: int, transactional_id: str | None = None
+) -> None:
+    """Send n records; with a transactional id each one in its own transaction, so that markers lie between them."""
+    producer = aiokafka.AIOKafkaProducer(bootstrap_servers=bootstrap_servers, transactional_id=transactional_id)
+    async with producer:
+        for i in range(n):
+            if transactional_id is None:
+                await producer.send_and_wait(topic, b"%d" % i, partition=partition)
+            else:
+                async with producer.transaction():
+                    await producer.send_and_wait(topic, b"%d" % i, partition=partition)
+
+
+@pytest.fixture
+def receiver(broker: Any, topic_prefix: str, tmp_path: Path) -> Receiver:
+    return Receiver(broker.bootstrap_servers, topic_prefix, tmp_path)
+
+
+def test_batches_of_a_partition_join_without_a_hole(broker: Any, receiver: Receiver) -> None:
+    """Each batch begins where the one before it ended, and together they hold every record once, in order."""
+
+    async def scenario() -> None:
+        await produce(broker.bootstrap_servers, receiver.topic, 0, 40)
+        await produce(broker.bootstrap_servers, receiver.topic, 1, 25)
+        async with running(receiver):
+            await eventually(lambda: len(receiver.offsets(0)) + len(receiver.offsets(1)) >= 65)
+        for partition, n in ((0, 40), (1, 25)):
+            assert receiver.offsets(partition) == list(range(n))
+            own = [b for b in receiver.batches if b.tp.partition == partition]
+            assert [b.begin for b in own] == [0] + [b.end for b in own[:-1]]
+        assert max(len(b.records) for b in receiver.batches) <= 7
+
+    asyncio.run(scenario())
+
+
+def test_markers_of_a_transactional_upstream_are_no_hole(broker: Any, receiver: Receiver, topic_prefix: str) -> None:
+    """Offsets taken by transaction markers are inside the batches' bounds: nothing seems to be missing."""
+
+    async def scenario() -> None:
+        async with running(receiver):
+            await produce(broker.bootstrap_servers, receiver.topic, 0, 12, transactional_id=topic_prefix)
+            await eventually(lambda: len(receiver.offsets(0)) >= 12)
+            await produce(broker.bootstrap_servers, receiver.topic, 0, 3, transactional_id=topic_prefix)
+            await eventually(lambda: len(receiver.offsets(0)) >= 15)
+        assert receiver.offsets(0) == list(range(0, 30, 2))
+        assert [b.begin for b in receiver.batches] == [0] + [b.end for b in receiver.batches[:-1]]
+
+    asyncio.run(scenario())
+
+
+def test_a_seek_starts_a_new_epoch_at_its_offset(broker: Any, receiver: Receiver) -> None:
+    """After a seek the next batch begins exactly at the offset sought, and can be told from those fetched before."""
+
+    async def scenario() -> None:
+        await produce(broker.bootstrap_servers, receiver.topic, 0, 20)
+        async with running(receiver):
+            await eventually(lambda: len(receiver.offsets(0)) >= 20)
+            before = max(b.epoch for b in receiver.batches)
+            await receiver.resume(0, 11)
+            await eventually(lambda: len(receiver.offsets(0, before + 1)) >= 9)
+        replayed = [b for b in receiver.batches if b.epoch == before + 1]
+        assert replayed[0].begin == 11
+        assert receiver.offsets(0, before + 1) == list(range(11, 20))
+
+    asyncio.run(scenario())
+
+
+def test_faust_commits_nothing_of_a_batched_topic(broker: Any, receiver: Receiver, topic_prefix: str) -> None:
+    """Acknowledged batches leave no committed offset behind, at shutdown neither: only checkpoints commit."""
+
+    async def scenario() -> None:
+        await produce(broker.bootstrap_servers, receiver.topic, 0, 10)
+        async with running(receiver):
+            await eventually(lambda: len(receiver.offsets(0)) >= 10)
+            await receiver.app.consumer.commit()
+        consumer = aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=broker.bootstrap_servers, group_id=topic_prefix, enable_auto_commit=False
+        )
+        async with consumer:
+            tp = aiokafka.TopicPartition(receiver.topic, 0)
+            consumer.assign([tp])
+            assert await consumer.committed(tp) is None
+
+    asyncio.run(scenario())
