@@ -83,7 +83,7 @@ class IncrementalRuntime:
 
 
 def bounded(tokens: Int64s, tokens_max: int, users_max: int) -> Iterator[Int64s]:
-    """Split indices into parts of at most `users_max` users and `tokens_max` tokens (or one user), of similar length."""
+    """Split indices into parts of at most `users_max` users and `tokens_max` tokens (or one user), alike in length."""
     order = np.argsort(tokens, kind="stable")
     low = 0
     ends = np.cumsum(tokens[order])

@@ -11,7 +11,7 @@ import torch
 from encoder.inference import load_runtime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry
-from encoder.inference.runtime import make_runtime, slopes
+from encoder.inference.runtime import make_incremental, slopes
 from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import EncoderConfig
@@ -41,15 +41,15 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_incremental_equals_forward(shape: str) -> None:
+def test_incremental_equals_forward(shape: str, native: bool) -> None:
     """After appends, late events, evictions and forgetting, fp32 embeddings are within 1e-5 of the model's forward."""
     config, seed = SHAPES[shape], int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     release = random_release(config, seed)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=bytes_for(config, 12), dtype=torch.float32)
-    assert isinstance(runtime, IncrementalRuntime)
+    runtime = make_incremental(release, cache_bytes_max=bytes_for(config, 12), dtype=torch.float32, native=native)
     users = [
         User(f"u{i}".encode(), random_actions(rng, int(rng.integers(1, 60))), config.sequence_length) for i in range(30)
     ]
@@ -92,7 +92,7 @@ def test_more_cold_users_than_slots() -> None:
     """A batch of users that the slabs cannot hold at once is embedded all the same, in the order asked."""
     rng = np.random.default_rng(7)
     release = random_release(SMALL, 7)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=bytes_for(SMALL, 3), dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=bytes_for(SMALL, 3), dtype=torch.float32)
     batch = sequences([user(rng, i, SMALL, 1 + i) for i in range(40)])
     assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
 
@@ -101,7 +101,7 @@ def test_nothing_new_repeats_the_embedding() -> None:
     """A user asked for again without a new action gets the same embedding, and the next action continues from it."""
     rng = np.random.default_rng(8)
     release = random_release(SMALL, 8)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
     one = user(rng, 0, SMALL, 50)
     first = runtime.embed(sequences([one]))
     again = runtime.embed(sequences([one]))
@@ -134,7 +134,7 @@ def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
     """A user whose embedding came out as NaN is computed from scratch next time."""
     rng = np.random.default_rng(10)
     release = random_release(SMALL, 10)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
     one = user(rng, 0, SMALL, 30)
     weight = release.model.head.norm.weight
     kept = weight.clone()
@@ -153,7 +153,7 @@ def test_bf16_stays_close() -> None:
         d_model=64, heads=4, kv_heads=2, windows=(16, 16), embedding_dim=64, item_dim=32, sequence_length=40
     )
     release = random_release(config, 11)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.bfloat16)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.bfloat16)
     users = [user(rng, i, config, int(rng.integers(1, 60))) for i in range(50)]
     for _ in range(3):
         batch = sequences(users)
@@ -168,8 +168,8 @@ def test_what_cannot_be_embedded_is_refused() -> None:
     rng = np.random.default_rng(12)
     release = random_release(SMALL, 12)
     with pytest.raises(ValueError, match="cache is too small for one user"):
-        make_runtime(release, kind="incremental", cache_bytes_max=100, dtype=torch.float32)
-    runtime = make_runtime(release, kind="incremental", cache_bytes_max=1 << 20, dtype=torch.float32)
+        make_incremental(release, cache_bytes_max=100, dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
     empty = user(rng, 0, SMALL, 1)
     empty.actions = empty.actions[:0]
     with pytest.raises(ValueError, match="sequence cannot be embedded: 0 rows"):

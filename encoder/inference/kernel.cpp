@@ -1,0 +1,345 @@
+// What a step does between its matrix products: attention of new tokens over rings of cached keys and values, the
+// residual sum with its LayerNorm, GELU, and the logarithms of event-time distance. See kernel.py for the contract and
+// twin.py for the same in plain torch.
+//
+// The build fixes HEAD_DIM (K, even), SHARE (query heads to a key/value head), WINDOW_MAX, and BF16 (1: rows and slabs
+// are bfloat16, 0: float). Arithmetic is float throughout. Only vector extensions of GCC and Clang, no intrinsics.
+//
+// A block holds one layer of one slot: for each key/value head first the keys, then the values.
+//   keys   [K / 2][ring places][2]  two neighbours of a head side by side
+//   values [ring places / 2][K][2]  two neighbours in time side by side
+// so that both products run down the memory with one accumulator for each place or dimension, without horizontal sums,
+// and a pair of bfloat16 becomes two floats in two operations. Float slabs keep the pair as two vectors in a row
+// instead. Places and K are padded to whole vectors. The ring place of the token at offset o is o % window.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACCUMULATORS = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACCUMULATORS = 8;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 8;
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+#if BF16
+typedef uint16_t elem;
+typedef uint16_t evec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+INLINE float widen(elem e) { uint32_t u = uint32_t(e) << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE elem narrow(float f) { uint32_t u; memcpy(&u, &f, 4); return elem((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
+INLINE vec load(const elem* p) { return (vec)(__builtin_convertvector(*(const evec*)p, uvec) << 16); }
+INLINE void store(elem* p, vec v) {
+  uvec u = (uvec)v;
+  *(evec*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, evec);
+}
+#else
+typedef float elem;
+INLINE float widen(elem e) { return e; }
+INLINE elem narrow(float f) { return f; }
+INLINE vec load(const elem* p) { return *(const vec*)p; }
+INLINE void store(elem* p, vec v) { *(vec*)p = v; }
+#endif
+
+constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+constexpr int HALF = HEAD_DIM / 2, WIDTH = padded(HEAD_DIM), PLACES_MAX = padded(WINDOW_MAX);
+
+// The pair of vectors number i: element 2j is in `a`, 2j + 1 in `b`, for LANES values of j.
+INLINE void load_pair(const elem* p, int i, vec& a, vec& b) {
+#if BF16
+  uvec u = ((const uvec*)p)[i];
+  a = (vec)(u << 16);
+  b = (vec)(u & 0xffff0000u);
+#else
+  a = ((const vec*)p)[2 * i];
+  b = ((const vec*)p)[2 * i + 1];
+#endif
+}
+// Where side (0 or 1) of pair j lies.
+INLINE int64_t pair_index(int64_t j, int side) {
+#if BF16
+  return 2 * j + side;
+#else
+  return j / LANES * 2 * LANES + side * LANES + j % LANES;
+#endif
+}
+INLINE void prefetch_pair(const elem* p, int i) {
+  constexpr int bytes = 2 * LANES * sizeof(elem);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)p + int64_t(i) * bytes + at, 0, 2);
+}
+
+template <int N, class Op> INLINE float fold(const float* v, Op op) {
+  if constexpr (N == 1) return v[0];
+  else {
+    typedef float half __attribute__((vector_size(N * 2), aligned(4), may_alias));
+    half r = op(*(const half*)v, *(const half*)(v + N / 2));
+    return fold<N / 2>((const float*)&r, op);
+  }
+}
+struct Add { template <class V> V operator()(V a, V b) const { return a + b; } };
+struct Max { template <class V> V operator()(V a, V b) const { return a > b ? a : b; } };
+INLINE float sum(vec v) { return fold<LANES>((const float*)&v, Add()); }
+INLINE float largest(vec v) { return fold<LANES>((const float*)&v, Max()); }
+
+// 2^x by rounding to an integer power and a Taylor polynomial on [-1/2, 1/2]; relative error 2e-7, x kept in +-126.
+INLINE vec exp2v(vec x) {
+  x = x > 126.f ? vec{} + 126.f : x;
+  x = x < -126.f ? vec{} - 126.f : x;
+  vec whole = (x + 12582912.f) - 12582912.f, f = x - whole, p = vec{} + 1.5403530e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  return (vec)((ivec)p + (__builtin_convertvector(whole, ivec) << 23));
+}
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+// ln x for normal x >= 1: exponent, and artanh's series of the mantissa m in [sqrt(1/2), sqrt(2)]; error 2e-7.
+INLINE vec logv(vec x) {
+  ivec e = ((ivec)x - 0x3f3504f3) >> 23;
+  vec m = (vec)((ivec)x - (e << 23)), s = (m - 1.f) / (m + 1.f), z = s * s, p = vec{} + 1 / 9.f;
+  p = p * z + 1 / 7.f;
+  p = p * z + 1 / 5.f;
+  p = p * z + 1 / 3.f;
+  return __builtin_convertvector(e, vec) * LN2 + 2.f * s * (1.f + z * p);
+}
+
+// scores[h][place] for N vectors of places from `at`, all SHARE heads; pairs of key rows are `stride` pairs apart.
+template <int N, int H> INLINE void score(const elem* keys, const elem* next, int at, int stride, const float (*q)[HEAD_DIM],
+                                          float (*scores)[PLACES_MAX]) {
+  vec acc[N][H] = {};
+  for (int i = 0; i < HALF; i++)
+    for (int n = 0; n < N; n++) {
+      vec a, b;
+      load_pair(keys, i * stride + at + n, a, b);
+      prefetch_pair(next, i * stride + at + n);
+      for (int h = 0; h < H; h++) acc[n][h] += q[h][2 * i] * a + q[h][2 * i + 1] * b;
+    }
+  for (int n = 0; n < N; n++)
+    for (int h = 0; h < H; h++) *(vec*)&scores[h][(at + n) * LANES] = acc[n][h];
+}
+
+// out[h][d] += weights[h][place] * values[place][d] for N vectors of dimensions from `at`; `pairs` pairs of places.
+template <int N, int H> INLINE void mix(const elem* values, const elem* next, int at, int pairs,
+                                        const float (*weights)[PLACES_MAX], float (*out)[WIDTH]) {
+  constexpr int stride = WIDTH / LANES;
+  vec acc[N][H];
+  for (int n = 0; n < N; n++)
+    for (int h = 0; h < H; h++) acc[n][h] = *(vec*)&out[h][(at + n) * LANES];
+  for (int w = 0; w < pairs; w++)
+    for (int n = 0; n < N; n++) {
+      vec a, b;
+      load_pair(values, w * stride + at + n, a, b);
+      prefetch_pair(next, w * stride + at + n);
+      for (int h = 0; h < H; h++) acc[n][h] += weights[h][2 * w] * a + weights[h][2 * w + 1] * b;
+    }
+  for (int n = 0; n < N; n++)
+    for (int h = 0; h < H; h++) *(vec*)&out[h][(at + n) * LANES] = acc[n][h];
+}
+
+constexpr int tile(int heads) { return ACCUMULATORS / heads > 1 ? ACCUMULATORS / heads : 1; }
+// Run f<N>(at) over `total` vectors, as many at once as fit the registers.
+template <int H, class F> INLINE void tiled(int total, F f) {
+  constexpr int N = tile(H);
+  int at = 0;
+  for (; at + N <= total; at += N) f(std::integral_constant<int, N>(), at);
+  for (; at < total; at++) f(std::integral_constant<int, 1>(), at);
+}
+
+// Keys and values of one key/value head in a block.
+struct Ring {
+  elem *keys, *values;
+  int places;
+  Ring(char* block, int g, int window)
+      : keys((elem*)block + int64_t(g) * padded(window) * (HEAD_DIM + WIDTH)),
+        values(keys + int64_t(padded(window)) * HEAD_DIM), places(padded(window)) {}
+  void write(int place, const float* k, const float* v) const {
+    for (int i = 0; i < HEAD_DIM; i++) keys[int64_t(i / 2) * 2 * places + pair_index(place, i & 1)] = narrow(k[i]);
+    elem* pair = values + int64_t(place / 2) * 2 * WIDTH;
+    for (int i = 0; i < HEAD_DIM; i++) pair[pair_index(i, place & 1)] = narrow(v[i]);
+  }
+  void zero_values() const { memset(values, 0, sizeof(elem) * places * WIDTH); }
+};
+
+// What every token of a layer shares.
+struct Layer {
+  int heads, kv_heads, window;
+  const float* slopes;  // [heads], null without a bias
+};
+// What one token brings along.
+struct Token {
+  int64_t offset;
+  const float *cos, *sin, *lags;  // [K / 2], [K / 2], [padded window]
+};
+
+INLINE void rotate(const elem* x, const Token& t, float scale, float* out) {
+  for (int i = 0; i < HALF; i++) {
+    float a = widen(x[i]), b = widen(x[i + HALF]);
+    out[i] = (a * t.cos[i] - b * t.sin[i]) * scale;
+    out[i + HALF] = (b * t.cos[i] + a * t.sin[i]) * scale;
+  }
+}
+
+// Scores to unnormalised weights of `held` places (0 behind them, up to whole vectors); returns 1 / their sum.
+INLINE float soften(float* scores, int held, const float* lags, float slope) {
+  int vectors = padded(held) / LANES;
+  for (int w = held; w < vectors * LANES; w++) scores[w] = -1e30f;
+  vec most = vec{} - 1e30f, total = {};
+  for (int n = 0; n < vectors; n++) {
+    vec& s = *(vec*)&scores[n * LANES];
+    if (lags) s -= slope * *(const vec*)&lags[n * LANES];
+    most = Max()(most, s);
+  }
+  float top = largest(most);
+  for (int n = 0; n < vectors; n++) {
+    vec& s = *(vec*)&scores[n * LANES];
+    s = exp2v((s - top) * LOG2E);
+    total += s;
+  }
+  for (int w = held; w < vectors * LANES; w++) scores[w] = 0;
+  return 1 / sum(total);
+}
+
+// One token and one key/value head: attend to the ring and to itself, then enter the ring. The token takes part from
+// registers, so that nothing waits for its stores; its place in the ring counts for nothing until then.
+INLINE void attend_head(const elem* row, int g, const Layer& layer, const Token& t, Ring ring, Ring next, elem* out) {
+  const int place = int(t.offset % layer.window), held = t.offset + 1 < layer.window ? int(t.offset + 1) : layer.window;
+  float q[SHARE][HEAD_DIM], k[HEAD_DIM], v[WIDTH] = {}, own[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
+  alignas(64) float scores[SHARE][PLACES_MAX];
+  rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
+  for (int i = 0; i < HEAD_DIM; i++) v[i] = widen(row[(layer.heads + layer.kv_heads + g) * HEAD_DIM + i]);
+  for (int h = 0; h < SHARE; h++) rotate(row + (g * SHARE + h) * HEAD_DIM, t, 1 / sqrtf(HEAD_DIM), q[h]);
+  tiled<SHARE>(padded(held) / LANES, [&](auto n, int at) __attribute__((always_inline)) {
+    score<n(), SHARE>(ring.keys, next.keys, at, ring.places / LANES, q, scores);
+  });
+  for (int h = 0; h < SHARE; h++) {
+    float s = 0;
+    for (int i = 0; i < HEAD_DIM; i++) s += q[h][i] * k[i];
+    scores[h][place] = s;
+    scale[h] = soften(scores[h], held, t.lags, layer.slopes ? layer.slopes[g * SHARE + h] : 0);
+    own[h] = scores[h][place];
+    scores[h][place] = 0;
+    for (int i = 0; i < WIDTH; i++) mixed[h][i] = own[h] * v[i];
+  }
+  tiled<SHARE>(WIDTH / LANES, [&](auto n, int at) __attribute__((always_inline)) {
+    mix<n(), SHARE>(ring.values, next.values, at, (held + 1) / 2, scores, mixed);
+  });
+  for (int h = 0; h < SHARE; h++)
+    for (int i = 0; i < HEAD_DIM; i++) out[(g * SHARE + h) * HEAD_DIM + i] = narrow(mixed[h][i] * scale[h]);
+  ring.write(place, k, v);
+}
+
+INLINE void write_only(const elem* row, int g, const Layer& layer, const Token& t, Ring ring) {
+  float k[HEAD_DIM], v[HEAD_DIM];
+  rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
+  for (int i = 0; i < HEAD_DIM; i++) v[i] = widen(row[(layer.heads + layer.kv_heads + g) * HEAD_DIM + i]);
+  ring.write(int(t.offset % layer.window), k, v);
+}
+
+extern "C" {
+
+int lanes() { return LANES; }
+
+// Bytes of one layer of one slot.
+int64_t block_bytes(int kv_heads, int window) {
+  return (int64_t(kv_heads) * padded(window) * (HEAD_DIM + WIDTH) * sizeof(elem) + 63) / 64 * 64;
+}
+
+// Attention of one layer. `blocks` is its block in slot 0; user s of `users` owns rows starts[s] to starts[s + 1], of
+// which the first silent[s] have no output; its first row is token tokens[s] of the plan, its first token firsts[s].
+void attend(const elem* rows, elem* out, char* blocks, int64_t slot_bytes, int heads, int kv_heads, int window,
+            const float* slopes, int64_t users, const int64_t* slots, const int64_t* starts, const int64_t* tokens,
+            const int64_t* silent, const int64_t* firsts, const int64_t* offsets, const float* cos, const float* sin,
+            const float* lags) {
+  const Layer layer{heads, kv_heads, window, slopes};
+  for (int64_t s = 0; s < users; s++) {
+    char* block = blocks + slots[s] * slot_bytes;
+    char* next = s + 1 < users ? blocks + slots[s + 1] * slot_bytes : block;
+    if (offsets[firsts[s]] == 0)
+      for (int g = 0; g < kv_heads; g++) Ring(block, g, window).zero_values();
+    for (int64_t r = starts[s]; r < starts[s + 1]; r++) {
+      const int64_t i = tokens[s] + r - starts[s];
+      const elem* row = rows + r * (heads + 2 * kv_heads) * HEAD_DIM;
+      const Token t{offsets[i], cos + i * HALF, sin + i * HALF, lags ? lags + i * padded(window) : nullptr};
+      if (r < starts[s] + silent[s]) {
+        for (int g = 0; g < kv_heads; g++) write_only(row, g, layer, t, Ring(block, g, window));
+        continue;
+      }
+      for (int g = 0; g < kv_heads; g++)
+        attend_head(row, g, layer, t, Ring(block, g, window), Ring(next, g, window), out);
+      out += heads * HEAD_DIM;
+      next = block;
+    }
+  }
+}
+
+// Enter the tokens' event times into rings of `widest` places a slot, and write the logarithms ln(1 + minutes) from
+// each token to the places of a ring of windows[n], n < kinds, to lags[n] [tokens, padded window].
+void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* starts, int64_t users,
+          const int64_t* offsets, const int64_t* token_ms, int kinds, const int* windows, float** lags) {
+  for (int64_t s = 0; s < users; s++) {
+    int64_t* ring = times + slots[s] * widest;
+    for (int64_t i = starts[s]; i < starts[s + 1]; i++) {
+      const int64_t offset = offsets[i], now = token_ms[i];
+      ring[offset % widest] = now;
+      for (int n = 0; n < kinds; n++) {
+        const int window = windows[n], here = int(offset % window);
+        float* out = lags[n] + i * padded(window);
+        for (int w = 0; w < padded(window); w++) {
+          const int behind = w <= here ? here - w : here - w + window;
+          const int64_t apart = w < window && behind <= offset ? now - ring[(offset - behind) % widest] : 0;
+          out[w] = apart > 0 ? float(apart) : 0;
+        }
+        for (int w = 0; w < padded(window); w += LANES) *(vec*)&out[w] = logv(*(vec*)&out[w] / 60000.f + 1.f);
+      }
+    }
+  }
+}
+
+// x += y (where y is given), then out = LayerNorm(x), for `rows` rows of `dim`.
+void add_norm(float* x, const elem* y, const float* weight, const float* bias, elem* out, float eps, int64_t rows,
+              int dim) {
+  for (int64_t r = 0; r < rows; r++, x += dim, out += dim) {
+    const int whole = dim / LANES * LANES;
+    vec total = {}, squares = {};
+    float mean = 0, variance = 0;
+    if (y) {
+      for (int i = 0; i < whole; i += LANES) *(vec*)&x[i] += load(&y[i]);
+      for (int i = whole; i < dim; i++) x[i] += widen(y[i]);
+      y += dim;
+    }
+    for (int i = 0; i < whole; i += LANES) total += *(vec*)&x[i];
+    for (int i = whole; i < dim; i++) mean += x[i];
+    mean = (mean + sum(total)) / dim;
+    for (int i = 0; i < whole; i += LANES) squares += (*(vec*)&x[i] - mean) * (*(vec*)&x[i] - mean);
+    for (int i = whole; i < dim; i++) variance += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1 / sqrtf((variance + sum(squares)) / dim + eps);
+    for (int i = 0; i < whole; i += LANES)
+      store(&out[i], (*(vec*)&x[i] - mean) * scale * *(const vec*)&weight[i] + *(const vec*)&bias[i]);
+    for (int i = whole; i < dim; i++) out[i] = narrow((x[i] - mean) * scale * weight[i] + bias[i]);
+  }
+}
+
+// x = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is the tanh form of GELU.
+void gelu(elem* x, int64_t count) {
+  constexpr float A = -2 * 0.79788456f * LOG2E, B = A * 0.044715f;
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    vec v = load(&x[i]);
+    store(&x[i], v / (1.f + exp2v(v * (A + B * v * v))));
+  }
+  for (; i < count; i++) {
+    float v = widen(x[i]);
+    x[i] = narrow(v / (1 + exp2f(v * (A + B * v * v))));
+  }
+}
+
+}  // extern "C"
