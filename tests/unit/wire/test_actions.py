@@ -139,6 +139,7 @@ BAD_RECORDS = {
     "prose": (FetchedRecord(b"ann", b"hello"), "not-json"),
     "cut": (FetchedRecord(b"ann", GOOD_BYTES[:-1]), "not-json"),
     "two events": (FetchedRecord(b"ann", GOOD_BYTES + b"\n" + GOOD_BYTES), "not-json"),
+    "Infinity": (FetchedRecord(b"ann", GOOD_BYTES[:-1] + b',"other":Infinity}'), "not-json"),
     "NaN": (FetchedRecord(b"ann", GOOD_BYTES[:-1] + b',"duration_ms":NaN}'), "not-json"),
     "lone surrogate": (FetchedRecord(b"ann", GOOD_BYTES.replace(b"i1", b"\\ud800")), "not-json"),
     "bottomless": (FetchedRecord(b"ann", GOOD_BYTES[:-1] + b',"x":' + b"[" * 20_000), "not-json"),
@@ -234,7 +235,7 @@ events = st.fixed_dictionaries(
         "surface": st.none() | st.text(st.characters(codec="utf-8"), max_size=30),
         "duration_ms": st.none() | st.integers(0, 2**32 - 1),
         "event_id": st.none() | texts,
-        "other": st.none() | st.floats(allow_nan=False) | st.lists(texts),
+        "other": st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.lists(texts),
     },
 )
 bad_records = st.sampled_from([record for record, _ in BAD_RECORDS.values() if len(record.value or b"") < 10**6])

@@ -1,0 +1,226 @@
+"""Embeddings on the output topic: columns to records, and a record back to an embedding.
+
+The key is the user id in UTF-8. The value is the vector, by codec: little-endian float32 or float16, or a JSON array
+of numbers. What is known about it stands in headers of UTF-8 text, the same in every codec: `encoder-version`, `dim`,
+`dtype` (the codec's name), `event-time-ms` (of the newest action inside), `sequence-length`, `reason`, `source-offset`
+(of the newest event inside), `encoded-at-ms` (processing time). A null value is a tombstone: the user is forgotten; its
+one header is `source-offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Headers = Sequence[tuple[str, bytes]]
+Message = tuple[bytes, bytes | None, list[tuple[str, bytes]]]
+"""Key, value and headers of a record to be produced."""
+Vector = npt.NDArray[np.float32]
+
+
+class EmbeddingCodec(StrEnum):
+    """How a vector is written."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    JSON = "json"
+
+
+class MalformedEmbedding(ValueError):
+    """A record, or a vector to be written, is no embedding; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingBatch:
+    """The embeddings of U users by one encoder, as columns."""
+
+    users: Sequence[bytes]
+    """User ids, UTF-8; length U."""
+    vectors: npt.NDArray[np.float32]
+    """[U, dim]."""
+    event_times_ms: npt.NDArray[np.int64]
+    """[U]: event time of the newest action inside."""
+    sequence_lengths: npt.NDArray[np.int64]
+    """[U]: actions inside."""
+    reasons: Sequence[str]
+    """[U]: why the user was due."""
+    source_offsets: npt.NDArray[np.int64]
+    """[U]: offset of the newest event inside."""
+    encoder_version: str
+    encoded_at_ms: int
+    """Processing time of the whole batch."""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingMetadata:
+    """The headers of one embedding."""
+
+    encoder_version: str
+    dim: int
+    dtype: EmbeddingCodec
+    event_time_ms: int
+    sequence_length: int
+    reason: str
+    source_offset: int
+    encoded_at_ms: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """One user's embedding as it was read; `vector` is [dim] float32 whatever the codec, and read-only."""
+
+    user: str
+    vector: Vector
+    metadata: EmbeddingMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """The user is forgotten; `source_offset` is that of the deletion, -1 where the record does not say."""
+
+    user: str
+    source_offset: int
+
+
+def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[Message]:
+    """One message per user, in order. Raises `MalformedEmbedding` before the first if a number is not finite."""
+    values = _values(batch.vectors, codec)
+    version = ("encoder-version", batch.encoder_version.encode())
+    dim = ("dim", b"%d" % batch.vectors.shape[1])
+    dtype = ("dtype", codec.value.encode())
+    encoded_at = ("encoded-at-ms", b"%d" % batch.encoded_at_ms)
+    columns = zip(
+        batch.users,
+        values,
+        batch.event_times_ms.tolist(),
+        batch.sequence_lengths.tolist(),
+        batch.reasons,
+        batch.source_offsets.tolist(),
+        strict=True,
+    )
+    return (
+        (
+            user,
+            value,
+            [
+                version,
+                dim,
+                dtype,
+                ("event-time-ms", b"%d" % event_time_ms),
+                ("sequence-length", b"%d" % length),
+                ("reason", reason.encode()),
+                ("source-offset", b"%d" % source_offset),
+                encoded_at,
+            ],
+        )
+        for user, value, event_time_ms, length, reason, source_offset in columns
+    )
+
+
+def encode_tombstone(user: bytes, source_offset: int) -> Message:
+    """The message that forgets `user`, whose deletion was read at `source_offset`."""
+    return user, None, [("source-offset", b"%d" % source_offset)]
+
+
+def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -> Embedding | Tombstone:
+    """Read one record of the output topic; raises `MalformedEmbedding` for anything that is not one."""
+    texts = _texts(headers)
+    user = _user(key)
+    if value is None:
+        return Tombstone(user, _number(texts, "source-offset") if "source-offset" in texts else -1)
+    metadata = _metadata(texts)
+    vector = _vector(value, metadata.dtype)
+    if vector.shape != (metadata.dim,):
+        raise MalformedEmbedding(f"the value holds {vector.size} numbers where header dim says {metadata.dim}")
+    if not np.isfinite(vector).all():
+        raise MalformedEmbedding("the vector holds a number that is not finite")
+    vector.flags.writeable = False
+    return Embedding(user, vector, metadata)
+
+
+def decode_metadata(headers: Headers) -> EmbeddingMetadata:
+    """Read the headers alone; raises `MalformedEmbedding` where one is missing or unreadable."""
+    return _metadata(_texts(headers))
+
+
+def _values(vectors: npt.NDArray[np.float32], codec: EmbeddingCodec) -> Iterator[bytes]:
+    with np.errstate(over="ignore"):
+        written = vectors.astype("<f2" if codec is EmbeddingCodec.FLOAT16 else "<f4")
+    if not np.isfinite(written).all():
+        rows = int((~np.isfinite(written).all(axis=1)).sum())
+        raise MalformedEmbedding(f"{rows} of {len(vectors)} vectors hold a number that is not finite in {codec}")
+    if codec is EmbeddingCodec.JSON:
+        return (_json(row) for row in written)
+    raw = written.tobytes()
+    row_bytes = written.shape[1] * written.itemsize
+    return (raw[start : start + row_bytes] for start in range(0, len(raw), row_bytes or 1))
+
+
+def _json(vector: Vector) -> bytes:
+    """The shortest decimals that read back as the same float32."""
+    return b"[" + ",".join(vector.astype(str).tolist()).encode() + b"]"
+
+
+def _vector(value: bytes, codec: EmbeddingCodec) -> Vector:
+    if codec is EmbeddingCodec.JSON:
+        try:
+            with np.errstate(over="ignore"):
+                return np.array(msgspec.json.decode(value, type=list[float]), np.float32)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
+            raise MalformedEmbedding(f"the value is no JSON array of numbers: {error}") from None
+    dtype = np.dtype("<f2" if codec is EmbeddingCodec.FLOAT16 else "<f4")
+    if len(value) % dtype.itemsize:
+        raise MalformedEmbedding(f"the value has {len(value)} bytes, no multiple of the {dtype.itemsize} of {codec}")
+    return np.frombuffer(value, dtype).astype(np.float32)
+
+
+def _metadata(texts: dict[str, str]) -> EmbeddingMetadata:
+    dtype = _text(texts, "dtype")
+    if dtype not in list(EmbeddingCodec):
+        raise MalformedEmbedding(f"header dtype is {dtype!r}, not one of {', '.join(EmbeddingCodec)}")
+    return EmbeddingMetadata(
+        encoder_version=_text(texts, "encoder-version"),
+        dim=_number(texts, "dim"),
+        dtype=EmbeddingCodec(dtype),
+        event_time_ms=_number(texts, "event-time-ms"),
+        sequence_length=_number(texts, "sequence-length"),
+        reason=_text(texts, "reason"),
+        source_offset=_number(texts, "source-offset"),
+        encoded_at_ms=_number(texts, "encoded-at-ms"),
+    )
+
+
+def _texts(headers: Headers) -> dict[str, str]:
+    try:
+        return {name: value.decode() for name, value in headers if value is not None}
+    except UnicodeDecodeError:
+        raise MalformedEmbedding("a header is not UTF-8") from None
+
+
+def _text(texts: dict[str, str], name: str) -> str:
+    if name not in texts:
+        raise MalformedEmbedding(f"header {name} is missing")
+    return texts[name]
+
+
+def _number(texts: dict[str, str], name: str) -> int:
+    text = _text(texts, name)
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19):
+        raise MalformedEmbedding(f"header {name} is {text[:40]!r}, not a whole number")
+    return int(text)
+
+
+def _user(key: bytes | None) -> str:
+    try:
+        return (key or b"").decode()
+    except UnicodeDecodeError:
+        raise MalformedEmbedding("the key is not UTF-8") from None
