@@ -1,0 +1,358 @@
+"""The state of one source partition: batches in, effects out. Pure: no clock, no I/O; `now_ms` is processing time.
+
+    state = PartitionState(policy, limits)
+    state.note_published(users, offsets)         # once, at assignment: what the output topic holds beyond the mark
+    state.resume(store.pending())                # once, at assignment: deadlines of users that are not in memory
+
+    cold = state.missing(batch.users)            # for each batch:
+    state.evict(len(cold))                       #   room for them; if state.room < len(cold), checkpoint and retry
+    state.load(cold, read_users(store, cold).stored)
+    effects = state.apply(batch, now_ms)         #   hand over effects.due, publish tombstones of effects.forgotten
+
+    effects = state.wake(now_ms)                 # when state.next_deadline_ms has come:
+    state.load(effects.to_load, ...)             #   load these and wake again; hand over effects.due
+
+    job = state.sequences(users)                 # from the encode queue: those still due, as of now
+    rows = state.publishable(job)                # after encoding: the rows of the job that may still be published
+    state.encoded(users, offsets, now_ms)        # after the output topic has acknowledged them
+    state.defer(users, now_ms, delay_ms)         # instead of encoding (shed, failed): due again after the delay
+
+    snapshot = state.take_dirty()                # a checkpoint (see streams.state.checkpoint), ended by
+    state.settle(snapshot)                       #   settle, or by restore_dirty(snapshot) when it failed
+
+A user is *due* from the moment a trigger fires until `encoded` names a source offset that contains what the trigger
+wanted. That is part of the persisted state, so neither a checkpoint waits for the encoder nor does a crash forget a
+due user. A user handed over is not handed over again before `sequences` has taken it, and is not evicted before
+`encoded` or `defer` has returned it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from encoder.actions import ActionBatch, SequenceBatch
+from streams.core import snapshots
+from streams.core.deadlines import Deadlines
+from streams.core.layout import NEVER, Columns, Ints, Snapshot, StateLimits, StoredSequences, spans
+from streams.core.merge import Outcome
+from streams.core.sequences import Applied, SequenceState
+from streams.core.triggers import Reason, Touched, TriggerPolicy, Triggers
+
+__all__ = ["Effects", "EncodeJob", "Outcome", "PartitionState", "StateLimits"]
+
+RESUME_AT_ONCE = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What is to be done after a batch or a wake-up."""
+
+    due: list[bytes]
+    """Users to hand over to the encode queue."""
+    reasons: npt.NDArray[np.uint8]
+    """[len(due)] of `Reason`."""
+    priorities: Ints
+    """[len(due)], 1 and up; a higher one is encoded first and shed last."""
+    forgotten: list[bytes]
+    """Users whose tombstone goes to every compacted output, acknowledged before the next checkpoint."""
+    forgotten_offsets: Ints
+    """[len(forgotten)], source offsets of their tombstones."""
+    to_load: list[bytes]
+    """Cold users whose deadline has come: load them and wake again."""
+    outcomes: npt.NDArray[np.uint8]
+    """[N] of `Outcome`, one per event of the batch."""
+
+    def count(self, outcome: Outcome) -> int:
+        """Events of the batch with this outcome."""
+        return int(np.count_nonzero(self.outcomes == outcome))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Users to embed, with their sequences as of one moment; row i of each column is user i of `sequences`."""
+
+    sequences: SequenceBatch
+    offsets: Ints
+    """[U], source offset that the embedding will contain."""
+    newest_event_ms: Ints
+    """[U], event time of the newest action."""
+    reasons: npt.NDArray[np.uint8]
+    """[U] of `Reason`."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: Ints) -> EncodeJob:
+        """The job of some of its users."""
+        batch = self.sequences
+        lengths = np.diff(batch.starts)[rows]
+        _, kept = spans(batch.starts[rows], lengths)
+        sequences = SequenceBatch(
+            users=[batch.users[row] for row in rows.tolist()],
+            actions=batch.actions[kept],
+            starts=np.concatenate(([0], np.cumsum(lengths))),
+            counts=batch.counts[rows],
+            revisions=batch.revisions[rows],
+        )
+        return EncodeJob(sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows])
+
+
+class PartitionState:
+    """Sequences, triggers and deadlines of one source partition."""
+
+    def __init__(self, policy: TriggerPolicy, limits: StateLimits) -> None:
+        self.policy, self.limits = policy, limits
+        self._sequences = SequenceState(limits)
+        self._triggers = Triggers(policy)
+        self._deadlines = Deadlines()
+        self._published: dict[bytes, int] = {}
+        """Source offsets that the output topic holds of cold users, beyond what their state knows."""
+
+    # -- who is in memory
+
+    @property
+    def hot_users(self) -> int:
+        return len(self._sequences.slot_of)
+
+    @property
+    def room(self) -> int:
+        """How many more users may be loaded."""
+        return self._sequences.room
+
+    def missing(self, users: Sequence[bytes]) -> list[bytes]:
+        """Those of `users` that are not in memory, each once."""
+        cold = set(users).difference(self._sequences.slot_of)
+        return [user for user in dict.fromkeys(users) if user in cold] if cold else []
+
+    def load(self, users: Sequence[bytes], stored: StoredSequences) -> None:
+        """Take users into memory with their stored state, aligned; raises `StateFull` beyond `room`."""
+        if not users:
+            return
+        slots = self._sequences.load(users, stored, self._phases_ms(users))
+        self._enter(slots)
+        published = [(user, self._published.pop(user)) for user in users if user in self._published]
+        if published:
+            self.note_published([user for user, _ in published], np.array([offset for _, offset in published]))
+
+    def evict(self, room: int = 0) -> int:
+        """Make room for at least `room` users, as far as there are clean, idle ones; return how many had to go.
+
+        An eighth of all slots is freed at a time, so that the choice costs little per user.
+        """
+        sequences = self._sequences
+        if sequences.room >= room:
+            return 0
+        slots = sequences.hot_slots()
+        live = sequences.live.take(slots)
+        idle = slots[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
+        wanted = max(room, self.limits.hot_users_max // 8) - sequences.room
+        slots = sequences.least_recently_used(idle, wanted)
+        due_ms = sequences.headers["due_ms"][slots]
+        users = sequences.drop(slots)
+        waiting = np.flatnonzero(due_ms != NEVER)
+        self._deadlines.add_cold([users[row] for row in waiting.tolist()], due_ms[waiting])
+        return len(users)
+
+    # -- events and deadlines
+
+    def apply(self, batch: ActionBatch, now_ms: int) -> Effects:
+        """Apply a batch, all of whose users are in memory (KeyError otherwise), and fire triggers."""
+        applied = self._sequences.apply(batch)
+        forgotten, forgotten_offsets = self._forget(batch, applied)
+        rows = np.flatnonzero(applied.outcomes <= Outcome.LATE)
+        rows = rows[np.argsort(applied.slots[rows], kind="stable")]
+        due = self._fire(batch, applied.slots[rows], rows, now_ms) if len(rows) else rows
+        return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes)
+
+    def wake(self, now_ms: int) -> Effects:
+        """Fire what has fallen due by `now_ms`, at most `wake_users_max` users at a time."""
+        popped, cold = self._deadlines.pop(now_ms, self.limits.wake_users_max)
+        self._sequences.live["wheel_ms"][popped] = NEVER
+        headers, live = self._sequences.columns(popped)
+        slots = popped[(headers["due_ms"] <= now_ms) & ~live["queued"] & ~live["in_job"]]
+        headers, live = self._sequences.columns(slots)
+        go = self._triggers.on_deadline(headers, live, now_ms)
+        live["dirty"] = True
+        self._sequences.put(slots, headers, live)
+        self._enter(popped)
+        none = np.zeros(0, np.int64)
+        return self._effects(slots[go], [], none, self.missing(cold), np.zeros(0, np.uint8))
+
+    @property
+    def next_deadline_ms(self) -> int | None:
+        """When `wake` has something to look at, None when nothing is pending."""
+        return self._deadlines.next_ms
+
+    def resume(self, pending: Iterable[tuple[bytes, int]]) -> None:
+        """Take over the deadlines of users that are not in memory: (user, due_ms)."""
+        entries = iter(pending)
+        while chunk := list(islice(entries, RESUME_AT_ONCE)):
+            users = [user for user, _ in chunk]
+            self._deadlines.add_cold(users, np.array([due_ms for _, due_ms in chunk], np.int64))
+
+    # -- encoding
+
+    def sequences(self, users: Sequence[bytes]) -> EncodeJob:
+        """The kept sequences of those of `users` that are still due; they are in work from now on."""
+        sequences = self._sequences
+        slots = sequences.slots([user for user in users if user in sequences.slot_of])
+        slots = slots[sequences.headers["reason"][slots] != 0]
+        headers, live = sequences.columns(slots)
+        live["queued"], live["in_job"] = False, True
+        live["job_offset"], live["since_job"] = headers["applied_offset"], 0
+        sequences.put(slots, headers, live)
+        actions, starts = sequences.kept(slots)
+        batch = SequenceBatch(
+            users=sequences.users_of(slots),
+            actions=actions,
+            starts=starts,
+            counts=headers["count"].copy(),
+            revisions=headers["revision"].astype(np.int64),
+        )
+        return EncodeJob(batch, headers["applied_offset"].copy(), live["newest_ms"].copy(), headers["reason"].copy())
+
+    def publishable(self, job: EncodeJob) -> Ints:
+        """Rows of `job` that may be published: not those of users forgotten, or published anew, since it was taken."""
+        slots = self._sequences.slots(job.sequences.users)
+        outdated = job.offsets <= self._sequences.headers["encoded_offset"][slots]
+        self._end_job(slots[outdated], job.offsets[outdated])
+        return np.flatnonzero(~outdated)
+
+    def encoded(self, users: Sequence[bytes], offsets: Ints, now_ms: int) -> None:
+        """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets."""
+        slots = self._sequences.slots(users)
+        self._end_job(slots, offsets)
+        headers, live = self._sequences.columns(slots)
+        is_latest = live["job_offset"] == offsets
+        headers["unencoded"] = np.where(is_latest, live["since_job"], headers["unencoded"])
+        headers["first_unencoded_ms"] = np.where(is_latest, live["since_job_ms"], headers["first_unencoded_ms"])
+        headers["last_encoded_ms"] = now_ms
+        self._covered(headers, offsets)
+        self._triggers.set_timers(headers, live)
+        live["dirty"] = True
+        self._sequences.put(slots, headers, live)
+        self._enter(slots)
+
+    def defer(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """Distinct `users` were handed over but are not encoded now: those still due are so again after the delay."""
+        slots = self._sequences.slots([user for user in users if user in self._sequences.slot_of])
+        headers, live = self._sequences.columns(slots)
+        live["queued"], live["in_job"], live["dirty"] = False, False, True
+        headers["due_ms"] = np.where(headers["reason"] != 0, now_ms + delay_ms, headers["due_ms"])
+        self._sequences.put(slots, headers, live)
+        self._enter(slots)
+
+    def note_published(self, users: Sequence[bytes], offsets: Ints) -> None:
+        """The output topic holds, by this encoder version, embeddings of these users up to these source offsets.
+
+        What a replay would publish again up to there is taken as encoded already (law 5).
+        """
+        for user, offset in zip(users, offsets.tolist(), strict=True):
+            slot = self._sequences.slot_of.get(user)
+            if slot is None:
+                self._published[user] = max(offset, self._published.get(user, -1))
+            else:
+                self._note(np.array([slot]), offset)
+
+    # -- checkpoints
+
+    def take_dirty(self) -> Snapshot:
+        """What has changed since the last snapshot."""
+        return snapshots.take(self._sequences)
+
+    def settle(self, snapshot: Snapshot) -> None:
+        """The snapshot is durable."""
+        snapshots.settle(self._sequences, snapshot)
+
+    def restore_dirty(self, snapshot: Snapshot) -> None:
+        """The snapshot is not known to be durable; the next one contains it."""
+        snapshots.undo(self._sequences, snapshot)
+
+    # -- inside
+
+    def _fire(self, batch: ActionBatch, slots: Ints, rows: Ints, now_ms: int) -> Ints:
+        """Fire the triggers of applied `rows`, which are grouped by slot; return the slots to hand over."""
+        starts = np.flatnonzero(np.diff(slots, prepend=-1))
+        users, events = slots[starts], np.diff(starts, append=len(rows))
+        headers, live = self._sequences.columns(users)
+        fresh = batch.offsets[rows] > np.repeat(headers["encoded_offset"], events)
+        strong = fresh & self._triggers.strong_codes[batch.actions["action"][rows]]
+        touched = Touched(
+            fresh=np.add.reduceat(fresh.astype(np.int64), starts),
+            strong=np.logical_or.reduceat(strong, starts),
+            first=headers["count"] - events < self.policy.first_n,
+        )
+        go = self._triggers.on_actions(headers, live, touched, now_ms)
+        self._sequences.put(users, headers, live)
+        self._enter(users)
+        return users[go]
+
+    def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], Ints]:
+        """Reset triggers of forgotten users; return whose tombstone must be published (once, also in a replay)."""
+        rows = np.flatnonzero(applied.outcomes == Outcome.TOMBSTONE)
+        last = {batch.users[row]: row for row in rows.tolist()}
+        rows = np.array(list(last.values()), np.int64)
+        slots, offsets = applied.slots[rows], batch.offsets[rows]
+        headers, live = self._sequences.columns(slots)
+        unknown = offsets > headers["encoded_offset"]
+        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
+        for column in ("reason", "unencoded", "first_unencoded_ms"):
+            headers[column] = 0
+        headers["due_ms"] = NEVER
+        live["queued"], live["since_job"] = False, 0
+        self._sequences.put(slots, headers, live)
+        return [batch.users[row] for row in rows[unknown].tolist()], offsets[unknown]
+
+    def _covered(self, headers: Columns, offsets: Ints) -> None:
+        """An embedding that contains `offsets` is in the output topic."""
+        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
+        done = headers["due_offset"] <= headers["encoded_offset"]
+        headers["reason"] = np.where(done, 0, headers["reason"])
+        headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
+
+    def _note(self, slot: Ints, offset: int) -> None:
+        headers, live = self._sequences.columns(slot)
+        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offset)
+        if headers["due_offset"] <= offset:
+            headers["reason"] = 0
+        if headers["applied_offset"] <= offset:
+            headers["unencoded"] = 0
+        # With actions left over, a deadline stays as it was: it may fire early, never late.
+        if not headers["reason"] and not (headers["unencoded"] and self.policy.has_timers):
+            headers["due_ms"] = NEVER
+        live["dirty"] = True
+        self._sequences.put(slot, headers, live)
+
+    def _end_job(self, slots: Ints, offsets: Ints) -> None:
+        latest = slots[self._sequences.live["job_offset"][slots] == offsets]
+        self._sequences.live["in_job"][latest] = False
+
+    def _enter(self, slots: Ints) -> None:
+        """Put users into the wheel whose deadline is before their earliest entry there."""
+        if not len(slots):
+            return
+        due_ms, live = self._sequences.headers["due_ms"][slots], self._sequences.live
+        rows = np.flatnonzero((due_ms < live["wheel_ms"][slots]) & ~live["queued"][slots] & ~live["in_job"][slots])
+        if len(rows):
+            live["wheel_ms"][slots[rows]] = due_ms[rows]
+            self._deadlines.add(slots[rows], due_ms[rows])
+
+    def _phases_ms(self, users: Sequence[bytes]) -> Ints:
+        spread_ms = self.policy.spread_ms
+        if not spread_ms:
+            return np.zeros(len(users), np.int64)
+        return np.fromiter(map(zlib.crc32, users), np.int64, len(users)) % spread_ms
+
+    def _effects(
+        self, due: Ints, forgotten: list[bytes], offsets: Ints, to_load: list[bytes], outcomes: npt.NDArray[np.uint8]
+    ) -> Effects:
+        reasons = self._sequences.headers["reason"][due]
+        priorities = len(Reason) - self._triggers.ranks[reasons].astype(np.int64)
+        users = self._sequences.users_of(due)
+        return Effects(users, reasons, priorities, forgotten, offsets, to_load, outcomes)
