@@ -21,6 +21,7 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class RecordBatch:
     """How often the partition had been sought when the batch was fetched: tells batches from before a seek."""
 
 
-class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     """The consumer's own thread: fetches, and keeps each partition's position equal to what was handed over."""
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         self._joined_at: dict[TP, int] = {}
         """Position after the last batch handed over, until a seek moves the partition."""
         self._epochs: dict[TP, int] = {}
+        self._delivered_at = 0.0
 
     async def on_start(self) -> None:
         await super().on_start()
@@ -72,6 +74,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         wanted = frozenset(active_partitions)
         if not wanted:
             return {}
+        await self._gather()
         generation = self.app.consumer_generation_id
         before = {tp: self._joined_at.get(tp, self._position(consumer, tp)) for tp in wanted}
         fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
@@ -80,7 +83,14 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         if self.app.consumer_generation_id != generation or not self.consumer.flow_active:
             self._hand_back(consumer, before, fetched)
             return {}
+        self._delivered_at = time.monotonic()
         return {tp: self._join(consumer, tp, before[tp], records) for tp, records in fetched.items()}
+
+    async def _gather(self) -> None:
+        """Let records gather for a moment after a delivery: a fetch request costs more than the records it brings."""
+        wait_s = self._delivered_at + self.transport.deliver_every_ms / 1000 - time.monotonic()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
 
     def epoch(self, tp: TP) -> int:
         """How often the partition has been sought."""
@@ -124,7 +134,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         return consumer
 
 
-class BatchConsumer(driver.Consumer):  # type: ignore[misc]
+class BatchConsumer(driver.Consumer):
     """Faust's consumer, yielding one message per partition and fetch for the batched topics."""
 
     transport: BatchTransport
@@ -200,12 +210,20 @@ class BatchConsumer(driver.Consumer):  # type: ignore[misc]
         """Silent: Faust measures progress by its own commits, which a batched topic has none of."""
 
 
-class BatchTransport(driver.Transport):  # type: ignore[misc]
+class BatchTransport(driver.Transport):
     """Faust's aiokafka transport with `BatchConsumer`; install it as `app.transport`."""
 
     Consumer = BatchConsumer
 
-    def __init__(self, *args: Any, batched_topics: frozenset[str], fetch_max_wait_ms: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        batched_topics: frozenset[str],
+        fetch_max_wait_ms: int,
+        deliver_every_ms: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.batched_topics = batched_topics
         self.fetch_max_wait_ms = fetch_max_wait_ms
+        self.deliver_every_ms = deliver_every_ms

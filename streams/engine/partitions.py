@@ -114,7 +114,7 @@ class PartitionHost(Protocol):
         ...
 
 
-class Partitions(Service):  # type: ignore[misc]
+class Partitions(Service):
     """Acquires, checkpoints and gives back the partitions of this worker."""
 
     app: Any

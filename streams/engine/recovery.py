@@ -26,7 +26,7 @@ TakeOver = Callable[[frozenset[TP], int], Awaitable[None]]
 """Called with the active changelog partitions and the generation; returns at once, work goes on in tasks."""
 
 
-class PausedRecovery(Recovery):  # type: ignore[misc]
+class PausedRecovery(Recovery):
     """Resumes the flow with all partitions paused and hands them over to be restored one by one."""
 
     take_over: TakeOver
@@ -72,17 +72,19 @@ class PausedRecovery(Recovery):  # type: ignore[misc]
         """Restore progress is reported by the restore itself."""
 
 
-class PausedTableManager(TableManager):  # type: ignore[misc]
+class PausedTableManager(TableManager):
     """Faust's table manager with `PausedRecovery`, and without the second it sleeps at start."""
 
     take_over: TakeOver
+    _recovery: Recovery | None
 
     @property
     def recovery(self) -> Recovery:
-        if self._recovery is None:
-            self._recovery = PausedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
-            self._recovery.take_over = self.take_over
-        return self._recovery
+        recovery: Recovery | None = self._recovery
+        if recovery is None:
+            recovery = self._recovery = PausedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
+            recovery.take_over = self.take_over
+        return recovery
 
     async def on_start(self) -> None:
         await self._update_channels()

@@ -22,7 +22,7 @@ TABLE_NAME = "user-sequences"
 STORE_URL = "streamformer-rocksdb://"
 
 
-class SequenceStore(SerializedStore):  # type: ignore[misc]
+class SequenceStore(SerializedStore):
     """Faust's view of the RocksDB databases of the partitions this worker owns; read-only."""
 
     @property
@@ -73,7 +73,7 @@ class SequenceStore(SerializedStore):  # type: ignore[misc]
         """Faust restores nothing here (see `streams.engine.recovery`); its buffers are empty."""
 
 
-class SequenceTable(faust.Table):  # type: ignore[misc]
+class SequenceTable(faust.Table):
     """A Faust table whose life cycle carries that of the owned partitions."""
 
     async def on_start(self) -> None:
