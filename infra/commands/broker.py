@@ -1,0 +1,41 @@
+"""`streamformer broker`: keep a local Kafka up for whoever wants to look."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from infra.kafka.broker import Broker, BrokerFailed, BrokerOptions
+
+CHECK_S = 0.5
+
+
+def broker(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port on loopback; 0 picks a free one.")] = 9092,
+    heap_mb: Annotated[int, typer.Option(min=128, help="Java heap, in MB.")] = 512,
+    folder: Annotated[Path | None, typer.Option(help="Where the temporary data folder goes.")] = None,
+) -> None:
+    """Run Apache Kafka on loopback until Ctrl-C; its data goes with it. The address is the only line on stdout."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    with Broker.start(BrokerOptions(port=port, heap_mb=heap_mb, folder=folder)) as running:
+        print(running.bootstrap_servers, flush=True)
+        print("Ctrl-C stops it and removes its data", file=sys.stderr)
+        try:
+            _watch(running)
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr)
+
+
+def _watch(running: Broker) -> NoReturn:
+    while running.is_running():
+        time.sleep(CHECK_S)
+    raise BrokerFailed("the broker ended by itself", running.last_words(), "see memory and disk, and start it again")
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

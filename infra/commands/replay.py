@@ -1,0 +1,107 @@
+"""`streamformer replay`: send a log of actions to `user-actions`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from infra.commands.topics import Bootstrap
+from infra.datasets import movielens_1m
+from infra.event_log import Columns, EventLog, event_log, load_log
+from infra.generator import GeneratorPolicy, generate
+from infra.replay import Acknowledged, Pace, ReplayTotals
+from infra.replay import replay as replay_log
+from infra.topics import USER_ACTIONS
+
+PLAIN_LINE_EVENTS = 100_000
+
+
+def replay(
+    file: Annotated[Path | None, typer.Argument(help="Parquet or CSV; without one MovieLens-1M is taken.")] = None,
+    rate: Annotated[str, typer.Option(help="Events a second, or `max`.")] = "max",
+    speed: Annotated[float | None, typer.Option(help="Instead: event time runs this many times as fast.")] = None,
+    generate_events: Annotated[int, typer.Option("--generate", help="Instead of a file: so many made events.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the made events.")] = 1,
+    limit: Annotated[int, typer.Option(min=0, help="Send only the first so many; 0 sends all.")] = 0,
+    bootstrap_servers: Bootstrap = "127.0.0.1:9092",
+    topic: Annotated[str, typer.Option(help="Where to send.")] = USER_ACTIONS,
+    user: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
+    action: Annotated[str, typer.Option(help="Column of action types.")] = "action",
+    timestamp: Annotated[str, typer.Option(help="Column of event times.")] = "timestamp_ms",
+    time_unit: Annotated[Literal["ms", "s"], typer.Option(help="Unit of event times.")] = "ms",
+    surface: Annotated[str, typer.Option(help="Column of surfaces, if any.")] = "",
+    duration_ms: Annotated[str, typer.Option(help="Column of durations, if any.")] = "",
+    event_id: Annotated[str, typer.Option(help="Column of event ids, if any.")] = "",
+) -> None:
+    """Replay a log in event-time order, keyed by user id; returns when the broker has acknowledged every event."""
+    pace = _pace(rate, speed)
+    if file and generate_events:
+        raise typer.BadParameter("give a file or --generate, not both")
+    columns = Columns(user, item, action, timestamp, surface, duration_ms, event_id, time_unit)
+    log = _log(file, generate_events, seed, columns)
+    totals = _run(log.head(limit) if limit else log, bootstrap_servers, topic, pace)
+    per_second = totals.acknowledged / max(totals.seconds, 1e-9)
+    print(f"{totals.acknowledged:,} events acknowledged in {totals.seconds:.1f} s, {per_second:,.0f} a second")
+
+
+def _pace(rate: str, speed: float | None) -> Pace:
+    if speed is not None:
+        if rate != "max":
+            raise typer.BadParameter("give --rate or --speed, not both")
+        if not speed > 0:
+            raise typer.BadParameter("--speed must be above 0")
+        return Pace(speed=speed)
+    if rate == "max":
+        return Pace()
+    try:
+        events_per_second = float(rate)
+    except ValueError:
+        events_per_second = 0.0
+    if not 0 < events_per_second < float("inf"):
+        raise typer.BadParameter(f"--rate must be a number above 0 or `max`, not {rate!r}")
+    return Pace(rate=events_per_second)
+
+
+def _log(file: Path | None, generate_events: int, seed: int, columns: Columns) -> EventLog:
+    if file:
+        return load_log(file, columns)
+    if generate_events:
+        return event_log(generate(GeneratorPolicy(events=generate_events), seed))
+    return load_log(movielens_1m(lambda line: print(line, file=sys.stderr)))
+
+
+def _run(log: EventLog, bootstrap_servers: str, topic: str, pace: Pace) -> ReplayTotals:
+    """With a bar on a terminal, with a line now and then elsewhere."""
+    console = Console(stderr=True)
+    total = len(log)
+    if not console.is_terminal:
+        plain = _PlainLines(total)
+        return asyncio.run(replay_log(log, bootstrap_servers, topic, pace, on_acknowledged=plain))
+    bar = Progress(TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    with bar:
+        task = bar.add_task("replay", total=total)
+
+        def advance(batch: Acknowledged) -> None:
+            bar.advance(task, len(batch.rows))
+
+        return asyncio.run(replay_log(log, bootstrap_servers, topic, pace, on_acknowledged=advance))
+
+
+class _PlainLines:
+    """Prints progress every `PLAIN_LINE_EVENTS` events."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+
+    def __call__(self, batch: Acknowledged) -> None:
+        before, self._done = self._done, self._done + len(batch.rows)
+        if self._done // PLAIN_LINE_EVENTS > before // PLAIN_LINE_EVENTS:
+            print(f"replay: {self._done:,} of {self._total:,} events", file=sys.stderr)
