@@ -229,6 +229,8 @@ class OutputSettings(Group):
 
     codec: Literal["float32", "float16", "json"] = "float32"
     """How vectors are written."""
+    request_timeout_ms: Positive = 10_000
+    """How long an output may wait for the broker before its users are encoded again."""
 
 
 class WebSettings(Group):
