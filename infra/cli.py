@@ -1,6 +1,6 @@
 """The console script `streamformer`: the commands of `infra`, with those of `streams` and `encoder` beside them.
 
-An error that this project defines carries text for people, so it is printed as one line and the exit code is 1; a full
+An error that this project defines carries text for people, so that is what is printed, and the exit code is 1; a full
 disk and the like are told in the same way. Anything else is a defect and keeps its traceback.
 """
 

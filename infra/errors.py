@@ -1,13 +1,12 @@
-"""What a command of `infra` reports in one line: what happened, the detail, what to do."""
+"""What a command of `infra` reports in one line."""
 
 from __future__ import annotations
 
+from streams.errors import StreamformerError
 
-class InfraError(Exception):
-    """An expected failure of the surroundings (network, disk, port, broker, input file); the text is for people."""
 
-    def __init__(self, what: str, detail: str, remedy: str) -> None:
-        super().__init__(f"{what}: {' '.join(detail.split())}; {remedy}")
+class InfraError(StreamformerError):
+    """An expected failure of the surroundings: network, disk, port, broker, input file."""
 
 
 def detail(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from aiokafka.partitioner import murmur2
 
 from infra.errors import InfraError, detail
 from infra.event_log import EventLog
+from streams.settings import Settings
 
 Ints = npt.NDArray[np.int64]
 
@@ -71,28 +72,25 @@ class ReplayTotals:
 
 async def replay(
     log: EventLog,
-    bootstrap_servers: str,
-    topic: str,
+    settings: Settings,
     pace: Pace,
     *,
     on_acknowledged: Callable[[Acknowledged], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-    client: Mapping[str, Any] | None = None,
 ) -> ReplayTotals:
-    """Produce the log's events and return once all that was sent is acknowledged.
+    """Produce the log's events to the actions topic and return once all that was sent is acknowledged.
 
     `on_acknowledged` is called in the event loop for each batch; `stop` is asked before each tick. Events of one
     partition are acknowledged in order. Raises `ReplayFailed`.
     """
     producer = AIOKafkaProducer(
-        bootstrap_servers=bootstrap_servers,
         enable_idempotence=True,
         linger_ms=0,
         max_batch_size=BATCH_BYTES_MAX,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
-        **(client or {}),
+        **settings.kafka.client_options(),
     )
-    run = _Run(log, topic, producer, on_acknowledged)
+    run = _Run(log, settings.topics.actions, producer, on_acknowledged)
     try:
         await producer.start()
         await run.open()

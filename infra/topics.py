@@ -17,16 +17,10 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from infra.errors import InfraError
 from infra.kafka.broker import require_broker
+from streams.settings import Settings
 
 DAY_MS = 86_400_000
 ADMIN_TIMEOUT_MS = 30_000
-
-USER_ACTIONS = "user-actions"
-USER_EMBEDDINGS = "user-embeddings"
-DEAD_LETTER = "user-actions.dead-letter"
-
-Client = Mapping[str, Any]
-"""How to reach a secured broker: kafka-python's `security_protocol`, `sasl_*` and `ssl_*` arguments."""
 
 
 class TopicMismatch(InfraError):
@@ -51,18 +45,15 @@ class Topic:
         }
 
 
-def topics_of(app: str, partitions: int) -> tuple[Topic, ...]:
-    """Every topic of the application `app`; all have one partition count, for they hold the same users by partition."""
+def topics_of(settings: Settings) -> tuple[Topic, ...]:
+    """Every topic of the application; all have one partition count, for they hold the same users by partition."""
+    names, partitions = settings.topics, settings.topics.partitions
     return (
-        Topic(USER_ACTIONS, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
-        Topic(USER_EMBEDDINGS, partitions, "compact", {"segment.ms": str(DAY_MS)}),
-        Topic(DEAD_LETTER, partitions, "delete", {"retention.ms": str(30 * DAY_MS)}),
-        Topic(changelog_topic(app), partitions, "compact", _CHANGELOG_CONFIGS),
+        Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
+        Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}),
+        Topic(names.dead_letter, partitions, "delete", {"retention.ms": str(30 * DAY_MS)}),
+        Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS),
     )
-
-
-def changelog_topic(app: str) -> str:
-    return f"{app}-user-sequences-changelog"
 
 
 # The active segment is never compacted, so smaller segments bound what a restore reads twice; half of a closed log may
@@ -74,15 +65,13 @@ _CHANGELOG_CONFIGS: Mapping[str, str] = {
 }
 
 
-def ensure_topics(
-    bootstrap_servers: str, app: str, partitions: int, *, replication_factor: int = 1, client: Client | None = None
-) -> list[str]:
-    """Create the missing topics of `app`, verify all of them, and return the names of those created.
+def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[str]:
+    """Create the missing topics, verify all of them, and return the names of those created.
 
     Raises `TopicMismatch` when one exists in another shape, `BrokerFailed` when no broker answers.
     """
-    topics = topics_of(app, partitions)
-    with closing(_admin(bootstrap_servers, client or {})) as admin:
+    topics = topics_of(settings)
+    with closing(_admin(settings)) as admin:
         existing = set(_asked(admin.list_topics))
         missing = [topic for topic in topics if topic.name not in existing]
         if missing:
@@ -91,15 +80,16 @@ def ensure_topics(
     return [topic.name for topic in missing]
 
 
-def verify_topics(bootstrap_servers: str, app: str, partitions: int, *, client: Client | None = None) -> None:
-    """Raise `TopicMismatch`, naming every difference and its remedy, unless all topics of `app` are as they must be."""
-    with closing(_admin(bootstrap_servers, client or {})) as admin:
-        _verify(admin, topics_of(app, partitions))
+def verify_topics(settings: Settings) -> None:
+    """Raise `TopicMismatch`, naming every difference and its remedy, unless all topics are as they must be."""
+    with closing(_admin(settings)) as admin:
+        _verify(admin, topics_of(settings))
 
 
-def _admin(bootstrap_servers: str, client: Client) -> kafka.KafkaAdminClient:
-    require_broker(bootstrap_servers, client)
-    return kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, request_timeout_ms=ADMIN_TIMEOUT_MS, **client)
+def _admin(settings: Settings) -> kafka.KafkaAdminClient:
+    options = settings.kafka.client_options()
+    require_broker(options)
+    return kafka.KafkaAdminClient(request_timeout_ms=ADMIN_TIMEOUT_MS, **options)
 
 
 def _create(admin: kafka.KafkaAdminClient, topics: Sequence[Topic], replication_factor: int) -> None:
@@ -138,8 +128,8 @@ def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> l
     problems = []
     if partitions != topic.partitions:
         problems.append(
-            f"{topic.name} has {partitions} partitions where the settings say {topic.partitions}: set partitions to "
-            f"{partitions}, or delete the topics of this application and create them again"
+            f"{topic.name} has {partitions} partitions where the settings say {topic.partitions}: set "
+            f"topics.partitions to {partitions}, or delete the topics of this application and create them again"
         )
     policy = configs[topic.name]["cleanup.policy"]["value"]
     if policy != topic.cleanup_policy:

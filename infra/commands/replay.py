@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from infra.commands.topics import Bootstrap
+from infra.commands.options import BootstrapServers, Config, settings_of
 from infra.datasets import movielens_1m
 from infra.event_log import Columns, EventLog, event_log, load_log
 from infra.generator import GeneratorPolicy, generate
 from infra.replay import Acknowledged, Pace, ReplayTotals
 from infra.replay import replay as replay_log
-from infra.topics import USER_ACTIONS
+from streams.settings import Settings
 
 PLAIN_LINE_EVENTS = 100_000
 
@@ -29,8 +29,8 @@ def replay(
     generate_events: Annotated[int, typer.Option("--generate", help="Instead of a file: so many made events.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the made events.")] = 1,
     limit: Annotated[int, typer.Option(min=0, help="Send only the first so many; 0 sends all.")] = 0,
-    bootstrap_servers: Bootstrap = "127.0.0.1:9092",
-    topic: Annotated[str, typer.Option(help="Where to send.")] = USER_ACTIONS,
+    config: Config = None,
+    bootstrap_servers: BootstrapServers = None,
     user: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
     action: Annotated[str, typer.Option(help="Column of action types.")] = "action",
@@ -42,11 +42,12 @@ def replay(
 ) -> None:
     """Replay a log in event-time order, keyed by user id; returns when the broker has acknowledged every event."""
     pace = _pace(rate, speed)
+    settings = settings_of(config, bootstrap_servers)
     if file and generate_events:
         raise typer.BadParameter("give a file or --generate, not both")
     columns = Columns(user, item, action, timestamp, surface, duration_ms, event_id, time_unit)
     log = _log(file, generate_events, seed, columns)
-    totals = _run(log.head(limit) if limit else log, bootstrap_servers, topic, pace)
+    totals = _run(log.head(limit) if limit else log, settings, pace)
     per_second = totals.acknowledged / max(totals.seconds, 1e-9)
     print(f"{totals.acknowledged:,} events acknowledged in {totals.seconds:.1f} s, {per_second:,.0f} a second")
 
@@ -77,13 +78,13 @@ def _log(file: Path | None, generate_events: int, seed: int, columns: Columns) -
     return load_log(movielens_1m(lambda line: print(line, file=sys.stderr)))
 
 
-def _run(log: EventLog, bootstrap_servers: str, topic: str, pace: Pace) -> ReplayTotals:
+def _run(log: EventLog, settings: Settings, pace: Pace) -> ReplayTotals:
     """With a bar on a terminal, with a line now and then elsewhere."""
     console = Console(stderr=True)
     total = len(log)
     if not console.is_terminal:
         plain = _PlainLines(total)
-        return asyncio.run(replay_log(log, bootstrap_servers, topic, pace, on_acknowledged=plain))
+        return asyncio.run(replay_log(log, settings, pace, on_acknowledged=plain))
     bar = Progress(TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     with bar:
         task = bar.add_task("replay", total=total)
@@ -91,7 +92,7 @@ def _run(log: EventLog, bootstrap_servers: str, topic: str, pace: Pace) -> Repla
         def advance(batch: Acknowledged) -> None:
             bar.advance(task, len(batch.rows))
 
-        return asyncio.run(replay_log(log, bootstrap_servers, topic, pace, on_acknowledged=advance))
+        return asyncio.run(replay_log(log, settings, pace, on_acknowledged=advance))
 
 
 class _PlainLines:

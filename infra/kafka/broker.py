@@ -159,24 +159,22 @@ class ExternalBroker:
 def broker_or_external(options: BrokerOptions | None = None) -> Iterator[Broker | ExternalBroker]:
     """The broker at `KAFKA_BOOTSTRAP_SERVERS` if that is set, otherwise one of our own for the length of the block."""
     if address := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
-        require_broker(address)
+        require_broker({"bootstrap_servers": address})
         yield ExternalBroker(address)
         return
     with Broker.start(options) as broker:
         yield broker
 
 
-def require_broker(bootstrap_servers: str, client: Mapping[str, Any] | None = None) -> None:
-    """Raise `BrokerFailed` unless a Kafka broker answers at the address; `client` holds kafka-python's options."""
+def require_broker(options: Mapping[str, Any]) -> None:
+    """Raise `BrokerFailed` unless a broker answers; `options` are kafka-python's, `bootstrap_servers` among them."""
     try:
-        kafka.KafkaAdminClient(
-            bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=ANSWER_MS, **(client or {})
-        ).close()
+        kafka.KafkaAdminClient(bootstrap_timeout_ms=ANSWER_MS, **options).close()
     except (KafkaError, OSError, ValueError) as error:
         raise BrokerFailed(
-            f"no Kafka broker answers at {bootstrap_servers}",
+            f"no Kafka broker answers at {options['bootstrap_servers']}",
             detail(error),
-            "start it, or correct KAFKA_BOOTSTRAP_SERVERS or the option that named it",
+            "start it (`streamformer broker`), or correct the address",
         ) from error
 
 

@@ -8,73 +8,81 @@ from typing import Any
 import kafka
 import pytest
 
-from infra import topics
 from infra.errors import InfraError
 from infra.kafka.broker import BrokerFailed
 from infra.topics import Topic, TopicMismatch, ensure_topics, topics_of, verify_topics
+from streams.settings import KafkaSettings, Settings, TopicsSettings
 
 pytestmark = pytest.mark.broker
 
 
 @pytest.fixture
-def bootstrap(broker: Any, topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The shared broker, with the fixed topic names replaced by names of this test."""
-    for name in ("USER_ACTIONS", "USER_EMBEDDINGS", "DEAD_LETTER"):
-        monkeypatch.setattr(topics, name, f"{topic_prefix}-{getattr(topics, name)}")
-    return str(broker.bootstrap_servers)
+def settings(broker: Any, topic_prefix: str) -> Settings:
+    """Three partitions of topics that no other test uses."""
+    return _settings(broker.bootstrap_servers, topic_prefix, 3)
 
 
-def test_creates_all_then_nothing(bootstrap: str, topic_prefix: str) -> None:
+def test_creates_all_then_nothing(settings: Settings) -> None:
     """The first call creates every topic of the application, the second none, and both verify."""
-    assert ensure_topics(bootstrap, topic_prefix, 3) == [topic.name for topic in topics_of(topic_prefix, 3)]
-    assert ensure_topics(bootstrap, topic_prefix, 3) == []
-    verify_topics(bootstrap, topic_prefix, 3)
+    assert ensure_topics(settings) == [topic.name for topic in topics_of(settings)]
+    assert ensure_topics(settings) == []
+    verify_topics(settings)
 
 
-def test_missing_topics_are_all_named(bootstrap: str, topic_prefix: str) -> None:
+def test_missing_topics_are_all_named(settings: Settings) -> None:
     """Verification of topics that do not exist names each of them and the command that creates them."""
     with pytest.raises(TopicMismatch, match="streamformer topics create") as caught:
-        verify_topics(bootstrap, topic_prefix, 2)
-    assert all(topic.name in str(caught.value) for topic in topics_of(topic_prefix, 2))
+        verify_topics(settings)
+    assert all(f"{topic.name} is missing" in str(caught.value) for topic in topics_of(settings))
 
 
-def test_wrong_partition_count_is_refused(bootstrap: str, topic_prefix: str) -> None:
+def test_wrong_partition_count_is_refused(settings: Settings, topic_prefix: str) -> None:
     """Topics with another partition count than the settings are refused by creation and verification alike."""
-    ensure_topics(bootstrap, topic_prefix, 3)
+    ensure_topics(settings)
     for attempt in (ensure_topics, verify_topics):
-        with pytest.raises(TopicMismatch, match="has 3 partitions where the settings say 4: set partitions to 3"):
-            attempt(bootstrap, topic_prefix, 4)
+        with pytest.raises(
+            TopicMismatch, match=r"has 3 partitions where the settings say 4: set topics\.partitions to 3"
+        ):
+            attempt(_settings(settings.kafka.bootstrap_servers, topic_prefix, 4))
 
 
 @pytest.mark.parametrize("policy", ["delete", "compact,delete"])
-def test_changelog_that_would_lose_state_is_refused(bootstrap: str, topic_prefix: str, policy: str) -> None:
+def test_changelog_that_would_lose_state_is_refused(settings: Settings, policy: str) -> None:
     """A changelog that deletes by age is refused, with the command that mends it."""
-    name = topics.changelog_topic(topic_prefix)
-    _create(bootstrap, name, policy)
+    _create(settings, settings.changelog_topic, policy)
     with pytest.raises(TopicMismatch, match=r"--add-config cleanup\.policy=compact"):
-        ensure_topics(bootstrap, topic_prefix, 2)
+        ensure_topics(settings)
 
 
 def test_no_broker_is_one_clear_line() -> None:
     """Without a broker the address is named in one line."""
     with pytest.raises(BrokerFailed, match=r"no Kafka broker answers at 127\.0\.0\.1:1") as caught:
-        ensure_topics("127.0.0.1:1", "app", 2)
+        ensure_topics(_settings("127.0.0.1:1", "app", 2))
     assert "\n" not in str(caught.value)
 
 
-def test_impossible_replication_is_one_clear_line(bootstrap: str, topic_prefix: str) -> None:
+def test_impossible_replication_is_one_clear_line(settings: Settings) -> None:
     """A replication factor above the number of brokers is reported with the broker's reason."""
     with pytest.raises(InfraError, match="cannot create topics") as caught:
-        ensure_topics(bootstrap, topic_prefix, 2, replication_factor=3)
+        ensure_topics(settings, replication_factor=3)
     assert "\n" not in str(caught.value)
 
 
 def test_all_topics_have_one_partition_count() -> None:
     """Co-partitioning: every topic of an application has the same number of partitions."""
-    assert {topic.partitions for topic in topics_of("app", 7)} == {7}
+    assert {topic.partitions for topic in topics_of(_settings("127.0.0.1:1", "app", 7))} == {7}
 
 
-def _create(bootstrap: str, name: str, policy: str) -> None:
-    topic = Topic(name, 2, "delete", {"cleanup.policy": policy})
-    with closing(kafka.KafkaAdminClient(bootstrap_servers=bootstrap)) as admin:
+def _settings(bootstrap_servers: str, prefix: str, partitions: int) -> Settings:
+    names = {name: f"{prefix}-{name}" for name in ("actions", "embeddings", "dead_letter")}
+    return Settings(
+        app_id=prefix,
+        kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
+        topics=TopicsSettings(**names, partitions=partitions),
+    )
+
+
+def _create(settings: Settings, name: str, policy: str) -> None:
+    topic = Topic(name, 3, "delete", {"cleanup.policy": policy})
+    with closing(kafka.KafkaAdminClient(**settings.kafka.client_options())) as admin:
         admin.create_topics({name: topic.creation(1)}, wait_for_metadata=True)

@@ -1,0 +1,1 @@
+"""Benchmarks, one a file; each prints a table and ends with one JSON line."""
