@@ -8,7 +8,7 @@ encoded, the previous one is being published and the next one gathers.
 The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
 output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
 
-Limits, all in `EncodeQueuePolicy`: users waiting (beyond it `room` holds ingestion back), users in a micro-batch,
+Limits, all in `EncodeQueuePolicy`: users waiting (ingestion holds back while not `has_room`), users in a micro-batch,
 unacknowledged micro-batches, attempts.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import SequenceBatch
 from encoder.inference import EncoderRuntime
+from streams.core.pipeline import EncodeJob
+from streams.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,41 +48,28 @@ class EncodeQueuePolicy:
     retry_backoff_ms: int = 200
 
 
-class EncodeJob(Protocol):
-    """Users as they are at the moment of being taken."""
-
-    @property
-    def sequences(self) -> SequenceBatch: ...
-    def select(self, rows: npt.NDArray[np.intp]) -> Any: ...
-
-
 class EncodeSource(Protocol):
     """What the queue needs of an owned partition."""
 
-    def encode_job(self, users: Sequence[bytes]) -> EncodeJob | None:
-        """Those of `users` that are still due, as of now; None when no one is."""
+    def take(self, users: Sequence[bytes]) -> EncodeJob:
+        """Those of `users` that are still due, as of now."""
 
-    def publish(self, job: EncodeJob, embeddings: Embeddings) -> Awaitable[None]:
-        """Publish row i of `embeddings` for row i of `job`; returns when acknowledged, raises to have them retried."""
+    async def publish(self, job: EncodeJob, embeddings: Embeddings) -> None:
+        """Publish row i of `embeddings` for row i of `job`; returns when that has been settled one way or the other."""
 
-    def refuse(self, job: EncodeJob, detail: str) -> None:
+    async def refuse(self, job: EncodeJob, detail: str) -> None:
         """The encoder cannot embed these users as they are: dead-letter them; their state stays intact."""
 
 
 class EncodeQueue:
     """One slot per user, micro-batches, one encoder thread."""
 
-    def __init__(
-        self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, *, on_batch: Callable[[int, float], None]
-    ) -> None:
-        self._runtime = runtime
-        self._policy = policy
-        self._on_batch = on_batch
+    def __init__(self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, metrics: Metrics) -> None:
+        self._runtime, self._policy, self._metrics = runtime, policy, metrics
         self._waiting: dict[int, dict[bytes, EncodeSource]] = {}
         """Priority -> users in order of arrival; a higher priority is taken first."""
         self._priority_of: dict[bytes, int] = {}
-        self._filled, self._has_room, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._has_room.set()
+        self._filled, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._publishing: set[asyncio.Task[None]] = set()
@@ -101,14 +89,12 @@ class EncodeQueue:
                 del self._waiting[waits_at][user]
             self._priority_of[user] = priority
             self._waiting.setdefault(priority, {})[user] = source
-        if self._priority_of:
-            self._filled.set()
-        if len(self._priority_of) >= self._policy.users_max:
-            self._has_room.clear()
+        self._update_flag()
 
-    async def room(self) -> None:
-        """Return once fewer users wait than the limit: the backpressure of ingestion."""
-        await self._has_room.wait()
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer users wait than the limit; ingestion holds back while not."""
+        return len(self) < self._policy.users_max
 
     def drop(self, source: EncodeSource) -> None:
         """Forget the users of a partition that is given back; they stay due in its state."""
@@ -116,7 +102,7 @@ class EncodeQueue:
             for user in [user for user, owner in users.items() if owner is source]:
                 del users[user]
                 del self._priority_of[user]
-        self._update_flags()
+        self._update_flag()
 
     async def settle(self, timeout_s: float) -> bool:
         """Wait until nothing is being encoded or published; True when that was within the time."""
@@ -164,27 +150,31 @@ class EncodeQueue:
                 room -= 1
             if not room:
                 break
-        self._update_flags()
-        jobs = [(source, source.encode_job(users)) for source, users in by_source.values()]
-        return [(source, job) for source, job in jobs if job is not None]
+        self._update_flag()
+        jobs = [(source, source.take(users)) for source, users in by_source.values()]
+        return [(source, job) for source, job in jobs if len(job)]
 
-    def _update_flags(self) -> None:
-        if not self._priority_of:
+    def _update_flag(self) -> None:
+        if self._priority_of:
+            self._filled.set()
+        else:
             self._filled.clear()
-        if len(self._priority_of) < self._policy.users_max:
-            self._has_room.set()
 
     async def _encode(self, jobs: list[tuple[EncodeSource, EncodeJob]]) -> None:
         for source, job in jobs:
             embeddings = await self._embed(job)
             good = np.isfinite(embeddings).all(axis=1)
             if not good.all():
-                source.refuse(job.select(np.flatnonzero(~good)), "the encoder returned NaN or infinity")
+                bad = job.select(np.flatnonzero(~good))
+                self._settle_later(source.refuse(bad, "the encoder failed, or returned NaN or infinity"))
                 job, embeddings = job.select(np.flatnonzero(good)), embeddings[good]
-            if len(embeddings):
-                task = asyncio.create_task(self._publish(source, job, embeddings))
-                self._publishing.add(task)
-                task.add_done_callback(self._publishing.discard)
+            if len(job):
+                self._settle_later(source.publish(job, embeddings))
+
+    def _settle_later(self, settling: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(settling)
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
 
     async def _embed(self, job: EncodeJob) -> Embeddings:
         """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
@@ -195,27 +185,24 @@ class EncodeQueue:
                 embeddings = await loop.run_in_executor(self._thread, self._runtime.embed, job.sequences)
             except Exception:
                 self.healthy = False
-                logger.exception("encoder failed on %d users, attempt %d", len(job.sequences), attempt)
+                self._metrics.encode_failures.inc()
+                logger.exception("encoder failed on %d users, attempt %d", len(job), attempt)
                 await loop.run_in_executor(self._thread, self._runtime.clear)
                 await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
             else:
                 self.healthy = True
-                self._on_batch(len(embeddings), loop.time() - started)
+                self._count(len(embeddings), loop.time() - started)
                 return embeddings
         return await self._embed_halves(job)
 
     async def _embed_halves(self, job: EncodeJob) -> Embeddings:
-        users = len(job.sequences)
-        if users == 1:
+        if len(job) == 1:
             return np.full((1, self._runtime.embedding_dim), np.nan, np.float32)
-        halves = np.array_split(np.arange(users), 2)
+        halves = np.array_split(np.arange(len(job)), 2)
         return np.concatenate([await self._embed(job.select(rows)) for rows in halves])
 
-    async def _publish(self, source: EncodeSource, job: EncodeJob, embeddings: Embeddings) -> None:
-        try:
-            await source.publish(job, embeddings)
-        except Exception:
-            # Still due in the state: wait in line again, at the front of nobody.
-            logger.exception("publishing %d embeddings failed, they are queued again", len(embeddings))
-            await asyncio.sleep(self._policy.retry_backoff_ms / 1000)
-            self.put(source, job.sequences.users, [0] * len(job.sequences))
+    def _count(self, users: int, seconds: float) -> None:
+        self._metrics.encode_batches.inc()
+        self._metrics.encoded_users.inc(users)
+        self._metrics.encode_seconds.observe(seconds)
+        self._metrics.encode_batch_users.observe(users)

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import aiokafka
-from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
-logger = logging.getLogger(__name__)
+from streams.state.store import Record
 
-Records = Sequence[tuple[bytes, bytes | None]]
+logger = logging.getLogger(__name__)
 
 BATCH_BYTES_MAX = 900_000
 """Below the broker's default `message.max.bytes` of 1,048,588."""
@@ -47,7 +48,11 @@ class ChangelogNames:
 
 
 class ChangelogProducer:
-    """Writes one partition's changelog records and source offset in one transaction."""
+    """The changelog and the committed offset of one source partition, written in transactions.
+
+    Implements `streams.state.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new
+    owner, and `KafkaError` when it failed or its outcome is unknown: then this producer is to be stopped and replaced.
+    """
 
     def __init__(self, names: ChangelogNames, client: Mapping[str, Any], *, transaction_timeout_ms: int) -> None:
         self._names = names
@@ -59,6 +64,8 @@ class ChangelogProducer:
             max_batch_size=BATCH_BYTES_MAX,
             linger_ms=0,
         )
+        self.bytes_written = 0
+        """Keys and values appended so far, committed or not."""
 
     async def start(self) -> None:
         """Fence every predecessor; return once its transactions are over."""
@@ -68,36 +75,36 @@ class ChangelogProducer:
         """Give the producer back; a transaction still open stays so until the successor's start aborts it."""
         await self._producer.stop()
 
-    async def commit(self, records: Records, source_offset: int) -> int:
-        """Make `records` and `source_offset` durable together; return the changelog offset of the last record.
-
-        `records` must not be empty. Raises `Fenced` when the partition has a new owner, `KafkaError` when the
-        outcome is unknown or the transaction failed: then this producer must be stopped and replaced.
-        """
-        try:
+    async def begin(self) -> None:
+        with self._fenced():
             await self._producer.begin_transaction()
-            last_offset = await self._send(records)
-            offsets = {self._names.source: source_offset}
-            await self._producer.send_offsets_to_transaction(offsets, self._names.group_id)
+
+    async def append(self, records: Sequence[Record]) -> int:
+        """Write `records` (at least one) and wait until the broker has all; return the offset of the last one."""
+        topic, partition = self._names.changelog
+        batches = list(self._batches(records))
+        with self._fenced():
+            pending = [await self._producer.send_batch(batch, topic, partition=partition) for batch in batches]
+            results = await asyncio.gather(*pending)
+        self.bytes_written += sum(len(key) + len(value or b"") for key, value in records)
+        return int(results[-1].offset) + int(batches[-1].record_count()) - 1
+
+    async def send_source_offset(self, source_offset: int) -> None:
+        with self._fenced():
+            await self._producer.send_offsets_to_transaction({self._names.source: source_offset}, self._names.group_id)
+
+    async def commit(self) -> None:
+        with self._fenced():
             await self._producer.commit_transaction()
+
+    @contextmanager
+    def _fenced(self) -> Iterator[None]:
+        try:
+            yield
         except ProducerFenced as error:
             raise Fenced(f"partition {self._names.source.partition} has a new owner") from error
-        return last_offset
 
-    async def _send(self, records: Records) -> int:
-        pending = [
-            (
-                await self._producer.send_batch(
-                    batch, self._names.changelog.topic, partition=self._names.changelog.partition
-                ),
-                batch,
-            )
-            for batch in self._batches(records)
-        ]
-        results = await asyncio.gather(*(future for future, _ in pending))
-        return int(results[-1].offset) + int(pending[-1][1].record_count()) - 1
-
-    def _batches(self, records: Records) -> Iterable[Any]:
+    def _batches(self, records: Sequence[Record]) -> Iterable[Any]:
         batch = self._producer.create_batch()
         for key, value in records:
             if batch.append(timestamp=None, key=key, value=value) is None:
@@ -151,6 +158,3 @@ class LogReader:
             if records:
                 yield records
             position = await self._consumer.position(self._tp)
-
-
-__all__ = ["BATCH_BYTES_MAX", "ChangelogNames", "ChangelogProducer", "Fenced", "KafkaError", "LogReader"]

@@ -86,6 +86,10 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._delivered_at = time.monotonic()
         return {tp: self._join(consumer, tp, before[tp], records) for tp, records in fetched.items()}
 
+    def positions(self, tp: TP) -> tuple[int, int]:
+        """Where the partition was fetched to, and up to where its batches have been delivered; 0 where unknown."""
+        return self._position(self._ensure_consumer(), tp) or 0, self._joined_at.get(tp, 0)
+
     async def _gather(self) -> None:
         """Let records gather for a moment after a delivery: a fetch request costs more than the records it brings."""
         wait_s = self._delivered_at + self.transport.deliver_every_ms / 1000 - time.monotonic()

@@ -35,8 +35,9 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
 from streams.engine.restore import IncompleteRestore, restore
 from streams.metrics import Metrics
-from streams.state.checkpoint import CheckpointMark
-from streams.state.store import PartitionStore
+from streams.state.checkpoint import CheckpointMark, checkpoint
+from streams.state.store import PartitionStore, StoreFailed
+from streams.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class OwnedPartition:
     committed_offset: int
     output_offset: int
     """Past the last acknowledged record of this partition in the output topic."""
+    rebuilt: bool = False
+    """Its local store was just rebuilt from the changelog: what is corrupt now is so in the changelog too."""
     epoch: int = 0
     """Batches fetched before this many seeks are ignored."""
     unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
@@ -84,7 +87,6 @@ class PartitionsConfig:
     app_id: str
     source_topic: str
     changelog_topic: str
-    output_topic: str
     client: Mapping[str, Any]
     """aiokafka's connection options: servers and security."""
     data_dir: Path
@@ -93,6 +95,23 @@ class PartitionsConfig:
     session_timeout_ms: int
     restores_max: int = 2
     """Partitions restored at the same time."""
+
+
+class SendFailed(Exception):
+    """A dead letter or tombstone could not be delivered; only a replay can send it again. Stops the worker."""
+
+
+class _Sent:
+    """What has been sent for the events of a partition up to now, as `streams.state.checkpoint.Outputs`."""
+
+    def __init__(self, owned: OwnedPartition) -> None:
+        self._owned, self._pending = owned, list(owned.unacknowledged)
+
+    async def acknowledged(self) -> None:
+        for failure in await asyncio.gather(*self._pending, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                raise SendFailed(f"a dead letter or tombstone could not be delivered: {failure!r}")
+        self._owned.unacknowledged.difference_update(self._pending)
 
 
 class PartitionHost(Protocol):
@@ -138,13 +157,30 @@ class Partitions(Service):
         self.assigned = frozenset(tp.partition for tp in changelogs)
         self._fenced_at.clear()
         for number in sorted(self.assigned):
-            task = asyncio.create_task(self._acquire_or_abort(number, generation), name=f"acquire-{number}")
-            self._acquiring[number] = task
-            task.add_done_callback(lambda _, number=number: self._acquiring.pop(number, None))
+            self._start_acquiring(number, generation)
 
-    async def _acquire_or_abort(self, number: int, generation: int) -> None:
+    def _start_acquiring(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
+        acquiring = self._acquire_or_abort(number, generation, rebuilt=rebuilt)
+        task = asyncio.create_task(acquiring, name=f"acquire-{number}")
+        self._acquiring[number] = task
+        task.add_done_callback(lambda _: self._acquiring.pop(number, None))
+
+    async def rebuild(self, owned: OwnedPartition) -> None:
+        """Delete the partition's local store, which is damaged, and acquire the partition anew from the changelog."""
+        number = owned.tp.partition
+        self.app.consumer.pause_partitions({owned.tp})
+        await self._host.on_giving_back([owned])
+        await self.checkpoint(owned)
+        await self._close([owned])
+        PartitionStore.destroy(self._path(number))
+        self._start_acquiring(number, self.app.consumer_generation_id, rebuilt=True)
+
+    def _path(self, number: int) -> Path:
+        return self._config.data_dir / f"{self._config.changelog_topic}-{number}"
+
+    async def _acquire_or_abort(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
         try:
-            await self._acquire(number, generation)
+            await self._acquire(number, generation, rebuilt=rebuilt)
         except Fenced:
             logger.warning("partition %d was taken over while it was being acquired", number)
         except IncompleteRestore as error:
@@ -153,7 +189,7 @@ class Partitions(Service):
             logger.exception("partition %d cannot be acquired", number)
             self._host.abort(f"partition {number} cannot be acquired: {error!r}")
 
-    async def _acquire(self, number: int, generation: int) -> None:
+    async def _acquire(self, number: int, generation: int, *, rebuilt: bool) -> None:
         started = time.monotonic()
         source = TP(self._config.source_topic, number)
         producer = self._new_producer(number)
@@ -165,6 +201,7 @@ class Partitions(Service):
                 store = await self._restore(number)
             mark = self._prove(number, store, committed)
             owned = await self._owned(source, store, producer, mark)
+            owned.rebuilt = rebuilt
             if self.app.consumer_generation_id != generation:
                 raise Fenced(f"partition {number}: the assignment has changed")
             await self._resume(owned)
@@ -197,9 +234,10 @@ class Partitions(Service):
             self._metrics.restored_records.inc(records)
             self._metrics.restore_remaining.set(remaining, partition=number)
 
-        path = self._config.data_dir / f"{self._config.changelog_topic}-{number}"
         changelog = TopicPartition(self._config.changelog_topic, number)
-        return await restore(path, self._host.open_store, changelog, self._config.client, on_progress=on_progress)
+        return await restore(
+            self._path(number), self._host.open_store, changelog, self._config.client, on_progress=on_progress
+        )
 
     def _prove(self, number: int, store: PartitionStore, committed: int | None) -> CheckpointMark | None:
         """The restored mark; it and the committed offset were written in one transaction, so it cannot lag behind."""
@@ -217,7 +255,7 @@ class Partitions(Service):
     ) -> OwnedPartition:
         state = self._host.new_state()
         published = await self._host.published_since(source.partition, mark.output_offset if mark else 0)
-        state.note_published(published.users, published.offsets)
+        state.note_published(published.users, published.source_offsets)
         state.resume(store.pending())
         earliest = (await self.app.consumer.earliest_offsets(source))[source]
         start = earliest if mark is None else mark.source_offset
@@ -259,6 +297,17 @@ class Partitions(Service):
         owned.epoch = self.app.consumer._thread.epoch(owned.tp) + 1
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
 
+    def progress(self) -> dict[str, Progress]:
+        """How far fetching, processing and checkpoints of each ready partition are, for the watchdog."""
+        thread, progress = self.app.consumer._thread, {}
+        for number, owned in self.ready.items():
+            fetched, delivered = thread.positions(owned.tp)
+            end = self.app.consumer.highwater(owned.tp) or 0
+            progress[f"fetching of partition {number}"] = Progress(fetched, end)
+            progress[f"processing of partition {number}"] = Progress(owned.next_offset, delivered)
+            progress[f"checkpoints of partition {number}"] = Progress(owned.committed_offset, owned.next_offset)
+        return progress
+
     # -- checkpoints
 
     @Service.task
@@ -267,6 +316,11 @@ class Partitions(Service):
         async for _ in self.itertimer(interval_s, name="checkpoint"):
             self._check_fenced()
             await asyncio.gather(*(self.checkpoint(owned) for owned in list(self.ready.values())))
+
+    def checkpoint_soon(self, owned: OwnedPartition) -> None:
+        """Start a checkpoint without waiting for it, unless one is under way."""
+        if not owned.checkpointing.locked():
+            self.add_future(self.checkpoint(owned))
 
     async def checkpoint(self, owned: OwnedPartition) -> None:
         """Make the partition's state and position durable; a partition found fenced is dropped."""
@@ -278,8 +332,24 @@ class Partitions(Service):
             except Fenced:
                 await self._drop_fenced(owned)
             except KafkaError as error:
+                self._metrics.checkpoint_failures.inc()
                 logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
                 await self._renew_producer(owned)
+
+    async def _write_checkpoint(self, owned: OwnedPartition) -> None:
+        if not owned.state.is_dirty and owned.next_offset == owned.committed_offset:
+            return
+        started, written_before = time.monotonic(), owned.producer.bytes_written
+        mark = CheckpointMark(owned.next_offset, owned.output_offset)
+        try:
+            records = await checkpoint(owned.state, mark, _Sent(owned), owned.producer, owned.store)
+        except (StoreFailed, SendFailed) as error:
+            self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
+        owned.committed_offset = mark.source_offset
+        self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
+        self._metrics.changelog_records.inc(records)
+        self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)
+        self._metrics.committed_offset.set(mark.source_offset, partition=owned.tp.partition)
 
     async def _renew_producer(self, owned: OwnedPartition) -> None:
         """A producer is not to be used after a failure; its successor's start settles the open transaction."""

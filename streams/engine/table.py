@@ -81,7 +81,7 @@ class SequenceTable(faust.Table):
         await self.add_runtime_dependency(self.app.partitions)
 
     async def on_stop(self) -> None:
-        await self.app.partitions.release("stop")
+        await self.app.partitions.release()
         await super().on_stop()
 
 

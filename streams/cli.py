@@ -1,0 +1,111 @@
+"""The commands of `streams`, mounted by the console script `streamformer`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from streams.settings import Settings, load_settings, printed
+from streams.subscriber import Change, EmbeddingSubscriber, as_json
+from streams.wire.embeddings import Tombstone
+
+app = typer.Typer()
+
+Config = Annotated[Path | None, typer.Option(help="TOML file with settings; default: STREAMFORMER_CONFIG.")]
+BootstrapServers = Annotated[
+    str | None,
+    typer.Option(help="Address of the broker, over that of the settings.", envvar="KAFKA_BOOTSTRAP_SERVERS"),
+]
+
+NUMBERS_SHOWN = 4
+
+
+def settings_of(config: Path | None, bootstrap_servers: str | None = None) -> Settings:
+    """The settings, at the address that was given if one was; raises `SettingsError`."""
+    settings = load_settings(config)
+    if not bootstrap_servers:
+        return settings
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
+    return settings.model_copy(update={"kafka": kafka})
+
+
+@app.command("settings")
+def show_settings(config: Config = None) -> None:
+    """Print every setting as it would be used, secrets as asterisks; fails where one is wrong."""
+    print(printed(settings_of(config)))
+
+
+@app.command()
+def worker(config: Config = None, bootstrap_servers: BootstrapServers = None) -> None:
+    """Run a worker until SIGTERM: read actions, keep sequences, publish embeddings."""
+    from streams.worker import Worker, log_to_stderr  # torch and Faust take seconds
+
+    settings = settings_of(config, bootstrap_servers)
+    log_to_stderr(settings.log_level)
+    logging.getLogger(__name__).info("settings:\n%s", printed(settings))
+    raise typer.Exit(Worker(settings).run())
+
+
+@app.command()
+def tail(
+    config: Config = None,
+    bootstrap_servers: BootstrapServers = None,
+    from_beginning: Annotated[bool, typer.Option(help="Begin with what the topic holds.")] = False,
+    user: Annotated[str | None, typer.Option(help="Only this user.")] = None,
+    count: Annotated[int, typer.Option(min=0, help="End after so many; 0 goes on.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, whole vectors.")] = False,
+) -> None:
+    """Print embeddings as they come, until Ctrl-C."""
+    settings = settings_of(config, bootstrap_servers)
+    options = settings.kafka.client_options()
+    with EmbeddingSubscriber(
+        options.pop("bootstrap_servers"),
+        topic=settings.topics.embeddings,
+        from_beginning=from_beginning,
+        client=options,
+    ) as subscriber:
+        changes = (change for change in subscriber if user is None or change.user == user)
+        try:
+            _print_all(islice(changes, count or None), json)
+        except KeyboardInterrupt:
+            pass
+        except BrokenPipeError:  # whoever read our lines has gone; keep the interpreter from trying to flush to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_all(changes: islice[Change], json: bool) -> None:
+    console = Console()
+    for change in changes:
+        if json:
+            print(as_json(change), flush=True)
+        elif console.is_terminal:
+            console.print(_line(change), no_wrap=True, overflow="ellipsis", crop=True)
+        else:
+            print(_line(change).plain, flush=True)
+
+
+def _line(change: Change) -> Text:
+    """When, who, and what is known; unprintable characters of a user id are escaped."""
+    user = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in change.user)
+    if isinstance(change, Tombstone):
+        return Text.assemble((user, "bold"), "  ", ("forgotten", "red"), f"  offset {change.source_offset}")
+    metadata = change.metadata
+    at = datetime.fromtimestamp(metadata.encoded_at_ms / 1000, UTC).strftime("%H:%M:%S.%f")[:-3]
+    numbers = " ".join(f"{number:+.3f}" for number in change.vector[:NUMBERS_SHOWN].tolist())
+    more = " …" if len(change.vector) > NUMBERS_SHOWN else ""
+    return Text.assemble(
+        (at, "dim"),
+        "  ",
+        (user, "bold"),
+        f"  {metadata.reason}  {metadata.sequence_length} actions  {metadata.encoder_version}  ",
+        (f"[{numbers}{more}]", "cyan"),
+    )
