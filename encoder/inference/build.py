@@ -25,7 +25,7 @@ BUILD_TIMEOUT_S = 120
 log = logging.getLogger(__name__)
 
 
-def load_library(definitions: Mapping[str, int]) -> ctypes.CDLL | None:
+def load_library(definitions: Mapping[str, int | str]) -> ctypes.CDLL | None:
     """The library for these definitions, built if need be; None, with the reason logged, where that cannot be done."""
     compiler = find_compiler()
     if compiler is None:
@@ -45,7 +45,7 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
 
-def built(compiler: str, definitions: Mapping[str, int]) -> Path:
+def built(compiler: str, definitions: Mapping[str, int | str]) -> Path:
     """The library's file; raises `OSError` or `SubprocessError` when it cannot be made."""
     command = [compiler, *FLAGS, *native_flags(compiler), *(f"-D{name}={value}" for name, value in definitions.items())]
     source = SOURCE.read_bytes()

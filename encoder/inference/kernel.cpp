@@ -2,8 +2,9 @@
 // residual sum with its LayerNorm, GELU, and the logarithms of event-time distance. See kernel.py for the contract and
 // twin.py for the same in plain torch.
 //
-// The build fixes HEAD_DIM (K, even), SHARE (query heads to a key/value head), WINDOW_MAX, and BF16 (1: rows and slabs
-// are bfloat16, 0: float). Arithmetic is float throughout. Only vector extensions of GCC and Clang, no intrinsics.
+// The build fixes HEAD_DIM (K, even), SHARE (query heads to a key/value head), WINDOW_MAX, and the types ROW (of what
+// products read and write) and CELL (of what slabs hold): float or bf16. Arithmetic is float throughout. Only vector
+// extensions of GCC and Clang, no intrinsics.
 //
 // A block holds one layer of one slot: for each key/value head first the keys, then the values.
 //   keys   [K / 2][ring places][2]  two neighbours of a head side by side
@@ -27,51 +28,66 @@ constexpr int LANES = 4, ACCUMULATORS = 8;
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+// Keeps a vector in a register: GCC would rather load it again for each use, and loads are what is scarce.
+#if defined(__x86_64__)
+#define KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KEEP(v)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
-#if BF16
-typedef uint16_t elem;
-typedef uint16_t evec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-INLINE float widen(elem e) { uint32_t u = uint32_t(e) << 16; float f; memcpy(&f, &u, 4); return f; }
-INLINE elem narrow(float f) { uint32_t u; memcpy(&u, &f, 4); return elem((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
-INLINE vec load(const elem* p) { return (vec)(__builtin_convertvector(*(const evec*)p, uvec) << 16); }
-INLINE void store(elem* p, vec v) {
-  uvec u = (uvec)v;
-  *(evec*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, evec);
+struct bf16 { uint16_t bits; };
+typedef uint16_t hvec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef ROW row_t;
+typedef CELL cell_t;
+
+INLINE float widen(float f) { return f; }
+INLINE float widen(bf16 e) { uint32_t u = uint32_t(e.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE void put(float* p, float f) { *p = f; }
+INLINE void put(bf16* p, float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  p->bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-#else
-typedef float elem;
-INLINE float widen(elem e) { return e; }
-INLINE elem narrow(float f) { return f; }
-INLINE vec load(const elem* p) { return *(const vec*)p; }
-INLINE void store(elem* p, vec v) { *(vec*)p = v; }
-#endif
+INLINE vec load(const float* p) { return *(const vec*)p; }
+INLINE vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const hvec*)p, uvec) << 16); }
+INLINE void store(float* p, vec v) { *(vec*)p = v; }
+INLINE void store(bf16* p, vec v) {
+  uvec u = (uvec)v;
+  *(hvec*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec);
+}
 
 constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 constexpr int HALF = HEAD_DIM / 2, WIDTH = padded(HEAD_DIM), PLACES_MAX = padded(WINDOW_MAX);
 
 // The pair of vectors number i: element 2j is in `a`, 2j + 1 in `b`, for LANES values of j.
-INLINE void load_pair(const elem* p, int i, vec& a, vec& b) {
-#if BF16
+INLINE void load_pair(const float* p, int i, vec& a, vec& b) {
+  a = ((const vec*)p)[2 * i];
+  b = ((const vec*)p)[2 * i + 1];
+}
+INLINE void load_pair(const bf16* p, int i, vec& a, vec& b) {
   uvec u = ((const uvec*)p)[i];
   a = (vec)(u << 16);
   b = (vec)(u & 0xffff0000u);
-#else
-  a = ((const vec*)p)[2 * i];
-  b = ((const vec*)p)[2 * i + 1];
-#endif
 }
 // Where side (0 or 1) of pair j lies.
-INLINE int64_t pair_index(int64_t j, int side) {
-#if BF16
-  return 2 * j + side;
-#else
-  return j / LANES * 2 * LANES + side * LANES + j % LANES;
-#endif
-}
-INLINE void prefetch_pair(const elem* p, int i) {
-  constexpr int bytes = 2 * LANES * sizeof(elem);
+INLINE int64_t pair_index(const float*, int64_t j, int side) { return j / LANES * 2 * LANES + side * LANES + j % LANES; }
+INLINE int64_t pair_index(const bf16*, int64_t j, int side) { return 2 * j + side; }
+INLINE void prefetch_pair(const cell_t* p, int i) {
+  constexpr int bytes = 2 * LANES * sizeof(cell_t);
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)p + int64_t(i) * bytes + at, 0, 2);
+}
+
+// N pairs of vectors from number `at`, and the same of the next block on its way to the cache.
+template <int N> INLINE void load_pairs(const cell_t* p, const cell_t* next, int at, vec* a, vec* b) {
+  for (int n = 0; n < N; n++) {
+    load_pair(p, at + n, a[n], b[n]);
+    prefetch_pair(next, at + n);
+    KEEP(a[n]);
+    KEEP(b[n]);
+  }
 }
 
 template <int N, class Op> INLINE float fold(const float* v, Op op) {
@@ -113,34 +129,32 @@ INLINE vec logv(vec x) {
 }
 
 // scores[h][place] for N vectors of places from `at`, all SHARE heads; pairs of key rows are `stride` pairs apart.
-template <int N, int H> INLINE void score(const elem* keys, const elem* next, int at, int stride, const float (*q)[HEAD_DIM],
+template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride, const float (*q)[HEAD_DIM],
                                           float (*scores)[PLACES_MAX]) {
   vec acc[N][H] = {};
-  for (int i = 0; i < HALF; i++)
-    for (int n = 0; n < N; n++) {
-      vec a, b;
-      load_pair(keys, i * stride + at + n, a, b);
-      prefetch_pair(next, i * stride + at + n);
-      for (int h = 0; h < H; h++) acc[n][h] += q[h][2 * i] * a + q[h][2 * i + 1] * b;
-    }
+  for (int i = 0; i < HALF; i++) {
+    vec a[N], b[N];
+    load_pairs<N>(keys, next, i * stride + at, a, b);
+    for (int h = 0; h < H; h++)
+      for (int n = 0; n < N; n++) acc[n][h] = acc[n][h] + q[h][2 * i] * a[n] + q[h][2 * i + 1] * b[n];
+  }
   for (int n = 0; n < N; n++)
     for (int h = 0; h < H; h++) *(vec*)&scores[h][(at + n) * LANES] = acc[n][h];
 }
 
 // out[h][d] += weights[h][place] * values[place][d] for N vectors of dimensions from `at`; `pairs` pairs of places.
-template <int N, int H> INLINE void mix(const elem* values, const elem* next, int at, int pairs,
+template <int N, int H> INLINE void mix(const cell_t* values, const cell_t* next, int at, int pairs,
                                         const float (*weights)[PLACES_MAX], float (*out)[WIDTH]) {
   constexpr int stride = WIDTH / LANES;
   vec acc[N][H];
   for (int n = 0; n < N; n++)
     for (int h = 0; h < H; h++) acc[n][h] = *(vec*)&out[h][(at + n) * LANES];
-  for (int w = 0; w < pairs; w++)
-    for (int n = 0; n < N; n++) {
-      vec a, b;
-      load_pair(values, w * stride + at + n, a, b);
-      prefetch_pair(next, w * stride + at + n);
-      for (int h = 0; h < H; h++) acc[n][h] += weights[h][2 * w] * a + weights[h][2 * w + 1] * b;
-    }
+  for (int w = 0; w < pairs; w++) {
+    vec a[N], b[N];
+    load_pairs<N>(values, next, w * stride + at, a, b);
+    for (int h = 0; h < H; h++)
+      for (int n = 0; n < N; n++) acc[n][h] = acc[n][h] + weights[h][2 * w] * a[n] + weights[h][2 * w + 1] * b[n];
+  }
   for (int n = 0; n < N; n++)
     for (int h = 0; h < H; h++) *(vec*)&out[h][(at + n) * LANES] = acc[n][h];
 }
@@ -156,17 +170,17 @@ template <int H, class F> INLINE void tiled(int total, F f) {
 
 // Keys and values of one key/value head in a block.
 struct Ring {
-  elem *keys, *values;
+  cell_t *keys, *values;
   int places;
   Ring(char* block, int g, int window)
-      : keys((elem*)block + int64_t(g) * padded(window) * (HEAD_DIM + WIDTH)),
+      : keys((cell_t*)block + int64_t(g) * padded(window) * (HEAD_DIM + WIDTH)),
         values(keys + int64_t(padded(window)) * HEAD_DIM), places(padded(window)) {}
   void write(int place, const float* k, const float* v) const {
-    for (int i = 0; i < HEAD_DIM; i++) keys[int64_t(i / 2) * 2 * places + pair_index(place, i & 1)] = narrow(k[i]);
-    elem* pair = values + int64_t(place / 2) * 2 * WIDTH;
-    for (int i = 0; i < HEAD_DIM; i++) pair[pair_index(i, place & 1)] = narrow(v[i]);
+    for (int i = 0; i < HEAD_DIM; i++) put(keys + int64_t(i / 2) * 2 * places + pair_index(keys, place, i & 1), k[i]);
+    cell_t* pair = values + int64_t(place / 2) * 2 * WIDTH;
+    for (int i = 0; i < HEAD_DIM; i++) put(pair + pair_index(pair, i, place & 1), v[i]);
   }
-  void zero_values() const { memset(values, 0, sizeof(elem) * places * WIDTH); }
+  void zero_values() const { memset(values, 0, sizeof(cell_t) * places * WIDTH); }
 };
 
 // What every token of a layer shares.
@@ -180,7 +194,7 @@ struct Token {
   const float *cos, *sin, *lags;  // [K / 2], [K / 2], [padded window]
 };
 
-INLINE void rotate(const elem* x, const Token& t, float scale, float* out) {
+INLINE void rotate(const row_t* x, const Token& t, float scale, float* out) {
   for (int i = 0; i < HALF; i++) {
     float a = widen(x[i]), b = widen(x[i + HALF]);
     out[i] = (a * t.cos[i] - b * t.sin[i]) * scale;
@@ -210,7 +224,7 @@ INLINE float soften(float* scores, int held, const float* lags, float slope) {
 
 // One token and one key/value head: attend to the ring and to itself, then enter the ring. The token takes part from
 // registers, so that nothing waits for its stores; its place in the ring counts for nothing until then.
-INLINE void attend_head(const elem* row, int g, const Layer& layer, const Token& t, Ring ring, Ring next, elem* out) {
+INLINE void attend_head(const row_t* row, int g, const Layer& layer, const Token& t, Ring ring, Ring next, row_t* out) {
   const int place = int(t.offset % layer.window), held = t.offset + 1 < layer.window ? int(t.offset + 1) : layer.window;
   float q[SHARE][HEAD_DIM], k[HEAD_DIM], v[WIDTH] = {}, own[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
   alignas(64) float scores[SHARE][PLACES_MAX];
@@ -233,11 +247,11 @@ INLINE void attend_head(const elem* row, int g, const Layer& layer, const Token&
     mix<n(), SHARE>(ring.values, next.values, at, (held + 1) / 2, scores, mixed);
   });
   for (int h = 0; h < SHARE; h++)
-    for (int i = 0; i < HEAD_DIM; i++) out[(g * SHARE + h) * HEAD_DIM + i] = narrow(mixed[h][i] * scale[h]);
+    for (int i = 0; i < HEAD_DIM; i++) put(&out[(g * SHARE + h) * HEAD_DIM + i], mixed[h][i] * scale[h]);
   ring.write(place, k, v);
 }
 
-INLINE void write_only(const elem* row, int g, const Layer& layer, const Token& t, Ring ring) {
+INLINE void write_only(const row_t* row, int g, const Layer& layer, const Token& t, Ring ring) {
   float k[HEAD_DIM], v[HEAD_DIM];
   rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
   for (int i = 0; i < HEAD_DIM; i++) v[i] = widen(row[(layer.heads + layer.kv_heads + g) * HEAD_DIM + i]);
@@ -250,12 +264,12 @@ int lanes() { return LANES; }
 
 // Bytes of one layer of one slot.
 int64_t block_bytes(int kv_heads, int window) {
-  return (int64_t(kv_heads) * padded(window) * (HEAD_DIM + WIDTH) * sizeof(elem) + 63) / 64 * 64;
+  return (int64_t(kv_heads) * padded(window) * (HEAD_DIM + WIDTH) * sizeof(cell_t) + 63) / 64 * 64;
 }
 
 // Attention of one layer. `blocks` is its block in slot 0; user s of `users` owns rows starts[s] to starts[s + 1], of
 // which the first silent[s] have no output; its first row is token tokens[s] of the plan, its first token firsts[s].
-void attend(const elem* rows, elem* out, char* blocks, int64_t slot_bytes, int heads, int kv_heads, int window,
+void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int heads, int kv_heads, int window,
             const float* slopes, int64_t users, const int64_t* slots, const int64_t* starts, const int64_t* tokens,
             const int64_t* silent, const int64_t* firsts, const int64_t* offsets, const float* cos, const float* sin,
             const float* lags) {
@@ -267,7 +281,7 @@ void attend(const elem* rows, elem* out, char* blocks, int64_t slot_bytes, int h
       for (int g = 0; g < kv_heads; g++) Ring(block, g, window).zero_values();
     for (int64_t r = starts[s]; r < starts[s + 1]; r++) {
       const int64_t i = tokens[s] + r - starts[s];
-      const elem* row = rows + r * (heads + 2 * kv_heads) * HEAD_DIM;
+      const row_t* row = rows + r * (heads + 2 * kv_heads) * HEAD_DIM;
       const Token t{offsets[i], cos + i * HALF, sin + i * HALF, lags ? lags + i * padded(window) : nullptr};
       if (r < starts[s] + silent[s]) {
         for (int g = 0; g < kv_heads; g++) write_only(row, g, layer, t, Ring(block, g, window));
@@ -305,7 +319,7 @@ void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* start
 }
 
 // x += y (where y is given), then out = LayerNorm(x), for `rows` rows of `dim`.
-void add_norm(float* x, const elem* y, const float* weight, const float* bias, elem* out, float eps, int64_t rows,
+void add_norm(float* x, const row_t* y, const float* weight, const float* bias, row_t* out, float eps, int64_t rows,
               int dim) {
   for (int64_t r = 0; r < rows; r++, x += dim, out += dim) {
     const int whole = dim / LANES * LANES;
@@ -324,12 +338,12 @@ void add_norm(float* x, const elem* y, const float* weight, const float* bias, e
     const float scale = 1 / sqrtf((variance + sum(squares)) / dim + eps);
     for (int i = 0; i < whole; i += LANES)
       store(&out[i], (*(vec*)&x[i] - mean) * scale * *(const vec*)&weight[i] + *(const vec*)&bias[i]);
-    for (int i = whole; i < dim; i++) out[i] = narrow((x[i] - mean) * scale * weight[i] + bias[i]);
+    for (int i = whole; i < dim; i++) put(&out[i], (x[i] - mean) * scale * weight[i] + bias[i]);
   }
 }
 
 // x = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is the tanh form of GELU.
-void gelu(elem* x, int64_t count) {
+void gelu(row_t* x, int64_t count) {
   constexpr float A = -2 * 0.79788456f * LOG2E, B = A * 0.044715f;
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
@@ -338,7 +352,7 @@ void gelu(elem* x, int64_t count) {
   }
   for (; i < count; i++) {
     float v = widen(x[i]);
-    x[i] = narrow(v / (1 + exp2f(v * (A + B * v * v))));
+    put(&x[i], v / (1 + exp2f(v * (A + B * v * v))));
   }
 }
 

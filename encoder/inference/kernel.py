@@ -20,18 +20,31 @@ from encoder.model import EncoderConfig
 
 
 @dataclass(frozen=True, slots=True)
+class Precision:
+    """The types of products and cache; norms, softmax, residuals and the embedding are float32 in any case."""
+
+    products: torch.dtype = torch.float32
+    cache: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
-    """What the attention of an encoder looks like, and in which type keys, values and products are kept."""
+    """What the attention of an encoder looks like."""
 
     heads: int
     kv_heads: int
     head_dim: int
     windows: tuple[int, ...]
-    dtype: torch.dtype
+    rows: torch.dtype
+    """Of what products read and write."""
+    cells: torch.dtype
+    """Of the keys and values that slabs hold."""
 
     @staticmethod
-    def of(config: EncoderConfig, dtype: torch.dtype) -> Geometry:
-        return Geometry(config.heads, config.kv_heads, config.head_dim, config.windows, dtype)
+    def of(config: EncoderConfig, precision: Precision) -> Geometry:
+        return Geometry(
+            config.heads, config.kv_heads, config.head_dim, config.windows, precision.products, precision.cache
+        )
 
 
 class Kernel(Protocol):

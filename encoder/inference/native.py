@@ -17,6 +17,7 @@ from encoder.inference.cone import Int64s, Plan
 from encoder.inference.kernel import Geometry
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _SIGNATURES = {
     "attend": [_POINTER] * 3 + [_LONG] + [_INT] * 3 + [_POINTER, _LONG] + [_POINTER] * 9,
     "lags": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
@@ -38,11 +39,12 @@ class Library:
     @classmethod
     def load(cls, geometry: Geometry) -> Library | None:
         """Build or find it; None where there is no compiler."""
-        definitions = {
+        definitions: dict[str, int | str] = {
             "HEAD_DIM": geometry.head_dim,
             "SHARE": geometry.heads // geometry.kv_heads,
             "WINDOW_MAX": max(geometry.windows),
-            "BF16": int(geometry.dtype is torch.bfloat16),
+            "ROW": _NAMES[geometry.rows],
+            "CELL": _NAMES[geometry.cells],
         }
         library = load_library(definitions)
         return cls(geometry, library) if library else None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from encoder.actions import SequenceBatch
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
-from encoder.inference.kernel import Geometry, Kernel
+from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.linear import prepared
 from encoder.inference.native import Library, NativeKernel
 from encoder.inference.steps import Steps
@@ -57,44 +57,41 @@ def load_runtime(
 ) -> EncoderRuntime:
     """The runtime of a release; sets torch's threads for the process.
 
-    `cache_bytes_max` bounds the memory of what is kept of users: address space at once, memory as users come. Raises `ReleaseError` for
-    a release that cannot be trusted and `ValueError` for settings that do not fit it.
+    `cache_bytes_max` bounds the memory of what is kept of users: address space at once, memory as users come. For
+    `dtype` see `choose`. Raises `ReleaseError` for a release that cannot be trusted and `ValueError` for settings that
+    do not fit it.
     """
     torch.set_num_threads(threads)
     release = load_release(release_dir)
     if isinstance(release.model, StreamingEncoder):
-        products = fastest_dtype(release.config.d_model) if dtype == "auto" else _DTYPES[dtype]
         make = make_incremental if kind == "incremental" else make_full
-        return make(release, cache_bytes_max=cache_bytes_max, dtype=products)
+        return make(release, cache_bytes_max=cache_bytes_max, precision=choose(dtype, release.config.d_model))
     if kind == "incremental":
         raise ValueError("a window encoder keeps nothing between actions: set the runtime's kind to full")
     return FullWindowRuntime(release)
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def make_incremental(
-    release: Release, *, cache_bytes_max: int, dtype: torch.dtype, native: bool = True
+    release: Release, *, cache_bytes_max: int, precision: Precision, native: bool = True
 ) -> IncrementalRuntime:
-    """The incremental runtime of a streaming release, with products and cache in `dtype`."""
-    kernel, slots = make_kernel(release, dtype, cache_bytes_max, native=native)
-    return IncrementalRuntime(release.version, release.config, Steps(release, kernel, dtype), slots)
+    """The incremental runtime of a streaming release, with products and cache in this precision."""
+    kernel, slots = make_kernel(release, precision, cache_bytes_max, native=native)
+    return IncrementalRuntime(release.version, release.config, Steps(release, kernel, precision.products), slots)
 
 
 def make_full(
-    release: Release, *, cache_bytes_max: int, dtype: torch.dtype, native: bool = True
+    release: Release, *, cache_bytes_max: int, precision: Precision, native: bool = True
 ) -> FullStreamingRuntime:
     """The full runtime of a streaming release; it needs slots only while a part of a batch runs."""
-    kernel, slots = make_kernel(release, dtype, cache_bytes_max, slots_max=FULL_USERS_MAX, native=native)
-    return FullStreamingRuntime(release, Steps(release, kernel, dtype), slots)
+    kernel, slots = make_kernel(release, precision, cache_bytes_max, slots_max=FULL_USERS_MAX, native=native)
+    return FullStreamingRuntime(release, Steps(release, kernel, precision.products), slots)
 
 
 def make_kernel(
-    release: Release, dtype: torch.dtype, cache_bytes_max: int, *, slots_max: int | None = None, native: bool = True
+    release: Release, precision: Precision, cache_bytes_max: int, *, slots_max: int | None = None, native: bool = True
 ) -> tuple[Kernel, int]:
     """A kernel and its number of slots: the native one, or its twin where `native` is false or cannot be built."""
-    geometry = Geometry.of(release.config, dtype)
+    geometry = Geometry.of(release.config, precision)
     library = Library.load(geometry) if native else None
     per_user = library.bytes_per_slot() if library else TorchKernel.bytes_per_slot(geometry)
     slots = cache_bytes_max // per_user
@@ -114,13 +111,18 @@ def slopes(release: Release) -> torch.Tensor | None:
     return F.softplus(torch.stack(learned)).detach()
 
 
-def fastest_dtype(d_model: int) -> torch.dtype:
-    """float32, unless this machine multiplies clearly faster in bfloat16; measured, some ten milliseconds."""
-    return (
-        torch.bfloat16
-        if 1.2 * _product_s(d_model, torch.bfloat16) < _product_s(d_model, torch.float32)
-        else torch.float32
-    )
+def choose(dtype: DType, d_model: int) -> Precision:
+    """What a setting means on this machine, by a measurement of some ten milliseconds.
+
+    `bf16` allows bfloat16: the cache takes half the memory, and products use it where this machine multiplies faster
+    in it. `auto` is `bf16` on such machines and `fp32` on all others.
+    """
+    if dtype == "fp32":
+        return Precision()
+    faster = 1.2 * _product_s(d_model, torch.bfloat16) < _product_s(d_model, torch.float32)
+    if faster:
+        return Precision(torch.bfloat16, torch.bfloat16)
+    return Precision(cache=torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Steps:
-    """Runs steps of one release over the slots of one kernel; `dtype` is the type of the products. One thread."""
+    """Runs steps of one release over the slots of one kernel, with products in `dtype`. One thread."""
 
     def __init__(self, release: Release, kernel: Kernel, dtype: torch.dtype) -> None:
         model = release.model

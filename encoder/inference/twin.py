@@ -22,7 +22,7 @@ class TorchKernel:
         g = geometry
         self.geometry = g
         self.slopes = slopes
-        self.keys = [torch.zeros(slots, w, g.kv_heads, g.head_dim, dtype=g.dtype) for w in g.windows]
+        self.keys = [torch.zeros(slots, w, g.kv_heads, g.head_dim, dtype=g.cells) for w in g.windows]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.times_ms = torch.zeros(slots, max(g.windows), dtype=torch.int64)
 
@@ -30,7 +30,7 @@ class TorchKernel:
     def bytes_per_slot(geometry: Geometry) -> int:
         """Memory of one user, in bytes."""
         vectors = 2 * geometry.kv_heads * geometry.head_dim * sum(geometry.windows)
-        return vectors * geometry.dtype.itemsize + 8 * max(geometry.windows)
+        return vectors * geometry.cells.itemsize + 8 * max(geometry.windows)
 
     def begin(self, plan: Plan, times_ms: Int64s) -> None:
         self._plan = plan
@@ -47,12 +47,12 @@ class TorchKernel:
         q, k, v = torch.split(qkv.view(len(qkv), -1, g.head_dim), [g.heads, g.kv_heads, g.kv_heads], dim=-2)
         cos, sin = self._rotation
         rotation = cos[block.tokens], sin[block.tokens]
-        k = rotate(k.float(), rotation).to(g.dtype)
+        k = rotate(k.float(), rotation).to(g.cells)
         keys = block.join(block.cached(self.keys[layer]), k).float()
-        values = block.join(block.cached(self.values[layer]), v).float()
+        values = block.join(block.cached(self.values[layer]), v.to(g.cells)).float()
         out.copy_(self._mix(layer, block, rotate(q.float(), rotation), keys, values)[block.with_output])
         block.store(self.keys[layer], k)
-        block.store(self.values[layer], v)
+        block.store(self.values[layer], v.to(g.cells))
 
     def add_norm(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm, out: Tensor) -> None:
         if y is not None:

@@ -10,7 +10,7 @@ import torch
 
 from encoder.inference import load_runtime
 from encoder.inference.incremental import IncrementalRuntime
-from encoder.inference.kernel import Geometry
+from encoder.inference.kernel import Geometry, Precision
 from encoder.inference.runtime import make_incremental, slopes
 from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
@@ -49,7 +49,7 @@ def test_incremental_equals_forward(shape: str, native: bool) -> None:
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     release = random_release(config, seed)
-    runtime = make_incremental(release, cache_bytes_max=bytes_for(config, 12), dtype=torch.float32, native=native)
+    runtime = make_incremental(release, cache_bytes_max=bytes_for(config, 12), precision=Precision(), native=native)
     users = [
         User(f"u{i}".encode(), random_actions(rng, int(rng.integers(1, 60))), config.sequence_length) for i in range(30)
     ]
@@ -92,7 +92,7 @@ def test_more_cold_users_than_slots() -> None:
     """A batch of users that the slabs cannot hold at once is embedded all the same, in the order asked."""
     rng = np.random.default_rng(7)
     release = random_release(SMALL, 7)
-    runtime = make_incremental(release, cache_bytes_max=bytes_for(SMALL, 3), dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=bytes_for(SMALL, 3), precision=Precision())
     batch = sequences([user(rng, i, SMALL, 1 + i) for i in range(40)])
     assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
 
@@ -101,7 +101,7 @@ def test_nothing_new_repeats_the_embedding() -> None:
     """A user asked for again without a new action gets the same embedding, and the next action continues from it."""
     rng = np.random.default_rng(8)
     release = random_release(SMALL, 8)
-    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
     one = user(rng, 0, SMALL, 50)
     first = runtime.embed(sequences([one]))
     again = runtime.embed(sequences([one]))
@@ -115,7 +115,7 @@ def test_reused_buffers_never_show() -> None:
     """With every scratch buffer full of NaN and every slab full of another user's NaN, embeddings are unchanged."""
     rng = np.random.default_rng(9)
     release = random_release(SMALL, 9)
-    geometry = Geometry.of(SMALL, torch.float32)
+    geometry = Geometry.of(SMALL, Precision())
     kernel = TorchKernel(geometry, 50, slopes(release))
     steps = Steps(release, kernel, torch.float32)
     runtime = IncrementalRuntime(release.version, SMALL, steps, 50)
@@ -134,7 +134,7 @@ def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
     """A user whose embedding came out as NaN is computed from scratch next time."""
     rng = np.random.default_rng(10)
     release = random_release(SMALL, 10)
-    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
     one = user(rng, 0, SMALL, 30)
     weight = release.model.head.norm.weight
     kept = weight.clone()
@@ -146,14 +146,18 @@ def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
     assert runtime.extensions == 0
 
 
-def test_bf16_stays_close() -> None:
-    """Products and cache in bfloat16 leave the cosine to the fp32 forward at 0.9999 or more."""
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_bf16_stays_close(products: torch.dtype, native: bool) -> None:
+    """A cache in bfloat16, with products in either type, leaves the cosine to the fp32 forward at 0.9999 or more."""
     rng = np.random.default_rng(11)
     config = EncoderConfig(
         d_model=64, heads=4, kv_heads=2, windows=(16, 16), embedding_dim=64, item_dim=32, sequence_length=40
     )
     release = random_release(config, 11)
-    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.bfloat16)
+    runtime = make_incremental(
+        release, cache_bytes_max=1 << 20, precision=Precision(products, torch.bfloat16), native=native
+    )
     users = [user(rng, i, config, int(rng.integers(1, 60))) for i in range(50)]
     for _ in range(3):
         batch = sequences(users)
@@ -168,8 +172,8 @@ def test_what_cannot_be_embedded_is_refused() -> None:
     rng = np.random.default_rng(12)
     release = random_release(SMALL, 12)
     with pytest.raises(ValueError, match="cache is too small for one user"):
-        make_incremental(release, cache_bytes_max=100, dtype=torch.float32)
-    runtime = make_incremental(release, cache_bytes_max=1 << 20, dtype=torch.float32)
+        make_incremental(release, cache_bytes_max=100, precision=Precision())
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
     empty = user(rng, 0, SMALL, 1)
     empty.actions = empty.actions[:0]
     with pytest.raises(ValueError, match="sequence cannot be embedded: 0 rows"):
