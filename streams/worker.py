@@ -48,7 +48,6 @@ ABORTED = 70
 """Exit code after `abort` (EX_SOFTWARE): the supervisor should start the worker again."""
 FORCED = 71
 """Exit code when stopping took longer than allowed, or was forced by a second signal."""
-OUTPUT_TIMEOUT_MS = 120_000
 WATCH_EVERY_S = 1.0
 INFINITY = 2**62
 
@@ -95,13 +94,15 @@ class Worker:
 
     def _new_app(self) -> Any:
         settings = self._settings
+        faust_dir = settings.data_dir / "faust"
+        faust_dir.mkdir(parents=True, exist_ok=True)
         url = [URL(f"kafka://{server.strip()}") for server in settings.kafka.bootstrap_servers.split(",")]
         app = faust.App(
             settings.app_id,
             broker=url,
             broker_credentials=faust_credentials(settings),
             store=STORE_URL,
-            datadir=str(settings.data_dir / "faust"),
+            datadir=str(faust_dir),
             topic_partitions=settings.topics.partitions,
             topic_allow_declare=False,
             topic_disable_leader=True,
@@ -311,7 +312,7 @@ def outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsConf
         dead_letter_topic=settings.topics.dead_letter,
         codec=EmbeddingCodec(settings.output.codec),
         client=client,
-        request_timeout_ms=OUTPUT_TIMEOUT_MS,
+        request_timeout_ms=settings.output.request_timeout_ms,
     )
 
 

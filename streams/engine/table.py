@@ -66,6 +66,15 @@ class SequenceStore(SerializedStore):
     def _clear(self) -> NoReturn:
         self._set(b"", None)
 
+    async def backup_partition(self, *args: Any, **kwargs: Any) -> None:
+        self._no_backup()
+
+    def restore_backup(self, *args: Any, **kwargs: Any) -> None:
+        self._no_backup()
+
+    def _no_backup(self) -> NoReturn:
+        raise TypeError("the table user-sequences needs no backup: its changelog is the durable copy")
+
     def reset_state(self) -> None:
         """Nothing to reset: a state that cannot be trusted is rebuilt from the changelog at assignment."""
 
