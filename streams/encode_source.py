@@ -55,8 +55,9 @@ class PartitionSource:
         batch = self._batch(job, embeddings)
         try:
             end = await self._outputs.publish(self._owned.tp.partition, batch)
-        except KafkaError as error:
+        except Exception as error:
             logger.warning("%d embeddings could not be published, they are encoded again: %r", len(job), error)
+            self._metrics.publish_failures.inc(len(job))
             state.defer(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
             return
         self._owned.output_offset = max(end, self._owned.output_offset)

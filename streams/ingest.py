@@ -112,6 +112,7 @@ class Ingest:
             await asyncio.sleep(ROOM_EVERY_S)
             if not self._is_mine(owned):
                 return False
+            cold = state.missing(users)
             state.evict(len(cold))
         read = read_users(owned.store, cold, state.limits)
         if read.corrupt and not await self._quarantine(owned, read.corrupt):
