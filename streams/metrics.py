@@ -172,8 +172,8 @@ class Metrics:
         # State.
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
         self.pending_users = Gauge("streamformer_pending_users", "Users with a timer or an embedding outstanding.")
-        self.corrupt_values = Counter(
-            "streamformer_corrupt_values_total", "Stored values that failed their checksum: quarantined."
+        self.corrupt_users = Counter(
+            "streamformer_corrupt_users_total", "Users whose stored state failed its checksum: quarantined."
         )
         # Triggers and the encode queue.
         self.triggers = Counter("streamformer_triggers_total", "Users found due, by reason.", "reason")

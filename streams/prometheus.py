@@ -58,7 +58,7 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without the look-up of this host's name that http.server makes, which may take seconds."""
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a request to the health server failed", exc_info=True)

@@ -1,0 +1,191 @@
+"""Read embeddings as they come: the library for whoever uses them.
+
+    with EmbeddingSubscriber("127.0.0.1:9092", from_beginning=True) as subscriber:
+        newest = subscriber.table()           # user id -> Embedding, as the topic stands now
+        for change in subscriber:             # then every change, as it comes
+            if isinstance(change, Tombstone):
+                newest.pop(change.user, None)
+            else:
+                newest[change.user] = change
+
+Delivery is at least once on the topic; here, for one user and encoder version, what is older than or the same as
+something already seen is dropped and counted. The topic is compacted, so a reader that starts from its beginning holds
+every user's newest embedding and needs no committed position. A record that is no embedding is counted and skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Self
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from streams.errors import BrokerUnreachable, StreamformerError
+from streams.wire.embeddings import Embedding, MalformedEmbedding, Tombstone, decode_embedding
+
+logger = logging.getLogger(__name__)
+
+Change = Embedding | Tombstone
+
+ANSWER_MS = 5_000
+"""How long the broker may take to answer at the start."""
+
+
+class EmbeddingSubscriber:
+    """The embeddings of a topic in the order of each user; not safe to share between threads."""
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        *,
+        topic: str = "user-embeddings",
+        from_beginning: bool = False,
+        partitions: Collection[int] | None = None,
+        users_max: int = 1_000_000,
+        client: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Connect and stand at the end of the topic, or at its beginning.
+
+        `partitions` are those to read (all), to share the users among readers; `users_max` bounds how many users are
+        remembered to recognise what is old; `client` holds more of kafka-python's options (security).
+        Raises `BrokerUnreachable`, or `StreamformerError` where topic or partitions do not exist.
+        """
+        options = {**(client or {}), "bootstrap_servers": bootstrap_servers}
+        self._freshest = Freshest(users_max)
+        self.malformed = 0
+        """Records skipped because they are no embeddings."""
+        try:
+            self._consumer = KafkaConsumer(
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest" if from_beginning else "latest",
+                bootstrap_timeout_ms=ANSWER_MS,
+                **options,
+            )
+            self._assign(topic, partitions)
+        except KafkaError as error:
+            raise BrokerUnreachable(
+                f"no broker answers at {bootstrap_servers}", str(error), "check the address and that the broker is up"
+            ) from None
+
+    @property
+    def stale(self) -> int:
+        """Changes dropped because a newer one of the same user and encoder version had been seen."""
+        return self._freshest.stale
+
+    @property
+    def repeated(self) -> int:
+        """Changes dropped because they had been seen."""
+        return self._freshest.repeated
+
+    def __iter__(self) -> Iterator[Change]:
+        """Every change, as it comes; never ends. While the broker is away, it waits."""
+        while True:
+            yield from self.poll(1_000)
+
+    def poll(self, timeout_ms: int, records_max: int = 500) -> list[Change]:
+        """The changes of the next `records_max` records at most, after `timeout_ms` without any an empty list."""
+        fetched = self._consumer.poll(timeout_ms=timeout_ms, max_records=records_max)
+        return [change for records in fetched.values() for change in self._changes(records)]
+
+    def table(self) -> dict[str, Embedding]:
+        """Read on to where the topic ends now; the newest embedding read of each user that is not forgotten."""
+        held: dict[str, Embedding] = {}
+        waiting = self._consumer.end_offsets(list(self._consumer.assignment()))
+        while waiting:
+            for change in self.poll(200, records_max=5_000):
+                if isinstance(change, Tombstone):
+                    held.pop(change.user, None)
+                else:
+                    held[change.user] = change
+            waiting = {tp: end for tp, end in waiting.items() if self._consumer.position(tp) < end}
+        return held
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _assign(self, topic: str, partitions: Collection[int] | None) -> None:
+        existing = self._consumer.partitions_for_topic(topic) or set()
+        wanted = existing if partitions is None else set(partitions)
+        if not wanted or not wanted <= existing:
+            self.close()
+            detail = f"{topic} has the partitions {sorted(existing)}" if existing else f"{topic} does not exist"
+            raise StreamformerError("nothing to read", detail, "check topic and partitions in the settings")
+        tps = [TopicPartition(topic, number) for number in sorted(wanted)]
+        self._consumer.assign(tps)
+        for tp in tps:
+            self._consumer.position(tp)  # resolves "the end" now: what is published from here on is read
+
+    def _changes(self, records: Iterable[Any]) -> Iterator[Change]:
+        for record in records:
+            try:
+                change = decode_embedding(record.key, record.value, record.headers)
+            except MalformedEmbedding as error:
+                self.malformed += 1
+                logger.warning("offset %d of partition %d skipped: %s", record.offset, record.partition, error)
+                continue
+            if self._freshest.accepts(change):
+                yield change
+
+
+class Freshest:
+    """Decides whether a change is news, by the source offsets seen before it.
+
+    An embedding is news unless one of the same user and encoder version, or the user's tombstone, was seen with its
+    offset or a later one; a tombstone is news unless anything of the user was. Beyond `users_max` users the one not
+    heard of for longest is forgotten, and its next change is news.
+    """
+
+    def __init__(self, users_max: int) -> None:
+        self._users_max = users_max
+        self._offsets: OrderedDict[str, dict[str | None, int]] = OrderedDict()
+        """User -> encoder version (None for the tombstone) -> newest source offset."""
+        self.stale = self.repeated = 0
+
+    def accepts(self, change: Change) -> bool:
+        """Whether `change` is news; it is remembered if so."""
+        offsets = self._offsets.setdefault(change.user, {})
+        self._offsets.move_to_end(change.user)
+        if len(self._offsets) > self._users_max:
+            self._offsets.popitem(last=False)
+        if isinstance(change, Tombstone):
+            return self._is_news(offsets, None, change.source_offset, max(offsets.values(), default=-1))
+        version, offset = change.metadata.encoder_version, change.metadata.source_offset
+        return self._is_news(offsets, version, offset, max(offsets.get(version, -1), offsets.get(None, -1)))
+
+    def _is_news(self, offsets: dict[str | None, int], of: str | None, offset: int, seen: int) -> bool:
+        if 0 <= offset <= seen:
+            self.stale += offset < seen
+            self.repeated += offset == seen
+            return False
+        offsets[of] = max(offset, offsets.get(of, -1))
+        return True
+
+
+def as_json(change: Change) -> str:
+    """One line of JSON: the vector and everything known about it, or the tombstone."""
+    if isinstance(change, Tombstone):
+        return json.dumps({"user": change.user, "tombstone": True, "source_offset": change.source_offset})
+    metadata = change.metadata
+    return json.dumps(
+        {
+            "user": change.user,
+            "encoder_version": metadata.encoder_version,
+            "event_time_ms": metadata.event_time_ms,
+            "sequence_length": metadata.sequence_length,
+            "reason": metadata.reason,
+            "source_offset": metadata.source_offset,
+            "encoded_at_ms": metadata.encoded_at_ms,
+            "vector": [float(text) for text in change.vector.astype(str)],
+        }
+    )

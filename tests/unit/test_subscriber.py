@@ -1,0 +1,81 @@
+"""What a subscriber takes for news."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.subscriber import Change, Freshest, as_json
+from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata, Tombstone
+
+
+def embedding(user: str, offset: int, version: str = "v1") -> Embedding:
+    metadata = EmbeddingMetadata(version, 2, EmbeddingCodec.FLOAT32, 5, 3, "every_n", offset, 9)
+    return Embedding(user, np.array([0.1, -2.0], np.float32), metadata)
+
+
+def accepted(*changes: Change, users_max: int = 100) -> list[bool]:
+    freshest = Freshest(users_max)
+    return [freshest.accepts(change) for change in changes]
+
+
+def test_an_older_or_equal_embedding_is_no_news() -> None:
+    """After offset 5 of a user and version, 4 is stale and 5 a repetition; 6 is news; both are counted apart."""
+    freshest = Freshest(100)
+    news = [freshest.accepts(embedding("ann", offset)) for offset in (5, 4, 5, 6)]
+    assert news == [True, False, False, True]
+    assert (freshest.stale, freshest.repeated) == (1, 1)
+
+
+def test_users_and_versions_are_apart() -> None:
+    """Another user's or another encoder version's offset does not make an embedding old."""
+    assert accepted(embedding("ann", 5), embedding("bob", 4), embedding("ann", 4, "v2")) == [True, True, True]
+
+
+def test_a_tombstone_outdates_every_version() -> None:
+    """After a tombstone at 7 nothing from before it is news, of any version; a later action is."""
+    changes: list[Change] = [Tombstone("ann", 7), embedding("ann", 6), embedding("ann", 6, "v2"), embedding("ann", 8)]
+    assert accepted(*changes) == [True, False, False, True]
+
+
+def test_an_old_tombstone_forgets_nobody() -> None:
+    """A tombstone that arrives again behind a newer embedding is dropped; one without an offset is always news."""
+    assert accepted(embedding("ann", 9), Tombstone("ann", 7), Tombstone("ann", -1)) == [True, False, True]
+
+
+def test_memory_is_bounded_by_users() -> None:
+    """Beyond the limit the user not heard of for longest is forgotten, the others are not."""
+    changes = [embedding(user, 5) for user in ("ann", "bob", "ann", "cem", "ann", "bob")]
+    assert accepted(*changes, users_max=2) == [True, True, False, True, False, True]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["v1", "v2", None]), st.integers(0, 9))))
+def test_news_never_steps_back(inputs: list[tuple[str, str | None, int]]) -> None:
+    """Whatever arrives in whatever order: per user and version the accepted offsets rise, tombstones before all."""
+    freshest = Freshest(100)
+    seen: dict[tuple[str, str | None], int] = {}
+    for user, version, offset in inputs:
+        change = Tombstone(user, offset) if version is None else embedding(user, offset, version)
+        relevant = [of for of in seen if of[0] == user and (version is None or of[1] in (version, None))]
+        is_news = all(seen[of] < offset for of in relevant)
+        assert freshest.accepts(change) == is_news
+        if is_news:
+            seen[user, version] = offset
+
+
+def test_a_line_of_json_holds_everything() -> None:
+    """JSON names each fact and writes numbers as short as float32 allows."""
+    assert json.loads(as_json(embedding("ann", 5))) == {
+        "user": "ann",
+        "encoder_version": "v1",
+        "event_time_ms": 5,
+        "sequence_length": 3,
+        "reason": "every_n",
+        "source_offset": 5,
+        "encoded_at_ms": 9,
+        "vector": [0.1, -2.0],
+    }
+    assert json.loads(as_json(Tombstone("ann", 7))) == {"user": "ann", "tombstone": True, "source_offset": 7}
