@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.partitioner import murmur2
 
 from infra.errors import InfraError, detail
@@ -28,6 +28,7 @@ TICK_S = 0.01
 ROWS_PER_TICK_MAX = 10_000
 BATCH_BYTES_MAX = 900_000
 REQUEST_TIMEOUT_MS = 30_000
+TOPIC_TIMEOUT_S = 5.0
 
 
 class ReplayFailed(InfraError):
@@ -122,7 +123,10 @@ class _Run:
 
     async def open(self) -> None:
         """Learn the topic's partitions and where each event goes."""
-        count = len(await self._producer.partitions_for(self._topic))
+        try:
+            count = len(await asyncio.wait_for(self._producer.partitions_for(self._topic), TOPIC_TIMEOUT_S))
+        except TimeoutError as error:
+            raise UnknownTopicOrPartitionError(f"no topic {self._topic}") from error
         by_user = np.array([(murmur2(key) & 0x7FFFFFFF) % count for key in self._log.user_keys], np.int64)
         self._partitions = by_user[self._log.user_index]
         self.started_s = time.monotonic()

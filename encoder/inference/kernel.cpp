@@ -100,19 +100,19 @@ template <int N, class Op> INLINE float fold(const float* v, Op op) {
 }
 struct Add { template <class V> V operator()(V a, V b) const { return a + b; } };
 struct Max { template <class V> V operator()(V a, V b) const { return a > b ? a : b; } };
+struct Min { template <class V> V operator()(V a, V b) const { return a < b ? a : b; } };
 INLINE float sum(vec v) { return fold<LANES>((const float*)&v, Add()); }
 INLINE float largest(vec v) { return fold<LANES>((const float*)&v, Max()); }
 
-// 2^x by rounding to an integer power and a Taylor polynomial on [-1/2, 1/2]; relative error 2e-7, x kept in +-126.
+// 2^x by rounding to an integer power and a polynomial on [-1/2, 1/2] (degree 5, least greatest relative error, exact
+// at 0); x at least -126 and, where it can be larger, cut to 126 by the caller. NaN stays NaN.
 INLINE vec exp2v(vec x) {
-  x = x > 126.f ? vec{} + 126.f : x;
-  x = x < -126.f ? vec{} - 126.f : x;
-  vec whole = (x + 12582912.f) - 12582912.f, f = x - whole, p = vec{} + 1.5403530e-4f;
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  x = Max()(vec{} - 126.f, x);
+  vec whole = (x + 12582912.f) - 12582912.f, f = x - whole, p = vec{} + 1.3264727e-3f;
+  p = p * f + 9.6715130e-3f;
+  p = p * f + 5.5507336e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314700e-1f;
   p = p * f + 1.f;
   return (vec)((ivec)p + (__builtin_convertvector(whole, ivec) << 23));
 }
@@ -129,7 +129,7 @@ INLINE vec logv(vec x) {
 }
 
 // scores[h][place] for N vectors of places from `at`, all SHARE heads; pairs of key rows are `stride` pairs apart.
-template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride, const float (*q)[HEAD_DIM],
+template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride, const float (*q)[WIDTH],
                                           float (*scores)[PLACES_MAX]) {
   vec acc[N][H] = {};
   for (int i = 0; i < HALF; i++) {
@@ -200,9 +200,15 @@ INLINE void rotate(const row_t* x, const Token& t, float scale, float* out) {
     out[i] = (a * t.cos[i] - b * t.sin[i]) * scale;
     out[i + HALF] = (b * t.cos[i] + a * t.sin[i]) * scale;
   }
+  for (int i = HEAD_DIM; i < WIDTH; i++) out[i] = 0;
 }
 
-// Scores to unnormalised weights of `held` places (0 behind them, up to whole vectors); returns 1 / their sum.
+INLINE void widen_all(const row_t* x, float* out) {
+  for (int i = 0; i < HEAD_DIM; i++) out[i] = widen(x[i]);
+  for (int i = HEAD_DIM; i < WIDTH; i++) out[i] = 0;
+}
+
+// Scores (in powers of two) to unnormalised weights of `held` places (0 behind them, up to whole vectors); returns 1 / their sum.
 INLINE float soften(float* scores, int held, const float* lags, float slope) {
   int vectors = padded(held) / LANES;
   for (int w = held; w < vectors * LANES; w++) scores[w] = -1e30f;
@@ -215,7 +221,7 @@ INLINE float soften(float* scores, int held, const float* lags, float slope) {
   float top = largest(most);
   for (int n = 0; n < vectors; n++) {
     vec& s = *(vec*)&scores[n * LANES];
-    s = exp2v((s - top) * LOG2E);
+    s = exp2v(s - top);
     total += s;
   }
   for (int w = held; w < vectors * LANES; w++) scores[w] = 0;
@@ -226,19 +232,19 @@ INLINE float soften(float* scores, int held, const float* lags, float slope) {
 // registers, so that nothing waits for its stores; its place in the ring counts for nothing until then.
 INLINE void attend_head(const row_t* row, int g, const Layer& layer, const Token& t, Ring ring, Ring next, row_t* out) {
   const int place = int(t.offset % layer.window), held = t.offset + 1 < layer.window ? int(t.offset + 1) : layer.window;
-  float q[SHARE][HEAD_DIM], k[HEAD_DIM], v[WIDTH] = {}, own[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
+  float q[SHARE][WIDTH], k[WIDTH], v[WIDTH], own[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
   alignas(64) float scores[SHARE][PLACES_MAX];
   rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
-  for (int i = 0; i < HEAD_DIM; i++) v[i] = widen(row[(layer.heads + layer.kv_heads + g) * HEAD_DIM + i]);
-  for (int h = 0; h < SHARE; h++) rotate(row + (g * SHARE + h) * HEAD_DIM, t, 1 / sqrtf(HEAD_DIM), q[h]);
+  widen_all(row + (layer.heads + layer.kv_heads + g) * HEAD_DIM, v);
+  for (int h = 0; h < SHARE; h++) rotate(row + (g * SHARE + h) * HEAD_DIM, t, LOG2E / sqrtf(HEAD_DIM), q[h]);
   tiled<SHARE>(padded(held) / LANES, [&](auto n, int at) __attribute__((always_inline)) {
     score<n(), SHARE>(ring.keys, next.keys, at, ring.places / LANES, q, scores);
   });
   for (int h = 0; h < SHARE; h++) {
-    float s = 0;
-    for (int i = 0; i < HEAD_DIM; i++) s += q[h][i] * k[i];
-    scores[h][place] = s;
-    scale[h] = soften(scores[h], held, t.lags, layer.slopes ? layer.slopes[g * SHARE + h] : 0);
+    vec s = {};
+    for (int i = 0; i < WIDTH; i += LANES) s += *(vec*)&q[h][i] * *(vec*)&k[i];
+    scores[h][place] = sum(s);
+    scale[h] = soften(scores[h], held, t.lags, layer.slopes ? layer.slopes[g * SHARE + h] * LOG2E : 0);
     own[h] = scores[h][place];
     scores[h][place] = 0;
     for (int i = 0; i < WIDTH; i++) mixed[h][i] = own[h] * v[i];
@@ -252,9 +258,9 @@ INLINE void attend_head(const row_t* row, int g, const Layer& layer, const Token
 }
 
 INLINE void write_only(const row_t* row, int g, const Layer& layer, const Token& t, Ring ring) {
-  float k[HEAD_DIM], v[HEAD_DIM];
+  float k[WIDTH], v[WIDTH];
   rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
-  for (int i = 0; i < HEAD_DIM; i++) v[i] = widen(row[(layer.heads + layer.kv_heads + g) * HEAD_DIM + i]);
+  widen_all(row + (layer.heads + layer.kv_heads + g) * HEAD_DIM, v);
   ring.write(int(t.offset % layer.window), k, v);
 }
 
@@ -348,7 +354,7 @@ void gelu(row_t* x, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     vec v = load(&x[i]);
-    store(&x[i], v / (1.f + exp2v(v * (A + B * v * v))));
+    store(&x[i], v / (1.f + exp2v(Min()(vec{} + 126.f, v * (A + B * v * v)))));
   }
   for (; i < count; i++) {
     float v = widen(x[i]);

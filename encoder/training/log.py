@@ -155,10 +155,10 @@ def _times_ms(table: pa.Table, columns: LogColumns) -> Ints:
     if column.null_count:
         raise LogError(f"column {columns.timestamp} has {column.null_count} missing values; drop those rows")
     if pa.types.is_timestamp(column.type):
-        times: Ints = pc.cast(column, pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy()
-        return times
+        whole: Ints = pc.cast(column, pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy()
+        return whole
     try:
-        values = pc.cast(column, pa.float64()).to_numpy()
+        values: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy()
     except pa.ArrowInvalid as error:
         raise LogError(f"column {columns.timestamp} holds no times ({error}); give epoch seconds or ms") from error
     return np.rint(values * (1_000 if columns.time_unit == "s" else 1)).astype(np.int64)

@@ -63,6 +63,7 @@ class Broker:
     def start(cls, options: BrokerOptions | None = None) -> Self:
         """A broker that answers; raises `BrokerFailed` or `JarsUnavailable`, leaving nothing behind."""
         options = options or BrokerOptions()
+        _usable_port(options.port)
         classpath = ":".join(str(jar) for jar in kafka_jars())
         for attempt in range(1, PORT_ATTEMPTS + 1):
             try:

@@ -4,8 +4,8 @@
     state.note_published(users, offsets)         # once, at assignment: what the output topic holds beyond the mark
     state.resume(store.pending())                # once, at assignment: deadlines of users that are not in memory
 
-    cold = state.missing(batch.users)            # for each batch:
-    state.evict(len(cold))                       #   room for them; if state.room < len(cold), checkpoint and retry
+    cold = state.missing(batch.users)            # for each batch, without a pause up to apply:
+    state.evict(len(cold))                       #   if state.room < len(cold): checkpoint, then begin with missing again
     state.load(cold, read_users(store, cold).stored)
     effects = state.apply(batch, now_ms)         #   hand over effects.due, publish tombstones of effects.forgotten
 
@@ -113,6 +113,7 @@ class PartitionState:
         self._deadlines = Deadlines()
         self._published: dict[bytes, int] = {}
         """Source offsets that the output topic holds of cold users, beyond what their state knows."""
+        self._wanted: Sequence[bytes] = ()
 
     # -- who is in memory
 
@@ -126,12 +127,13 @@ class PartitionState:
         return self._sequences.room
 
     def missing(self, users: Sequence[bytes]) -> list[bytes]:
-        """Those of `users` that are not in memory, each once."""
+        """Those of `users` that are not in memory, each once; `evict` spares the others until the next call."""
+        self._wanted = users
         cold = set(users).difference(self._sequences.slot_of)
         return [user for user in dict.fromkeys(users) if user in cold] if cold else []
 
     def load(self, users: Sequence[bytes], stored: StoredSequences) -> None:
-        """Take users into memory with their stored state, aligned; raises `StateFull` beyond `room`."""
+        """Take cold users into memory with their stored state, aligned; raises `StateFull` beyond `room`."""
         if not users:
             return
         slots = self._sequences.load(users, stored, self._phases_ms(users))
@@ -143,16 +145,18 @@ class PartitionState:
     def evict(self, room: int = 0) -> int:
         """Make room for at least `room` users, as far as there are clean, idle ones; return how many had to go.
 
-        An eighth of all slots is freed at a time, so that the choice costs little per user.
+        Users of the last call of `missing` stay. An eighth of all slots is freed at a time, so that the choice costs
+        little per user.
         """
         sequences = self._sequences
         if sequences.room >= room:
             return 0
         slots = sequences.hot_slots()
         live = sequences.live.take(slots)
-        idle = slots[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
+        slots = slots[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
+        slots = np.setdiff1d(slots, sequences.slots([user for user in self._wanted if user in sequences.slot_of]))
         wanted = max(room, self.limits.hot_users_max // 8) - sequences.room
-        slots = sequences.least_recently_used(idle, wanted)
+        slots = sequences.least_recently_used(slots, wanted)
         due_ms = sequences.headers["due_ms"][slots]
         users = sequences.drop(slots)
         waiting = np.flatnonzero(due_ms != NEVER)
@@ -202,9 +206,10 @@ class PartitionState:
         """The kept sequences of those of `users` that are still due; they are in work from now on."""
         sequences = self._sequences
         slots = sequences.slots([user for user in users if user in sequences.slot_of])
+        sequences.live["queued"][slots] = False
         slots = slots[sequences.headers["reason"][slots] != 0]
         headers, live = sequences.columns(slots)
-        live["queued"], live["in_job"] = False, True
+        live["in_job"] = True
         live["job_offset"], live["since_job"] = headers["applied_offset"], 0
         sequences.put(slots, headers, live)
         actions, starts = sequences.kept(slots)
@@ -262,6 +267,11 @@ class PartitionState:
 
     # -- checkpoints
 
+    @property
+    def is_dirty(self) -> bool:
+        """Whether anything has changed since the last snapshot."""
+        return bool(self._sequences.live["dirty"].any())
+
     def take_dirty(self) -> Snapshot:
         """What has changed since the last snapshot."""
         return snapshots.take(self._sequences)
@@ -305,7 +315,7 @@ class PartitionState:
         for column in ("reason", "unencoded", "first_unencoded_ms"):
             headers[column] = 0
         headers["due_ms"] = NEVER
-        live["queued"], live["since_job"] = False, 0
+        live["since_job"] = 0
         self._sequences.put(slots, headers, live)
         return [batch.users[row] for row in rows[unknown].tolist()], offsets[unknown]
 

@@ -198,10 +198,11 @@ class PartitionStore:
 
 
 class MemoryStore:
-    """A store in a dictionary. `durable` is what a crash leaves: here, everything written."""
+    """A store in a dictionary, for simulations."""
 
-    def __init__(self, records: dict[bytes, bytes] | None = None) -> None:
-        self.records: dict[bytes, bytes] = {} if records is None else records
+    def __init__(self, *, records_per_write: int = RECORDS_PER_WRITE) -> None:
+        self.records: dict[bytes, bytes] = {}
+        self._records_per_write = records_per_write
 
     @property
     def changelog_offset(self) -> int | None:
@@ -220,10 +221,10 @@ class MemoryStore:
             pass
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
-        for begin in range(0, max(len(records), 1), RECORDS_PER_WRITE):
-            for key, value in records[begin : begin + RECORDS_PER_WRITE]:
+        for begin in range(0, max(len(records), 1), self._records_per_write):
+            for key, value in records[begin : begin + self._records_per_write]:
                 _put(self, key, value)
-            if begin + RECORDS_PER_WRITE >= len(records):
+            if begin + self._records_per_write >= len(records):
                 self.put(OFFSET_KEY, _I64.pack(changelog_offset))
             yield
 

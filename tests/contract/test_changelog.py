@@ -54,6 +54,14 @@ async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None
         await consumer.stop()
 
 
+async def commit(writer: ChangelogProducer, records: Sequence[tuple[bytes, bytes]], source_offset: int) -> int:
+    await writer.begin()
+    last = await writer.append(records)
+    await writer.send_source_offset(source_offset)
+    await writer.commit()
+    return last
+
+
 def numbered(n: int, size: int = 10) -> Sequence[tuple[bytes, bytes]]:
     return [(b"k%d" % i, b"v" * size) for i in range(n)]
 
@@ -64,8 +72,8 @@ def test_commit_writes_records_and_offset_together(names: ChangelogNames, client
     async def scenario() -> None:
         writer = producer(names, client)
         await writer.start()
-        assert await writer.commit(numbered(3), source_offset=7) == 2
-        assert await writer.commit(numbered(2), source_offset=9) == 5  # offset 3 is the marker of the first
+        assert await commit(writer, numbered(3), 7) == 2
+        assert await commit(writer, numbered(2), 9) == 5  # offset 3 is the marker of the first
         await writer.stop()
         assert await read_all(names.changelog, client) == [*numbered(3), *numbered(2)]
         assert await committed(names, client) == 9
@@ -80,7 +88,7 @@ def test_a_commit_larger_than_one_batch_arrives_whole(names: ChangelogNames, cli
         records = numbered(40, size=BATCH_BYTES_MAX // 10)
         writer = producer(names, client)
         await writer.start()
-        await writer.commit(records, source_offset=1)
+        await commit(writer, records, 1)
         await writer.stop()
         assert await read_all(names.changelog, client) == records
 
@@ -93,12 +101,12 @@ def test_a_predecessor_is_fenced_and_leaves_nothing(names: ChangelogNames, clien
     async def scenario() -> None:
         old, new = producer(names, client), producer(names, client)
         await old.start()
-        await old.commit(numbered(1), source_offset=1)
+        await commit(old, numbered(1), 1)
         await new.start()
         with pytest.raises(Fenced):
-            await old.commit(numbered(5), source_offset=99)
+            await commit(old, numbered(5), 99)
         await old.stop()
-        await new.commit(numbered(2), source_offset=2)
+        await commit(new, numbered(2), 2)
         await new.stop()
         assert await read_all(names.changelog, client) == [*numbered(1), *numbered(2)]
         assert await committed(names, client) == 2
@@ -112,10 +120,10 @@ def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNa
     async def scenario() -> None:
         old, new = producer(names, client), producer(names, client)
         await old.start()
-        await old._producer.begin_transaction()
-        await old._send(numbered(3))
+        await old.begin()
+        await old.append(numbered(3))
         await new.start()
-        await new.commit(numbered(1), source_offset=4)
+        await commit(new, numbered(1), 4)
         await new.stop()
         assert await read_all(names.changelog, client) == numbered(1)
         await old.stop()
@@ -129,9 +137,9 @@ def test_reader_ends_behind_trailing_markers(names: ChangelogNames, client: dict
     async def scenario() -> None:
         writer = producer(names, client)
         await writer.start()
-        await writer.commit(numbered(2), source_offset=1)
-        await writer._producer.begin_transaction()
-        await writer._send(numbered(3))
+        await commit(writer, numbered(2), 1)
+        await writer.begin()
+        await writer.append(numbered(3))
         await writer._producer.abort_transaction()
         await writer.stop()
         reader = LogReader(names.changelog, client)

@@ -1,0 +1,91 @@
+"""Embeddings as they stood after given actions of a log: what every evaluation asks for.
+
+Shapes: Q queries, L actions, E embedding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoder.features import Ints, Tokens, padded_rows
+from encoder.model import AnyEncoder, StreamingEncoder
+
+BATCH_TOKENS = 16_384
+
+
+@torch.inference_mode()
+def embeddings_after(
+    model: AnyEncoder, tokens: Tokens, starts: Ints, rows: Ints, since_ms: Ints | None = None
+) -> Tensor:
+    """[Q, E]: for each row of the log, the embedding of its user when that row was the newest action.
+
+    `since_ms` [Q], where given, is the time from that action to the request and goes through the read-out.
+    """
+    hidden = torch.empty(len(rows), model.config.d_model)
+    if isinstance(model, StreamingEncoder):
+        _fill_streaming(hidden, model, tokens, starts, rows)
+    else:
+        _fill_window(hidden, model, tokens, starts, rows)
+    if since_ms is not None:
+        assert isinstance(model, StreamingEncoder)
+        hidden = model.read_out(hidden, torch.from_numpy(since_ms))
+    return torch.cat([model.head(part) for part in torch.split(hidden, BATCH_TOKENS)]) if len(rows) else hidden
+
+
+def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
+    """One pass over each asked user's history gives all of its positions, for what was computed never changes."""
+    user = np.searchsorted(starts, rows, side="right") - 1
+    asked, inverse = np.unique(user, return_inverse=True)
+    last = np.zeros(len(asked), np.int64)
+    np.maximum.at(last, inverse, rows)
+    first = np.maximum(starts[asked], last + 1 - np.maximum(0, last + 1 - starts[asked]))
+    order = np.argsort(last - first, kind="stable")
+    place = np.empty(len(asked), np.int64)
+    place[order] = np.arange(len(asked))
+    lengths = (last - first + 1)[order]
+    for begin, end in _batches(lengths):
+        members = order[begin:end]
+        at = np.arange(int(lengths[end - 1]))
+        matrix = np.where(at < lengths[begin:end, None], first[members, None] + at, -1)
+        out = model(tokens.features(matrix), torch.from_numpy(lengths[begin:end]))
+        mine = np.flatnonzero((place[inverse] >= begin) & (place[inverse] < end))
+        line = place[inverse[mine]] - begin
+        hidden[mine] = out[torch.from_numpy(line), torch.from_numpy(rows[mine] - first[inverse[mine]])]
+
+
+def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
+    """Each query is a pass of its own over its last M actions."""
+    user = np.searchsorted(starts, rows, side="right") - 1
+    lengths = np.minimum(rows + 1 - starts[user], model.config.sequence_length)
+    order = np.argsort(lengths, kind="stable")
+    for begin, end in _batches(lengths[order]):
+        members = order[begin:end]
+        bounds = np.concatenate([[0], np.cumsum(lengths[members])])
+        shift = np.repeat(rows[members] + 1 - lengths[members] - bounds[:-1], lengths[members])
+        flat = np.arange(bounds[-1]) + shift
+        at = padded_rows(bounds)
+        matrix = np.where(at >= 0, flat[at], -1)
+        sizes = torch.from_numpy(lengths[members])
+        out = model(tokens.features(matrix), sizes)
+        hidden[torch.from_numpy(members)] = out[torch.arange(end - begin), sizes - 1]
+
+
+def _batches(lengths: Ints) -> list[tuple[int, int]]:
+    """Bounds of groups of ascending lengths within `BATCH_TOKENS` padded tokens, at least one each."""
+    bounds, begin = [], 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - begin) * int(lengths[end]) > BATCH_TOKENS:
+            bounds.append((begin, end))
+            begin = end
+    return bounds
+
+
+def items_before(tokens: Tokens, starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Pairs (query, item row) of the known items in each row's user's history up to and with that row, by query."""
+    user = np.searchsorted(starts, rows, side="right") - 1
+    lengths = rows + 1 - starts[user]
+    query = np.repeat(np.arange(len(rows)), lengths)
+    at = np.arange(len(query)) - np.repeat(np.cumsum(lengths) - lengths - starts[user], lengths)
+    return query, tokens.item[at]

@@ -1,0 +1,129 @@
+"""A recipe: everything that decides what a training makes, read from one TOML file and checked whole."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from encoder.model import EncoderConfig
+from encoder.negatives import LossConfig
+from encoder.objectives import ObjectiveConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be trained; the text lists every problem with its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemConfig:
+    """Where item vectors come from."""
+
+    source: Literal["trained", "file", "text"] = "trained"
+    path: str = ""
+    """Vectors (see `encoder.items.read_vectors`), or a CSV of texts with the columns below."""
+    id_column: str = "item_id"
+    text_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Which actions are read and predicted, and how histories become batches."""
+
+    positives: tuple[str, ...] = ()
+    """Action types that are predicted; none named means all."""
+    items_min: int = 5
+    """Items that occur less often share the unknown row."""
+    chunk: int = 200
+    """Histories are cut into pieces of this many actions, at another random phase in each epoch."""
+    batch_tokens: int = 6_400
+    """Padded tokens of a batch of one process."""
+    unknown_rate: float = 0.005
+    """Share of the items that are hidden behind the unknown row, so that it is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine to nothing over the budget."""
+
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    """On matrices that are no tables."""
+    warmup_steps: int = 100
+    clip: float = 1.0
+    dropout: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetConfig:
+    """When training ends."""
+
+    tokens_max: int = 20_000_000
+    """Real (not padded) tokens read by all processes together; the learning rate is zero when they are spent."""
+    validate_tokens: int = 2_000_000
+    """Tokens between two validations."""
+    patience: int = 5
+    """Validations without a new best after which training stops; the best weights are released."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a training makes, with the same seed and machine, is a function of this and of the log."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    items: ItemConfig = field(default_factory=ItemConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    seed: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the encoder's products; "auto" takes the faster one of this machine."""
+
+    def __post_init__(self) -> None:
+        if self.encoder.kind == "window" and self.data.chunk > self.encoder.sequence_length:
+            raise ValueError("data.chunk must be at most encoder.sequence_length for a window encoder")
+        if self.data.chunk < 1 or self.data.batch_tokens < self.data.chunk:
+            raise ValueError("data.batch_tokens must hold at least one chunk")
+        if not 0 <= self.optimizer.dropout < 1 or not 0 <= self.data.unknown_rate < 1:
+            raise ValueError("optimizer.dropout and data.unknown_rate must lie in [0, 1)")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a TOML file; raises `RecipeError`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe cannot be read: {path} ({error})") from error
+    try:
+        return parse_recipe(values)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; mend {path}") from None
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of nested tables; raises `RecipeError` with every unknown key and every wrong value."""
+    problems = [f"unknown key {key}" for key in _unknown_keys(values, Recipe, "")]
+    recipe = None
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        problems += [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+    if problems or recipe is None:
+        raise RecipeError("recipe is wrong: " + "; ".join(problems))
+    return recipe
+
+
+def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            yield prefix + key
+        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
+            yield from _unknown_keys(value, hints[key], f"{prefix}{key}.")

@@ -1,0 +1,163 @@
+"""Training: a recipe and a log become a release.
+
+`Trainer` holds what changes from step to step; everything random in a step is derived from (seed, epoch, step), so a
+checkpoint needs no generator's state and a training that was killed goes on to the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from encoder.actions import name_code
+from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
+from encoder.items import ItemVectors
+from encoder.losses import SCALE_MAX, equal_user_weights, softmax_loss
+from encoder.model import AnyEncoder, StreamingEncoder, build_encoder, initialize
+from encoder.negatives import NegativeSampler
+from encoder.objectives import Pairs, Positives, make_pairs
+from encoder.training.batches import epoch_batches
+from encoder.training.log import ActionLog
+from encoder.training.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training stands, for people."""
+
+    epoch: int
+    step: int
+    tokens: int
+    fraction: float
+    """Of the budget, 0 to 1."""
+    seconds: float
+    loss: float
+    """Mean since the report before."""
+    metric: float | None
+    """Of the last validation."""
+
+
+class Trainer:
+    """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far."""
+
+    def __init__(self, log: ActionLog, recipe: Recipe, vocabularies: Vocabularies, items: ItemVectors) -> None:
+        self.recipe, self.vocabularies = recipe, vocabularies
+        self.starts, self.tokens_of_log = log.starts, log.tokens(vocabularies)
+        self.user_of_row = log.user_of_row
+        self.positives = find_positives(log, self.tokens_of_log, recipe.data.positives)
+        self.model: AnyEncoder = build_encoder(
+            recipe.encoder, items, actions=len(vocabularies.actions), surfaces=len(vocabularies.surfaces)
+        )
+        initialize(self.model, torch.Generator().manual_seed(recipe.seed))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(recipe.loss.scale_initial)))
+        self.optimizer = make_optimizer(self.model, self.log_scale, recipe)
+        counts = np.bincount(self.tokens_of_log.item[self.positives.rows], minlength=len(vocabularies.item_keys) + 1)
+        self.sampler = NegativeSampler(recipe.loss, counts, seed=recipe.seed)
+        self.epoch = self.step = self.tokens = self.step_of_epoch = 0
+
+    def batches(self) -> Iterator[Ints]:
+        """Row matrices without end, from where the training stands."""
+        while True:
+            rng = np.random.default_rng([self.recipe.seed, self.epoch])
+            for number, rows in enumerate(epoch_batches(self.starts, self.recipe.data, rng)):
+                if number >= self.step_of_epoch:
+                    yield rows
+                    self.step_of_epoch = number + 1
+            self.epoch, self.step_of_epoch = self.epoch + 1, 0
+
+    def train_step(self, rows: Ints, fraction: float) -> float:
+        """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
+        rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step])
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        pairs = make_pairs(rows, self.positives, self.recipe.objective, rng)
+        self.step += 1
+        self.tokens += int((rows >= 0).sum())
+        if not len(pairs.target):
+            return 0.0
+        set_learning_rate(self.optimizer, self.recipe, self.step, fraction)
+        loss = self.loss(rows, pairs, rng, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def loss(self, rows: Ints, pairs: Pairs, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+        """The loss of the pairs of a batch."""
+        features = self.tokens_of_log.features(rows)
+        hidden_items = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate
+        features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN))
+        lengths = torch.from_numpy((rows >= 0).sum(axis=1))
+        hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, generator))
+        at = hidden[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)]
+        if self.recipe.encoder.read_out:
+            at = self.read_out_half(at, rows, pairs, rng)
+        users = self.model.head(at) * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
+        return self.pooled_loss(users, pairs, rng)
+
+    def read_out_half(self, at: Tensor, rows: Ints, pairs: Pairs, rng: np.random.Generator) -> Tensor:
+        """Half of the pairs as of the time of their target, half as published: one encoder learns both."""
+        assert isinstance(self.model, StreamingEncoder)
+        time_ms = self.tokens_of_log.time_ms
+        since = torch.from_numpy(time_ms[pairs.target] - time_ms[rows[pairs.sequence, pairs.place]])
+        given = torch.from_numpy(rng.random(len(since)) < 0.5).unsqueeze(-1)
+        return torch.where(given, self.model.read_out(at, since), at)
+
+    def pooled_loss(self, users: Tensor, pairs: Pairs, rng: np.random.Generator) -> Tensor:
+        """Softmax of scaled user embeddings [P, E] over the pool of the batch."""
+        targets, user_ids = self.tokens_of_log.item[pairs.target], self.user_of_row[pairs.target]
+        pool = self.sampler.pool(user_ids, targets, rng)
+        table = self.model.item_embeddings()
+        return softmax_loss(
+            users,
+            table[torch.from_numpy(targets)],
+            table[pool.rows],
+            equal_user_weights(user_ids),
+            target_log_q=pool.target_log_q,
+            pool_log_q=pool.log_q,
+            hide=pool.hide,
+        )
+
+
+def find_positives(log: ActionLog, tokens: Tokens, names: tuple[str, ...]) -> Positives:
+    """The actions of a log that may be predicted: of the named types (all if none is named), on known items."""
+    is_positive = tokens.item != UNKNOWN
+    if names:
+        is_positive &= np.isin(log.actions["action"], [name_code(name) for name in names])
+    return Positives(starts=log.starts, time_ms=tokens.time_ms, is_positive=is_positive)
+
+
+def make_optimizer(model: AnyEncoder, log_scale: nn.Parameter, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; weight decay on the matrices of Linear layers alone."""
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = [p for p in model.parameters() if id(p) in decayed]
+    others = [p for p in model.parameters() if id(p) not in decayed]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.optimizer.weight_decay},
+        {"params": [*others, log_scale], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.optimizer.lr, betas=(0.9, 0.98), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, fraction: float) -> None:
+    """Linear warm-up by steps, then a cosine to zero over the budget."""
+    warm = min(1.0, step / max(1, recipe.optimizer.warmup_steps))
+    lr = recipe.optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_dropout(rate: float, generator: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+    """Inverted dropout that draws from `generator`; None where the rate is 0."""
+    if not rate:
+        return None
+
+    def dropout(x: Tensor) -> Tensor:
+        return x * torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+
+    return dropout

@@ -1,0 +1,96 @@
+"""The events of the stream benchmarks: which users act, what an event looks like, and how a burst reaches the broker.
+
+A burst is made ready as Kafka record batches first and then appended as fast as the broker takes it, so that whoever
+reads it always has more to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from aiokafka import AIOKafkaProducer
+from aiokafka.partitioner import murmur2
+
+Ints = npt.NDArray[np.int64]
+
+ITEMS = 50_000
+ACTIONS = ("view", "click", "save", "share")
+BATCH_BYTES_MAX = 900_000
+IN_FLIGHT_BATCHES = 16
+
+
+def zipf_users(rng: np.random.Generator, users: int, events: int) -> Ints:
+    """Who acts, a few often and most rarely: floor(users x r^3), r uniform in [0, 1)."""
+    return (users * rng.random(events) ** 3).astype(np.int64)
+
+
+def distinct_users(rng: np.random.Generator, users: int, events: int) -> Ints:
+    """Everybody once, in one random order that is repeated: `users` events in a row have as many users."""
+    order = rng.permutation(users)
+    return np.resize(order, events)
+
+
+class Burst:
+    """Events of `users` (numbers), ready to be appended to a topic once."""
+
+    def __init__(self, users: Ints, partitions: int, *, seed: int) -> None:
+        self.events = len(users)
+        self._users, self._partitions, self._seed = users, partitions, seed
+
+    async def append(self, topic: str, client: Mapping[str, Any]) -> float:
+        """Append all events; returns the seconds from the first to the last acknowledgement."""
+        producer = AIOKafkaProducer(**client, max_batch_size=BATCH_BYTES_MAX, linger_ms=0, acks="all")
+        await producer.start()
+        try:
+            batches = list(self._batches(producer))
+            started_s = time.monotonic()
+            await _send(producer, topic, batches)
+            return time.monotonic() - started_s
+        finally:
+            await producer.stop()
+
+    def _batches(self, producer: AIOKafkaProducer) -> Iterator[tuple[int, Any]]:
+        """(partition, record batch), the partitions in turn so that all of them grow together."""
+        names = [b"user-%d" % number for number in range(int(self._users.max()) + 1)]
+        partitions = np.array([(murmur2(name) & 0x7FFFFFFF) % self._partitions for name in names])
+        open_batches = [producer.create_batch() for _ in range(self._partitions)]
+        for number, value in zip(self._users.tolist(), self._values(), strict=True):
+            partition = int(partitions[number])
+            batch = open_batches[partition]
+            if batch.append(timestamp=None, key=names[number], value=value) is None:
+                yield partition, batch
+                batch = open_batches[partition] = producer.create_batch()
+                batch.append(timestamp=None, key=names[number], value=value)
+        yield from ((partition, batch) for partition, batch in enumerate(open_batches) if batch.record_count())
+
+    def _values(self) -> Iterator[bytes]:
+        """The JSON of each event; event time rises by one millisecond from event to event, up to the present."""
+        rng = np.random.default_rng(self._seed)
+        items = rng.integers(ITEMS, size=self.events).tolist()
+        actions = rng.choice(len(ACTIONS), size=self.events, p=(0.62, 0.25, 0.1, 0.03)).tolist()
+        durations_ms = rng.integers(60_000, size=self.events).tolist()
+        first_ms = time.time_ns() // 1_000_000 - self.events
+        for row, (user, item, action, duration_ms) in enumerate(
+            zip(self._users.tolist(), items, actions, durations_ms, strict=True)
+        ):
+            yield (
+                b'{"user_id":"user-%d","item_id":"item-%d","action":"%s","timestamp_ms":%d,"surface":"home",'
+                b'"duration_ms":%d,"event_id":"%x-%d"}'
+            ) % (user, item, ACTIONS[action].encode(), first_ms + row, duration_ms, self._seed, row)
+
+
+async def _send(producer: AIOKafkaProducer, topic: str, batches: Sequence[tuple[int, Any]]) -> None:
+    pending: set[asyncio.Future[Any]] = set()
+    for partition, batch in batches:
+        batch.close()
+        if len(pending) >= IN_FLIGHT_BATCHES:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        pending.add(await producer.send_batch(batch, topic, partition=partition))
+    await asyncio.gather(*pending)

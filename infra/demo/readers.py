@@ -1,0 +1,80 @@
+"""Three readers and a list: each one's Recall@10 over the replayed actions, overall and by whether the user was known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from encoder.actions import item_key
+from encoder.release import Release
+from infra.demo.parts import Parts, distinct_items
+from infra.demo.recall import (
+    Acts,
+    Bools,
+    Ints,
+    Publications,
+    SeenItems,
+    held,
+    hits,
+    last_midnight_ms,
+    popularity_hits,
+)
+
+GROUPS = ("all", "known", "unknown")
+"""Of actions: every one, those of users with an action before the replay, those of the others."""
+AT_NO_TIME = 1 << 41
+"""After every event time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalls:
+    """What each reader would have shown."""
+
+    actions: Mapping[str, int]
+    """By group."""
+    recall: Mapping[str, Mapping[str, float]]
+    """Reader -> group -> Recall@10; NaN for a group without actions."""
+
+
+def compare(parts: Parts, release: Release, publications: Publications, published_before: int) -> Recalls:
+    """Recall@10 of *fresh*, *daily*, *once* and *popular*.
+
+    `publications` holds, in order, what was published; the first `published_before` of them before the replay began.
+    """
+    keys, vectors = release.item_vectors()
+    everything = _acts(parts, keys)
+    newer = Acts(*(column[parts.cut :] for column in (everything.user, everything.item, everything.time_ms)))
+    seen = SeenItems(everything)
+    early = Publications(
+        publications.user[:published_before],
+        publications.event_time_ms[:published_before],
+        publications.vectors[:published_before],
+    )
+    chosen = {
+        "fresh": held(publications, newer.user, newer.time_ms),
+        "daily": held(publications, newer.user, last_midnight_ms(newer.time_ms)),
+        "once": held(early, newer.user, np.full(len(newer), AT_NO_TIME)),
+    }
+    hit = {name: hits(newer, rows, publications.vectors, vectors, seen) for name, rows in chosen.items()}
+    hit["popular"] = popularity_hits(newer, everything, len(keys), seen)
+    is_known = np.isin(newer.user, everything.user[: parts.cut])
+    return _summary(hit, {"all": np.ones(len(newer), np.bool_), "known": is_known, "unknown": ~is_known})
+
+
+def _acts(parts: Parts, keys: np.typing.NDArray[np.uint64]) -> Acts:
+    """Every action of the log, items as rows of the release."""
+    item_ids, item_index = distinct_items(parts.log)
+    wanted = np.array([item_key(item) for item in item_ids], np.uint64)
+    place: Ints = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1).astype(np.int64)
+    rows = np.where(keys[place] == wanted, place, -1)
+    return Acts(parts.log.user_index, rows[item_index], parts.log.timestamp_ms)
+
+
+def _summary(hit: Mapping[str, Bools], groups: Mapping[str, Bools]) -> Recalls:
+    def mean(values: Bools) -> float:
+        return float(values.mean()) if len(values) else float("nan")
+
+    recall = {name: {group: mean(values[rows]) for group, rows in groups.items()} for name, values in hit.items()}
+    return Recalls({group: int(rows.sum()) for group, rows in groups.items()}, recall)

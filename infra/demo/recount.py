@@ -1,0 +1,188 @@
+"""The proof that nothing was lost or doubled: everything is recomputed from the input topic and compared.
+
+The worker has stopped by then. From the input topic alone follow each user's history, so how many actions the
+changelog must count for the user, which event the last embedding must contain, and what that embedding must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+
+from encoder.actions import Actions, SequenceBatch
+from encoder.inference import load_runtime
+from infra.demo.histories import Histories, recompute
+from infra.demo.observer import Observer, now_ms
+from streams.settings import Settings
+from streams.state.codec import decode_head
+from streams.wire.actions import DecodeLimits, decode_actions
+
+Ints = npt.NDArray[np.int64]
+Vector = npt.NDArray[np.float32]
+
+RECORDS_MAX = 20_000
+FETCH_BYTES_MAX = 8 << 20
+PARITY_USERS = 500
+PARITY_CACHE_BYTES = 256 << 20
+COSINE_MIN = 0.9999
+"""Of law 1, for an encoder that computes in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recount:
+    """What the topics hold after the run."""
+
+    events: int
+    """Valid ones in the input topic."""
+    dead_letters: int
+    late_dropped: int
+    """Late events that were older than everything in a full sequence; law 3 drops them."""
+    lost: int
+    """Actions that the state does not count, over all users."""
+    duplicated: int
+    """Actions that the state counts too often, over all users."""
+    outdated: int
+    """Users whose last embedding does not contain their last action."""
+    parity_users: int
+    cosine_min: float
+    difference_max: float
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not as the laws have it, for people."""
+        checks = (
+            (self.lost, f"{self.lost} actions were lost"),
+            (self.duplicated, f"{self.duplicated} actions were applied twice"),
+            (self.outdated, f"{self.outdated} users have an embedding without their last action"),
+            (self.cosine_min < COSINE_MIN, f"an embedding differs from its recomputation (cosine {self.cosine_min})"),
+        )
+        return [text for wrong, text in checks if wrong]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """The valid events of the input topic, in order of arrival within each partition."""
+
+    user: Ints
+    offset: Ints
+    actions: Actions
+
+
+async def recount(settings: Settings, user_keys: Sequence[bytes], observer: Observer, release_dir: Path) -> Recount:
+    """Read the topics and compare; `observer` holds what was published."""
+    events = await read_input(settings, user_keys)
+    length_max = settings.state.sequence_length
+    times_ms = events.actions["timestamp_ms"]
+    histories = recompute(len(user_keys), events.user, times_ms, events.actions["event_id"], length_max)
+    counted = await read_counts(settings, user_keys)
+    last_offsets = np.where(histories.last_rows < 0, -1, events.offset[histories.last_rows])
+    sample = parity_sample(histories)
+    cosine, difference = parity(sample, events.actions, histories, user_keys, observer.last_vectors(), release_dir)
+    return Recount(
+        events=len(events.user),
+        dead_letters=await count_records(settings, settings.topics.dead_letter),
+        late_dropped=len(events.user) - len(histories.rows),
+        lost=int(np.maximum(0, histories.counts - counted).sum()),
+        duplicated=int(np.maximum(0, counted - histories.counts).sum()),
+        outdated=int((observer.newest_offset != last_offsets).sum()),
+        parity_users=len(sample),
+        cosine_min=cosine,
+        difference_max=difference,
+    )
+
+
+async def read_input(settings: Settings, user_keys: Sequence[bytes]) -> Input:
+    """Every valid event of the input topic, read from its beginning."""
+    user_of = {key: user for user, key in enumerate(user_keys)}
+    limits = DecodeLimits(**settings.decode.model_dump())
+    columns: dict[int, list[tuple[Ints, Ints, Actions]]] = {}
+    async for partition, records in read_topic(settings, settings.topics.actions):
+        batch = decode_actions(records, now_ms=now_ms(), limits=limits).actions
+        users = np.array([user_of[user] for user in batch.users], np.int64)
+        columns.setdefault(partition, []).append((users, batch.offsets, batch.actions))
+    parts = [part for partition in sorted(columns) for part in columns[partition]]
+    user, offset, actions = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Input(user, offset, actions)
+
+
+async def read_counts(settings: Settings, user_keys: Sequence[bytes]) -> Ints:
+    """[U] actions that the changelog's last head of each user counts, 0 for a user without one."""
+    heads: dict[bytes, bytes | None] = {}
+    async for _, records in read_topic(settings, settings.changelog_topic):
+        heads.update((record.key[1:], record.value) for record in records if record.key[:1] == b"u")
+    return np.array([_count(key, heads.get(key)) for key in user_keys], np.int64)
+
+
+def _count(user: bytes, head: bytes | None) -> int:
+    return int(decode_head(user, head)[0]["count"][0]) if head else 0
+
+
+async def count_records(settings: Settings, topic: str) -> int:
+    """Records in a topic."""
+    return sum([len(records) async for _, records in read_topic(settings, topic)])
+
+
+async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int, list[Any]]]:
+    """(partition, records) from the beginning to the end as of the call, committed ones only."""
+    consumer = AIOKafkaConsumer(
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=FETCH_BYTES_MAX,
+        **settings.kafka.client_options(),
+    )
+    await consumer.start()
+    try:
+        partitions = [TopicPartition(topic, number) for number in range(settings.topics.partitions)]
+        consumer.assign(partitions)
+        await consumer.seek_to_beginning()
+        ends = await consumer.end_offsets(partitions)
+        left = set(partitions)
+        while left := {tp for tp in left if await consumer.position(tp) < ends[tp]}:
+            for tp, records in (await consumer.getmany(timeout_ms=200, max_records=RECORDS_MAX)).items():
+                yield tp.partition, records
+    finally:
+        await consumer.stop()
+
+
+def parity_sample(histories: Histories) -> Ints:
+    """At most `PARITY_USERS` users with a history, evenly spread over all of them."""
+    users = np.flatnonzero(histories.counts)
+    places = np.linspace(0, len(users) - 1, min(PARITY_USERS, len(users))).astype(np.int64)
+    sample: Ints = users[places]
+    return sample
+
+
+def parity(
+    sample: Ints,
+    actions: Actions,
+    histories: Histories,
+    user_keys: Sequence[bytes],
+    published: dict[int, Vector],
+    release_dir: Path,
+) -> tuple[float, float]:
+    """(least cosine, greatest absolute difference) between published and recomputed embeddings of the sample.
+
+    Recomputed by the full runtime in float32, from the last M actions of each history. A user without a published
+    embedding has cosine 0.
+    """
+    runtime = load_runtime(release_dir, kind="full", cache_bytes_max=PARITY_CACHE_BYTES, dtype="fp32")
+    begin = np.maximum(histories.starts[sample], histories.starts[sample + 1] - runtime.sequence_length)
+    rows = [histories.rows[first:end] for first, end in zip(begin, histories.starts[sample + 1], strict=True)]
+    batch = SequenceBatch(
+        users=[user_keys[user] for user in sample],
+        actions=actions[np.concatenate(rows)],
+        starts=np.cumsum([0, *map(len, rows)]),
+        counts=histories.counts[sample],
+        revisions=np.zeros(len(sample), np.int64),
+    )
+    recomputed = runtime.embed(batch)
+    nothing = np.zeros(runtime.embedding_dim, np.float32)
+    held = np.stack([published.get(user, nothing) for user in sample.tolist()])
+    return float((recomputed * held).sum(axis=1).min()), float(np.abs(recomputed - held).max())

@@ -1,0 +1,126 @@
+"""A replay puts every event on the topic once, each user's in order, at the pace asked for, and says when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import closing
+from typing import Any
+
+import kafka
+import numpy as np
+import pyarrow as pa
+import pytest
+from kafka.structs import TopicPartition
+
+from infra.event_log import EventLog, event_log
+from infra.generator import GeneratorPolicy, generate
+from infra.replay import Acknowledged, Pace, ReplayFailed, replay
+from infra.topics import ensure_topics
+from streams.settings import KafkaSettings, Settings, TopicsSettings
+
+pytestmark = pytest.mark.broker
+
+PARTITIONS = 3
+
+
+@pytest.fixture
+def settings(broker: Any, topic_prefix: str) -> Settings:
+    """Topics of this test, created."""
+    names = {name: f"{topic_prefix}-{name}" for name in ("actions", "embeddings", "dead_letter")}
+    kafka_settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
+    made = Settings(app_id=topic_prefix, kafka=kafka_settings, topics=TopicsSettings(**names, partitions=PARTITIONS))
+    ensure_topics(made)
+    return made
+
+
+@pytest.fixture
+def log() -> EventLog:
+    """Some thousand events with late ones among them."""
+    return event_log(generate(GeneratorPolicy(users=200, events=5_000), 11))
+
+
+def test_every_event_once_and_each_user_in_order(settings: Settings, log: EventLog) -> None:
+    """The topic holds exactly the log's records, and those of one user stand in one partition in the log's order."""
+    totals = asyncio.run(replay(log, settings, Pace()))
+    assert totals.acknowledged == len(log)
+    found = _by_user(record for records in _read(settings).values() for record in records)
+    assert found == _by_user(log.records(np.arange(len(log))))
+
+
+def test_acknowledged_offsets_are_those_of_the_records(settings: Settings, log: EventLog) -> None:
+    """What `on_acknowledged` says of partition, offset and row is what the topic holds there."""
+    batches: list[Acknowledged] = []
+    asyncio.run(replay(log, settings, Pace(), on_acknowledged=batches.append))
+    records = list(log.records(np.arange(len(log))))
+    topic = _read(settings)
+    for batch in batches:
+        for i, row in enumerate(batch.rows.tolist()):
+            assert topic[batch.partition][batch.base_offset + i] == records[row]
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(log)))
+
+
+def test_clients_of_other_makes_send_a_user_to_the_same_partition(settings: Settings, log: EventLog) -> None:
+    """A user's events from kafka-python's producer land beside those of the replay."""
+    asyncio.run(replay(log.head(300), settings, Pace()))
+    with closing(kafka.KafkaProducer(**settings.kafka.client_options())) as producer:
+        for key, value in log.records(np.arange(300, 600)):
+            producer.send(settings.topics.actions, key=key, value=value)
+    users = [{key for key, _ in records} for records in _read(settings).values()]
+    assert sum(map(len, users)) == len(set.union(*users))
+
+
+def test_rate_is_kept(settings: Settings, log: EventLog) -> None:
+    """At 1,000 events a second 1,500 events take a second and a half, no less."""
+    totals = asyncio.run(replay(log.head(1_500), settings, Pace(rate=1_000)))
+    print(f"{totals.seconds:.2f} s")
+    assert 1.45 <= totals.seconds < 4
+
+
+def test_stop_ends_it_with_everything_sent_acknowledged(settings: Settings, log: EventLog) -> None:
+    """A stopped replay returns soon, and the topic holds exactly what it says was acknowledged."""
+    ends_s = time.monotonic() + 1
+    totals = asyncio.run(replay(log, settings, Pace(rate=1_000), stop=lambda: time.monotonic() > ends_s))
+    assert 0 < totals.acknowledged < len(log)
+    assert sum(len(records) for records in _read(settings).values()) == totals.acknowledged
+
+
+def test_missing_topic_is_one_clear_line(settings: Settings, log: EventLog) -> None:
+    """A topic that does not exist is named as what to look at, with the count of what was sent."""
+    missing = settings.model_copy(update={"topics": settings.topics.model_copy(update={"actions": "no-such-topic"})})
+    with pytest.raises(ReplayFailed, match="after 0 of 5,000 events") as caught:
+        asyncio.run(replay(log, missing, Pace()))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("speed", "elapsed_s", "due"), [(1, 0.999, 1), (1, 1.0, 3), (10, 0.1, 3), (1, 5.0, 4)])
+def test_speed_follows_event_time(speed: float, elapsed_s: float, due: int) -> None:
+    """At `speed` an event is due when event time has come that far; a late one together with the row before it."""
+    rows = {
+        "user_id": list("abcd"),
+        "item_id": list("abcd"),
+        "action": ["view"] * 4,
+        "timestamp_ms": [1_000, 2_000, 1_500, 6_000],
+    }
+    assert Pace(speed=speed).due(event_log(pa.table(rows)), elapsed_s) == due
+
+
+def _read(settings: Settings) -> dict[int, list[tuple[bytes, bytes]]]:
+    """Every record of the actions topic, by partition, in offset order."""
+    partitions = [TopicPartition(settings.topics.actions, number) for number in range(PARTITIONS)]
+    with closing(kafka.KafkaConsumer(**settings.kafka.client_options(), auto_offset_reset="earliest")) as consumer:
+        consumer.assign(partitions)
+        ends = consumer.end_offsets(partitions)
+        held: dict[int, list[tuple[bytes, bytes]]] = {number: [] for number in range(PARTITIONS)}
+        while any(consumer.position(partition) < ends[partition] for partition in partitions):
+            for partition, records in consumer.poll(1_000).items():
+                held[partition.partition] += [(record.key, record.value) for record in records]
+    return held
+
+
+def _by_user(records: Any) -> dict[bytes, list[str]]:
+    by_user: dict[bytes, list[str]] = {}
+    for key, value in records:
+        by_user.setdefault(key, []).append(json.loads(value)["event_id"])
+    return by_user

@@ -1,0 +1,69 @@
+"""What is right, told as plainly as possible: a dictionary of sorted lists, folded over the source log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Event:
+    """One record of the source log as its sender meant it."""
+
+    user: bytes
+    timestamp_ms: int
+    item: int = 0
+    event_id: int = 0
+    strong: bool = False
+    tombstone: bool = False
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A user's sequence after some record of the log."""
+
+    kept: tuple[Event, ...] = ()
+    count: int = 0
+    forgotten_ms: int | None = None
+    changed_at: int = -1
+    """Offset of the last record that changed it."""
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        return tuple(event.item for event in self.kept)
+
+
+@dataclass
+class Model:
+    """The source log (None: a record that is no action), and every sequence after every record of it."""
+
+    length_max: int
+    log: list[Event | None] = field(default_factory=list)
+    past: dict[bytes, list[Sequence]] = field(default_factory=dict)
+
+    def append(self, event: Event | None) -> None:
+        """The next record of the log."""
+        offset = len(self.log)
+        self.log.append(event)
+        if event is not None:
+            past = self.past.setdefault(event.user, [Sequence()])
+            after = self._after(past[-1], event, offset)
+            if after is not past[-1]:
+                past.append(after)
+
+    def at(self, user: bytes, offset: int) -> Sequence:
+        """The user's sequence once all records before `offset` are applied."""
+        return next(s for s in reversed(self.past.get(user, [Sequence()])) if s.changed_at < offset)
+
+    def _after(self, before: Sequence, event: Event, offset: int) -> Sequence:
+        if event.tombstone:
+            forgotten_ms = max(event.timestamp_ms, before.forgotten_ms or event.timestamp_ms)
+            return Sequence(forgotten_ms=forgotten_ms, changed_at=offset)
+        if before.forgotten_ms is not None and event.timestamp_ms <= before.forgotten_ms:
+            return before
+        if event.event_id and any(kept.event_id == event.event_id for kept in before.kept):
+            return before
+        is_full = len(before.kept) == self.length_max
+        if is_full and event.timestamp_ms < before.kept[0].timestamp_ms:
+            return before
+        kept = sorted((*before.kept, event), key=lambda each: each.timestamp_ms)[-self.length_max :]
+        return replace(before, kept=tuple(kept), count=before.count + 1, changed_at=offset)

@@ -1,0 +1,93 @@
+"""The console script tells every known failure in plain words, without a traceback and with a non-zero exit code."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEAD = "127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["topics", "create", "--bootstrap-servers", DEAD], f"no Kafka broker answers at {DEAD}"),
+        (["topics", "verify", "--config", "missing.toml"], "missing.toml"),
+        (["replay", "missing.parquet"], "cannot read the log missing.parquet"),
+        (["replay", "--generate", "5", "--bootstrap-servers", DEAD], "the replay ended after 0 of 5 events"),
+        (["broker", "--port", "0", "--folder", "missing"], "cannot create the broker's data folder"),
+    ],
+)
+def test_known_failures_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """A wrong address, file or folder is one line on standard error, nothing on standard output, exit code 1."""
+    result = _run(arguments, tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == (1 if "topics verify" not in " ".join(arguments) else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["replay", "--rate", "fast"], "--rate"),
+        (["replay", "--rate", "-1"], "--rate"),
+        (["replay", "--rate", "nan"], "--rate"),
+        (["replay", "--rate", "10", "--speed", "2"], "--rate or --speed"),
+        (["replay", "--speed", "0"], "--speed"),
+        (["replay", "log.csv", "--generate", "5"], "--generate"),
+        (["broker", "--port", "70000"], "--port"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong(arguments: list[str], culprit: str, tmp_path: Path) -> None:
+    """An option that cannot be is refused by name before anything is done, with exit code 2."""
+    result = _run(arguments, tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert culprit in result.stderr
+
+
+def test_taken_port_is_one_line(tmp_path: Path) -> None:
+    """A broker on a port in use is refused with the port's number."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = _run(["broker", "--port", str(port)], tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: port {port} is taken")
+
+
+def test_wrong_setting_is_named(tmp_path: Path) -> None:
+    """A setting of the wrong type in a file is reported with its key, without a traceback."""
+    (tmp_path / "settings.toml").write_text("[topics]\npartitions = 'many'\n")
+    result = _run(["topics", "verify", "--config", "settings.toml"], tmp_path)
+    assert result.returncode == 1
+    assert "topics.partitions" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_lists_the_commands_of_every_room(tmp_path: Path) -> None:
+    """The help of the script names the commands of infra, streams and encoder."""
+    result = _run(["--help"], tmp_path)
+    assert result.returncode == 0
+    for command in ("broker", "topics", "replay"):
+        assert command in result.stdout
+
+
+def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "infra.cli", *arguments]
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "HOME": str(folder),
+        "COLUMNS": "200",
+        "PATH": "/usr/bin",
+    }
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False)
