@@ -15,7 +15,8 @@
     job = state.sequences(users)                 # from the encode queue: those still due, as of now
     rows = state.publishable(job)                # after encoding: the rows of the job that may still be published
     state.encoded(users, offsets, now_ms)        # after the output topic has acknowledged them
-    state.defer(users, now_ms, delay_ms)         # instead of encoding (shed, failed): due again after the delay
+    state.shed(users, now_ms, delay_ms)          # dropped from the queue under load: due again after the delay
+    state.defer(users, now_ms, delay_ms)         # their job has failed: due again after the delay
 
     snapshot = state.take_dirty()                # a checkpoint (see streams.state.checkpoint), ended by
     state.settle(snapshot)                       #   settle, or by restore_dirty(snapshot) when it failed
@@ -23,7 +24,7 @@
 A user is *due* from the moment a trigger fires until `encoded` names a source offset that contains what the trigger
 wanted. That is part of the persisted state, so neither a checkpoint waits for the encoder nor does a crash forget a
 due user. A user handed over is not handed over again before `sequences` has taken it, and is not evicted before
-`encoded` or `defer` has returned it.
+`encoded`, `shed` or `defer` has returned it.
 """
 
 from __future__ import annotations
@@ -224,10 +225,11 @@ class PartitionState:
 
     def publishable(self, job: EncodeJob) -> Ints:
         """Rows of `job` that may be published: not those of users forgotten, or published anew, since it was taken."""
-        slots = self._sequences.slots(job.sequences.users)
-        outdated = job.offsets <= self._sequences.headers["encoded_offset"][slots]
-        self._end_job(slots[outdated], job.offsets[outdated])
-        return np.flatnonzero(~outdated)
+        rows = self._hot_rows(job.sequences.users)
+        slots, offsets = self._sequences.slots([job.sequences.users[row] for row in rows.tolist()]), job.offsets[rows]
+        is_outdated = offsets <= self._sequences.headers["encoded_offset"][slots]
+        self._end_job(slots[is_outdated], offsets[is_outdated])
+        return rows[~is_outdated]
 
     def encoded(self, users: Sequence[bytes], offsets: Ints, now_ms: int) -> None:
         """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets."""
@@ -244,14 +246,13 @@ class PartitionState:
         self._sequences.put(slots, headers, live)
         self._enter(slots)
 
+    def shed(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """Distinct `users` left the encode queue without being taken: those still due are so again after the delay."""
+        self._put_off(users, "queued", now_ms + delay_ms)
+
     def defer(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
-        """Distinct `users` were handed over but are not encoded now: those still due are so again after the delay."""
-        slots = self._sequences.slots([user for user in users if user in self._sequences.slot_of])
-        headers, live = self._sequences.columns(slots)
-        live["queued"], live["in_job"], live["dirty"] = False, False, True
-        headers["due_ms"] = np.where(headers["reason"] != 0, now_ms + delay_ms, headers["due_ms"])
-        self._sequences.put(slots, headers, live)
-        self._enter(slots)
+        """The job of distinct `users` has failed: those still due are so again after the delay."""
+        self._put_off(users, "in_job", now_ms + delay_ms)
 
     def note_published(self, users: Sequence[bytes], offsets: Ints) -> None:
         """The output topic holds, by this encoder version, embeddings of these users up to these source offsets.
@@ -325,6 +326,18 @@ class PartitionState:
         done = headers["due_offset"] <= headers["encoded_offset"]
         headers["reason"] = np.where(done, 0, headers["reason"])
         headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
+
+    def _put_off(self, users: Sequence[bytes], ended: str, due_ms: int) -> None:
+        slots = self._sequences.slots([users[row] for row in self._hot_rows(users).tolist()])
+        headers, live = self._sequences.columns(slots)
+        live[ended], live["dirty"] = False, True
+        waits = (headers["reason"] != 0) & ~live["queued"]
+        headers["due_ms"] = np.where(waits, due_ms, headers["due_ms"])
+        self._sequences.put(slots, headers, live)
+        self._enter(slots)
+
+    def _hot_rows(self, users: Sequence[bytes]) -> Ints:
+        return np.array([row for row, user in enumerate(users) if user in self._sequences.slot_of], np.int64)
 
     def _note(self, slot: Ints, offset: int) -> None:
         headers, live = self._sequences.columns(slot)

@@ -82,6 +82,7 @@ class Worker:
     jobs: deque[EncodeJob] = field(default_factory=deque)
     sent: deque[Sent] = field(default_factory=deque)
     handed_over_ms: dict[bytes, int] = field(default_factory=dict)
+    """Processing time of each user's last hand-over, or of the acknowledgement that followed."""
     unencoded_since_ms: dict[bytes, int] = field(default_factory=dict)
     """Processing time of the oldest action applied in this life that no job contains."""
     shed_users: set[bytes] = field(default_factory=set)
@@ -212,7 +213,9 @@ class Worker:
             sent = self.sent.popleft()
             self.output_offset += len(sent.outputs)
             if sent.job is not None:
-                self.state.encoded(sent.job.sequences.users, sent.job.offsets, self.now_ms)
+                users = sent.job.sequences.users
+                self.state.encoded(users, sent.job.offsets, self.now_ms)
+                self.handed_over_ms |= dict.fromkeys(users, self.now_ms)
 
     def shed(self, delay_ms: int) -> None:
         """Shed the least valuable user of the queue."""
@@ -221,7 +224,7 @@ class Worker:
             del self.queue[user]
             self.handed_over_ms.pop(user, None)
             self.shed_users.add(user)
-            self.state.defer([user], self.now_ms, delay_ms)
+            self.state.shed([user], self.now_ms, delay_ms)
 
     def drain(self) -> None:
         """Encode and publish all that is due."""
