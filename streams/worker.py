@@ -49,6 +49,8 @@ ABORTED = 70
 FORCED = 71
 """Exit code when stopping took longer than allowed, or was forced by a second signal."""
 WATCH_EVERY_S = 1.0
+GIL_SWITCH_S = 0.0001
+"""Python's default of 5 ms is how long the encoder thread would wait for the GIL after each of its torch calls."""
 INFINITY = 2**62
 
 
@@ -123,6 +125,7 @@ class Worker:
             app,
             batched_topics=frozenset({settings.topics.actions}),
             fetch_max_wait_ms=settings.kafka.fetch_max_wait_ms,
+            deliver_every_ms=settings.kafka.deliver_every_ms,
         )
         app.partitions = self._partitions
         self._partitions.app = app
@@ -176,6 +179,7 @@ class Worker:
 
     def run(self) -> int:
         """Run until a signal; returns the exit code."""
+        sys.setswitchinterval(GIL_SWITCH_S)
         return asyncio.run(self._run())
 
     async def _run(self) -> int:
