@@ -23,9 +23,9 @@ TOKENS_MAX = 512
 
 
 class IncrementalRuntime:
-    """An `EncoderRuntime` over a kernel with `slots` slots. Not thread-safe."""
+    """An `EncoderRuntime` over the slots of a kernel, whose owners `table` knows. Not thread-safe."""
 
-    def __init__(self, version: str, config: EncoderConfig, steps: Steps, slots: int) -> None:
+    def __init__(self, version: str, config: EncoderConfig, steps: Steps, table: SlotTable) -> None:
         self.version = version
         self.embedding_dim = config.embedding_dim
         self.sequence_length = config.sequence_length
@@ -35,7 +35,7 @@ class IncrementalRuntime:
         """Users computed from their slot and their new actions alone."""
         self._reach = config.receptive_field
         self._steps = steps
-        self._table = SlotTable(slots)
+        self._table = table
 
     def embed(self, batch: SequenceBatch) -> Floats:
         """Embeddings [U, E] of length one. Each user has at least one row and occurs once; raises `ValueError`."""

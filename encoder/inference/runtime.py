@@ -19,6 +19,7 @@ from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.linear import prepared
 from encoder.inference.native import Library, NativeKernel
+from encoder.inference.slots import SlotTable
 from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import StreamingEncoder
@@ -76,7 +77,9 @@ def make_incremental(
 ) -> IncrementalRuntime:
     """The incremental runtime of a streaming release, with products and cache in this precision."""
     kernel, slots = make_kernel(release, precision, cache_bytes_max, native=native)
-    return IncrementalRuntime(release.version, release.config, Steps(release, kernel, precision.products), slots)
+    return IncrementalRuntime(
+        release.version, release.config, Steps(release, kernel, precision.products), SlotTable(slots)
+    )
 
 
 def make_full(
@@ -101,6 +104,13 @@ def make_kernel(
     if library:
         return NativeKernel(library, slots, slopes(release)), slots
     return TorchKernel(geometry, slots, slopes(release)), slots
+
+
+def kernel_bytes(release: Release, precision: Precision, *, native: bool = True) -> int:
+    """Cache bytes of one user."""
+    geometry = Geometry.of(release.config, precision)
+    library = Library.load(geometry) if native else None
+    return library.bytes_per_slot() if library else TorchKernel.bytes_per_slot(geometry)
 
 
 def slopes(release: Release) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from encoder.inference import load_runtime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
 from encoder.inference.runtime import make_incremental, slopes
+from encoder.inference.slots import SlotTable
 from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import EncoderConfig
@@ -118,7 +119,7 @@ def test_reused_buffers_never_show() -> None:
     geometry = Geometry.of(SMALL, Precision())
     kernel = TorchKernel(geometry, 50, slopes(release))
     steps = Steps(release, kernel, torch.float32)
-    runtime = IncrementalRuntime(release.version, SMALL, steps, 50)
+    runtime = IncrementalRuntime(release.version, SMALL, steps, SlotTable(50))
     for slab in (*kernel.keys, *kernel.values):
         slab.fill_(float("nan"))
     users = [user(rng, i, SMALL, int(rng.integers(1, 40))) for i in range(40)]
