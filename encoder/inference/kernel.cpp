@@ -313,11 +313,13 @@ void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* start
       for (int n = 0; n < kinds; n++) {
         const int window = windows[n], here = int(offset % window);
         float* out = lags[n] + i * padded(window);
-        for (int w = 0; w < padded(window); w++) {
+        const int held = offset + 1 < window ? int(offset + 1) : window;
+        for (int w = 0; w < held; w++) {
           const int behind = w <= here ? here - w : here - w + window;
-          const int64_t apart = w < window && behind <= offset ? now - ring[(offset - behind) % widest] : 0;
+          const int64_t apart = now - ring[window == widest ? w : (offset - behind) % widest];
           out[w] = apart > 0 ? float(apart) : 0;
         }
+        for (int w = held; w < padded(window); w++) out[w] = 0;
         for (int w = 0; w < padded(window); w += LANES) *(vec*)&out[w] = logv(*(vec*)&out[w] / 60000.f + 1.f);
       }
     }

@@ -7,7 +7,6 @@ claim more than they hold.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +23,11 @@ class SlotTable:
             raise ValueError(f"no room for a single user: {slots} slots; raise cache_bytes_max")
         self.slots = slots
         self.evictions = 0
-        self._owner: OrderedDict[bytes, int] = OrderedDict()
+        self._slot_of: dict[bytes, int] = {}
+        self._owner_of: list[bytes] = [b""] * slots
         self._free = list(range(slots - 1, -1, -1))
+        self._now = 0
+        self._used_at: Int64s = np.zeros(slots, np.int64)
         self.counts: Int64s = np.zeros(slots, np.int64)
         """[slots] actions of the user that the slot has seen; 0 when it holds nothing."""
         self.revisions: Int64s = np.zeros(slots, np.int64)
@@ -35,14 +37,13 @@ class SlotTable:
 
     def take(self, users: Sequence[bytes]) -> Int64s:
         """The slots [U] of at most `slots` distinct users; who has none gets one that holds nothing."""
-        owner = self._owner
-        found = [owner.get(user, -1) for user in users]
-        for user, slot in zip(users, found, strict=True):
-            if slot >= 0:
-                owner.move_to_end(user)
-        taken = np.array(found, np.int64)
-        for u in np.flatnonzero(taken < 0).tolist():
-            taken[u] = self._allot(users[u])
+        slot_of = self._slot_of.get
+        taken = np.array([slot_of(user, -1) for user in users], np.int64)
+        self._now += 1
+        self._used_at[taken[taken >= 0]] = self._now
+        new = np.flatnonzero(taken < 0)
+        if len(new):
+            taken[new] = self._allot([users[u] for u in new.tolist()])
         return taken
 
     def open(self, slots: Int64s) -> None:
@@ -58,24 +59,32 @@ class SlotTable:
     def forget(self, users: Sequence[bytes]) -> None:
         """Free the slots of these users; unknown users are ignored."""
         for user in users:
-            slot = self._owner.pop(user, None)
+            slot = self._slot_of.pop(user, None)
             if slot is not None:
                 self.counts[slot] = 0
                 self._free.append(slot)
 
     def clear(self) -> None:
         """Free every slot."""
-        self.forget(list(self._owner))
+        self.forget(list(self._slot_of))
 
     def __len__(self) -> int:
-        return len(self._owner)
+        return len(self._slot_of)
 
-    def _allot(self, user: bytes) -> int:
-        if self._free:
-            slot = self._free.pop()
-        else:
-            _, slot = self._owner.popitem(last=False)
-            self.evictions += 1
-        self.counts[slot] = 0
-        self._owner[user] = slot
-        return slot
+    def _allot(self, users: list[bytes]) -> Int64s:
+        """Free slots first, then those that were used longest ago; never one that this call has used."""
+        free = [self._free.pop() for _ in range(min(len(users), len(self._free)))]
+        self._used_at[free] = self._now
+        missing = len(users) - len(free)
+        if missing:
+            free += np.argpartition(self._used_at, missing - 1)[:missing].tolist()
+            for slot in free[-missing:]:
+                del self._slot_of[self._owner_of[slot]]
+            self.evictions += missing
+        for user, slot in zip(users, free, strict=True):
+            self._slot_of[user] = slot
+            self._owner_of[slot] = user
+        slots = np.array(free, np.int64)
+        self._used_at[slots] = self._now
+        self.counts[slots] = 0
+        return slots
