@@ -86,6 +86,15 @@ def verify_topics(settings: Settings) -> None:
         _verify(admin, topics_of(settings))
 
 
+def delete_topics(settings: Settings) -> None:
+    """Delete the application's topics and all that is in them; those that are missing are no fault."""
+    with closing(_admin(settings)) as admin:
+        present = set(_asked(admin.list_topics))
+        names = [topic.name for topic in topics_of(settings) if topic.name in present]
+        if names:
+            _asked(admin.delete_topics, names)
+
+
 def _admin(settings: Settings) -> kafka.KafkaAdminClient:
     options = settings.kafka.client_options()
     require_broker(options)

@@ -6,6 +6,7 @@ is among the ten items scored highest after the action before it (HR@10, items a
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +24,28 @@ from encoder.release import Release, make_release
 from encoder.training.log import ActionLog
 from encoder.training.queries import embeddings_after, items_before
 from encoder.training.recipe import Recipe, RecipeError
-from encoder.training.train import Progress, Trainer
+from encoder.training.trainer import Trainer
+
+__all__ = ["Progress", "train_release"]
 
 VALIDATING_USERS = 2_000
 PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training stands, for people."""
+
+    epoch: int
+    step: int
+    tokens: int
+    fraction: float
+    """Of the budget, 0 to 1."""
+    seconds: float
+    loss: float
+    """Mean since the report before."""
+    metric: float | None
+    """Of the last validation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +78,15 @@ def train_release(
     *,
     out_dir: Path,
     seconds_max: float | None = None,
+    threads: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Release:
     """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
 
-    `progress` hears every two seconds and at the end. With the same seed, machine and no time limit, the same release.
+    Uses all cores unless `threads` says otherwise. `progress` hears every two seconds and at the end. With the same seed, machine and no time limit, the same release.
     """
     started = time.monotonic()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     vocabularies = log.vocabularies(items_min=recipe.data.items_min)
     validation, trained = hold_out(log, vocabularies, recipe)
     trainer = Trainer(trained, recipe, vocabularies, make_items(recipe, vocabularies))

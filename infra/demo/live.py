@@ -16,7 +16,6 @@ from rich.table import Table
 from infra.demo.observer import Observer, Sent
 
 PLAIN_EVERY_S = 4.0
-REDRAW_PER_SECOND = 4
 RECENT_S = 3.0
 
 
@@ -81,9 +80,11 @@ class Meter:
 class Screen:
     """Permanent lines, and below them what changes."""
 
+    REDRAWS_PER_SECOND = 4
+
     def __init__(self, console: Console, started_s: float) -> None:
         self._console, self._started_s = console, started_s
-        self._live = Live(console=console, transient=True, refresh_per_second=REDRAW_PER_SECOND)
+        self._live = Live(console=console, transient=True, refresh_per_second=self.REDRAWS_PER_SECOND)
         self._plain_due_s = 0.0
 
     def __enter__(self) -> Self:

@@ -137,9 +137,7 @@ class Observer:
 
     def lag(self, sent: Sent) -> int:
         """Events that were sent after the newest event that an embedding contains, over all partitions."""
-        return sum(
-            end - 1 - newest for end, newest in zip(sent.end_offsets(), self._newest_by_partition, strict=True)
-        )
+        return sum(end - 1 - newest for end, newest in zip(sent.end_offsets(), self._newest_by_partition, strict=True))
 
     def publications(self) -> Publications:
         """Everything that arrived, as the readers of an evaluation hold it."""
@@ -163,6 +161,4 @@ class Observer:
             self._vectors.append(embedding.vector)
             self.reasons[metadata.reason] += 1
             self.newest_offset[user] = metadata.source_offset
-            self._newest_by_partition[partition] = max(
-                self._newest_by_partition[partition], metadata.source_offset
-            )
+            self._newest_by_partition[partition] = max(self._newest_by_partition[partition], metadata.source_offset)

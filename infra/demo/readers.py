@@ -1,4 +1,4 @@
-"""Three readers and a list: each one's Recall@10 over the replayed actions, overall and by whether the user was known."""
+"""Three readers and a list: each one's Recall@10 over the replayed actions, overall and by user known or not."""
 
 from __future__ import annotations
 
