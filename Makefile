@@ -5,7 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test lint install
+.PHONY: demo test lint install
+
+demo: $(STAMP)
+	@$(BIN)/streamformer demo
 
 test: lint
 	$(BIN)/python -m pytest

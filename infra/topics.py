@@ -1,4 +1,4 @@
-"""The topics as data, and the two things done with them: create what is missing, verify what exists.
+"""The topics as data, and what is done with them: create what is missing, verify what exists, delete.
 
 A topic's partition count decides which worker holds which user and its cleanup policy decides whether state survives,
 so a wrong one is refused and never changed in place.
@@ -155,4 +155,4 @@ def _asked(method: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return method(*args, **kwargs)
     except KafkaError as error:
-        raise InfraError("the broker refused a question about topics", str(error), "see the broker's log") from error
+        raise InfraError("the broker refused a request about topics", str(error), "see the broker's log") from error

@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import InfraError
 from infra.kafka.broker import BrokerFailed
-from infra.topics import Topic, TopicMismatch, ensure_topics, topics_of, verify_topics
+from infra.topics import Topic, TopicMismatch, delete_topics, ensure_topics, topics_of, verify_topics
 from streams.settings import KafkaSettings, Settings, TopicsSettings
 
 pytestmark = pytest.mark.broker
@@ -27,6 +27,19 @@ def test_creates_all_then_nothing(settings: Settings) -> None:
     assert ensure_topics(settings) == [topic.name for topic in topics_of(settings)]
     assert ensure_topics(settings) == []
     verify_topics(settings)
+
+
+def test_delete_takes_the_topics_of_the_settings_and_no_other(settings: Settings) -> None:
+    """After a deletion the topics are gone, others stay, and a second deletion does nothing."""
+    ensure_topics(settings)
+    other = f"{settings.app_id}-other"
+    _create(settings, other, "delete")
+    delete_topics(settings)
+    delete_topics(settings)
+    with closing(kafka.KafkaAdminClient(**settings.kafka.client_options())) as admin:
+        names = set(admin.list_topics())
+    assert other in names
+    assert not names & {topic.name for topic in topics_of(settings)}
 
 
 def test_missing_topics_are_all_named(settings: Settings) -> None:

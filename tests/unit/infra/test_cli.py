@@ -84,10 +84,6 @@ def test_help_lists_the_commands_of_every_room(tmp_path: Path) -> None:
 
 def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "infra.cli", *arguments]
-    environment = {
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "HOME": str(folder),
-        "COLUMNS": "200",
-        "PATH": "/usr/bin",
-    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMFORMER_", "KAFKA_"))}
+    environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[3]), "COLUMNS": "200"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False)
