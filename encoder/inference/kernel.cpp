@@ -203,6 +203,15 @@ INLINE void rotate(const row_t* x, const Token& t, float scale, float* out) {
   for (int i = HEAD_DIM; i < WIDTH; i++) out[i] = 0;
 }
 
+// To what a slab will hold: a token sees itself as later tokens will see it.
+INLINE void round_all(float* x) {
+  for (int i = 0; i < WIDTH; i++) {
+    cell_t cell;
+    put(&cell, x[i]);
+    x[i] = widen(cell);
+  }
+}
+
 INLINE void widen_all(const row_t* x, float* out) {
   for (int i = 0; i < HEAD_DIM; i++) out[i] = widen(x[i]);
   for (int i = HEAD_DIM; i < WIDTH; i++) out[i] = 0;
@@ -236,6 +245,8 @@ INLINE void attend_head(const row_t* row, int g, const Layer& layer, const Token
   alignas(64) float scores[SHARE][PLACES_MAX];
   rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
   widen_all(row + (layer.heads + layer.kv_heads + g) * HEAD_DIM, v);
+  round_all(k);
+  round_all(v);
   for (int h = 0; h < SHARE; h++) rotate(row + (g * SHARE + h) * HEAD_DIM, t, LOG2E / sqrtf(HEAD_DIM), q[h]);
   tiled<SHARE>(padded(held) / LANES, [&](auto n, int at) __attribute__((always_inline)) {
     score<n(), SHARE>(ring.keys, next.keys, at, ring.places / LANES, q, scores);

@@ -1,0 +1,130 @@
+"""The C++ kernel does what its twin in torch does, and is built once, for this machine, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from encoder.inference.build import find_compiler
+from encoder.inference.cone import plan_tokens, reaches
+from encoder.inference.kernel import Geometry, Kernel, Precision
+from encoder.inference.native import Library, NativeKernel
+from encoder.inference.runtime import make_incremental, make_kernel
+from encoder.inference.twin import TorchKernel
+from tests.unit.inference.histories import random_release
+from tests.unit.inference.test_runtimes import SMALL
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no c++ compiler")
+GEOMETRIES = [(8, 2, 32, (64, 64)), (3, 1, 10, (5, 8, 33)), (4, 4, 6, (1, 16)), (16, 1, 4, (7,)), (2, 1, 66, (12, 3))]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "windows"), GEOMETRIES)
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_equals_the_twin(
+    heads: int, kv_heads: int, head_dim: int, windows: tuple[int, ...], cells: torch.dtype, biased: bool
+) -> None:
+    """Any head size, window and number of key heads, any number of tokens, slabs full of NaN: the twin's values."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    geometry = Geometry(heads, kv_heads, head_dim, windows, torch.float32, cells)
+    slopes = torch.rand(len(windows), heads, generator=generator) if biased else None
+    library = Library.load(geometry)
+    assert library is not None
+    native, twin = NativeKernel(library, 6, slopes), TorchKernel(geometry, 6, slopes)
+    native.scribble()
+    kernels: list[Kernel] = [native, twin]
+    counts = np.zeros(6, np.int64)
+    now_ms = np.zeros(6, np.int64)
+    for _ in range(12):
+        some = rng.permutation(6)[: rng.integers(1, 7)]
+        fresh = np.minimum(rng.choice([1, 1, 2, 9, 70], len(some)), reaches(windows)[0])
+        counts[some] += fresh
+        plan = plan_tokens(some, counts[some], fresh, np.zeros(len(some), np.int64), windows)
+        times_ms = np.concatenate(
+            [now_ms[s] + np.cumsum(rng.integers(0, 10**7, f)) for s, f in zip(some, fresh, strict=True)]
+        )
+        now_ms[some] = times_ms[plan.starts[1:] - 1]
+        for layer, rows in enumerate(plan.layers):
+            qkv = torch.randn(int(rows.starts[-1]), (heads + 2 * kv_heads) * head_dim, generator=generator)
+            outputs = [torch.full((len(qkv) - int(rows.silent.sum()), heads * head_dim), torch.nan) for _ in range(2)]
+            for kernel, out in zip(kernels, outputs, strict=True):
+                if layer == 0:
+                    kernel.begin(plan, times_ms)
+                kernel.attend(layer, qkv, out)
+            # A key that lies between two bfloat16 may round either way, so there only the mean is held tight.
+            exact = cells is torch.float32
+            torch.testing.assert_close(*outputs, rtol=0, atol=2e-5 if exact else 1e-2)
+            assert (outputs[0] - outputs[1]).abs().mean() <= (2e-6 if exact else 1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+def test_norms_and_gelu_equal_the_twin(rows: torch.dtype) -> None:
+    """Sums, LayerNorm and GELU agree for widths that are no whole vectors, and for values far out."""
+    geometry = Geometry(2, 1, 6, (4,), rows, torch.float32)
+    library = Library.load(geometry)
+    assert library is not None
+    kernels: list[Kernel] = [NativeKernel(library, 1, None), TorchKernel(geometry, 1, None)]
+    generator = torch.Generator().manual_seed(3)
+    norm = nn.LayerNorm(53)
+    nn.init.normal_(norm.weight, generator=generator)
+    x, y = 30 * torch.randn(9, 53, generator=generator), torch.randn(9, 53, generator=generator).to(rows)
+    wide = torch.cat([torch.linspace(-200, 200, 500), torch.linspace(-6, 6, 501)]).to(rows)
+    results = []
+    with torch.inference_mode():
+        for kernel in kernels:
+            mine, out, curve = x.clone(), torch.empty(9, 53, dtype=rows), wide.clone()
+            kernel.add_norm(mine, y, norm, out)
+            kernel.gelu(curve)
+            results.append((mine, out.float(), curve.float()))
+    tolerance = 1e-5 if rows is torch.float32 else 2e-2
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+def test_built_once_into_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A geometry is compiled into `$XDG_CACHE_HOME` once and found again; another one gets its own file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "streamformer" / "kernels"
+    one, other = (Geometry(2, 1, d, (4,), torch.float32, torch.float32) for d in (6, 8))
+    assert Library.load(one)
+    (built,) = folder.iterdir()
+    os.utime(built, (1, 1))
+    assert Library.load(one)
+    assert built.stat().st_mtime == 1
+    assert Library.load(other)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "broken compiler", "cache folder cannot be made"])
+def test_without_a_library_the_twin_serves(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing can be built the runtime says so in one line and runs on plain torch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if fault == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif fault == "broken compiler":
+        monkeypatch.setenv("CXX", "false")
+    elif find_compiler() is None:
+        pytest.skip("no c++ compiler")
+    else:
+        (tmp_path / "streamformer").write_text("a file where a folder should be")
+    release = random_release(SMALL, 1)
+    with caplog.at_level(logging.WARNING):
+        kernel, _ = make_kernel(release, Precision(), 1 << 20)
+    assert isinstance(kernel, TorchKernel)
+    assert len(caplog.records) == 1
+    assert "runs on plain torch" in caplog.text
+    assert make_incremental(release, cache_bytes_max=1 << 20, precision=Precision()).embedding_dim == 16

@@ -112,6 +112,33 @@ def test_nothing_new_repeats_the_embedding() -> None:
     assert (runtime.prefills, runtime.extensions) == (1, 2)
 
 
+def test_a_sequence_that_went_back_is_computed_anew() -> None:
+    """With fewer actions than the cache has seen (state restored to an earlier offset), the cache is not used."""
+    rng = np.random.default_rng(13)
+    release = random_release(SMALL, 13)
+    runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
+    one = user(rng, 0, SMALL, 20)
+    before = sequences([one])
+    one.append(rng, 3)
+    runtime.embed(sequences([one]))
+    assert np.abs(runtime.embed(before) - forward(release, before)).max() <= 1e-5
+    assert runtime.extensions == 0
+
+
+def test_company_does_not_matter() -> None:
+    """A user's embedding is the same alone as among three hundred others, whether hot or cold."""
+    rng = np.random.default_rng(14)
+    release = random_release(SMALL, 14)
+    alone, crowd = (make_incremental(release, cache_bytes_max=1 << 22, precision=Precision()) for _ in range(2))
+    users = [user(rng, i, SMALL, int(rng.integers(1, 40))) for i in range(300)]
+    for _ in range(2):
+        together = crowd.embed(sequences(users))
+        for i in (0, 17, 299):
+            assert np.abs(alone.embed(sequences([users[i]])) - together[i]).max() <= 1e-6
+        for one in users:
+            one.append(rng, 2)
+
+
 def test_reused_buffers_never_show() -> None:
     """With every scratch buffer full of NaN and every slab full of another user's NaN, embeddings are unchanged."""
     rng = np.random.default_rng(9)
