@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install
+.PHONY: demo test lint install bench-encoder
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -30,3 +30,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
 	  { echo "error: the installation failed, see the lines above; check network and disk, then run make again"; exit 1; }
 	@touch $@
+
+bench-encoder: $(STAMP)
+	$(BIN)/python -m infra.bench.encoder
