@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from infra.commands.options import BootstrapServers, Config, settings_of
 from infra.topics import ensure_topics, topics_of, verify_topics
+from streams.cli import BootstrapServers, Config, settings_of
 
 Replication = Annotated[int, typer.Option(min=1, help="Replicas of each partition of a topic that is created.")]
 
