@@ -169,6 +169,9 @@ class Worker:
         await self._queue.settle(self._settings.kafka.session_timeout_ms / 1000 / 4)
         await self._queue.clear_cache()
 
+    def on_lost(self, owned: OwnedPartition) -> None:
+        self._ingest.remove(owned)
+
     def abort(self, reason: str) -> None:
         """End the process at once, without writing anything more."""
         logger.critical("stopping: %s", reason)

@@ -65,6 +65,8 @@ class OwnedPartition:
     committed_offset: int
     output_offset: int
     """Past the last acknowledged record of this partition in the output topic."""
+    producer_failed: bool = False
+    """The last checkpoint failed: the producer must be replaced before the next."""
     rebuilt: bool = False
     """Its local store was just rebuilt from the changelog: what is corrupt now is so in the changelog too."""
     epoch: int = 0
@@ -126,6 +128,10 @@ class PartitionHost(Protocol):
     def on_ready(self, owned: OwnedPartition) -> None: ...
     async def on_giving_back(self, owned: Collection[OwnedPartition]) -> None:
         """Stop taking work for these partitions and let what is in flight end, within bounded time."""
+        ...
+
+    def on_lost(self, owned: OwnedPartition) -> None:
+        """Stop taking work for a partition that has a new owner already."""
         ...
 
     def abort(self, reason: str) -> None:
@@ -328,13 +334,15 @@ class Partitions(Service):
             if self.ready.get(owned.tp.partition) is not owned:
                 return
             try:
+                if owned.producer_failed:
+                    await self._renew_producer(owned)
                 await self._write_checkpoint(owned)
             except Fenced:
                 await self._drop_fenced(owned)
-            except KafkaError as error:
+            except (KafkaError, OSError) as error:
+                owned.producer_failed = True
                 self._metrics.checkpoint_failures.inc()
                 logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
-                await self._renew_producer(owned)
 
     async def _write_checkpoint(self, owned: OwnedPartition) -> None:
         if not owned.state.is_dirty and owned.next_offset == owned.committed_offset:
@@ -356,11 +364,13 @@ class Partitions(Service):
         await owned.producer.stop()
         owned.producer = self._new_producer(owned.tp.partition)
         await owned.producer.start()
+        owned.producer_failed = False
 
     async def _drop_fenced(self, owned: OwnedPartition) -> None:
         logger.warning("partition %d has a new owner; dropping it without a write", owned.tp.partition)
         self._metrics.fenced.inc()
         self._fenced_at[owned.tp.partition] = time.monotonic()
+        self._host.on_lost(owned)
         await self._close([owned])
 
     def _check_fenced(self) -> None:
