@@ -65,6 +65,11 @@ def main() -> None:
         _fail(str(error))
 
 
+def command_names() -> list[str]:
+    """The names of all commands."""
+    return get_group(app).list_commands(None)  # type: ignore[arg-type]
+
+
 def _mounted() -> list[str]:
     return [module for module in MOUNTED if find_spec(module.rpartition(".")[0]) and find_spec(module)]
 

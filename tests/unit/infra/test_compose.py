@@ -1,0 +1,101 @@
+"""docker-compose.yml is valid, and asks of each service only what the code has."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from infra.cli import command_names
+from streams.settings import Settings, keys, variable
+
+ROOT = Path(__file__).parents[3]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if service.get("image") == "streamformer"}
+
+
+def test_valid_by_the_compose_specification() -> None:
+    """The file satisfies the JSON schema of the Compose specification."""
+    schema = json.loads((ROOT / "tests/data/compose_spec.json").read_text())
+    jsonschema.validate(COMPOSE, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"services": {"kafka": {"imagine": "x"}}}, schema)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_exist(name: str) -> None:
+    """The first word of each of our services' commands is a command of the console script."""
+    assert OURS[name]["command"][0] in command_names()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_variables_are_settings(name: str) -> None:
+    """Every variable given to our services is the variable of a setting, and its value is accepted."""
+    environment = OURS[name]["environment"]
+    known = {variable(key): key for key in keys()}
+    assert set(environment) <= set(known)
+    content: dict[str, Any] = {}
+    for name_, value in environment.items():
+        group, _, key = known[name_].rpartition(".")
+        (content.setdefault(group, {}) if group else content)[key] = value
+    Settings(**content)
+
+
+def test_all_services_agree_on_broker_and_partitions() -> None:
+    """Topics, worker and replayer read one address, which the broker advertises, and one partition count."""
+    addresses = {service["environment"]["STREAMFORMER_KAFKA_BOOTSTRAP_SERVERS"] for service in OURS.values()}
+    assert len(addresses) == 1
+    assert f"//{addresses.pop()}" in SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert len({service["environment"]["STREAMFORMER_TOPICS_PARTITIONS"] for service in OURS.values()}) == 1
+
+
+def test_worker_starts_after_the_topics_and_replies_on_the_published_port() -> None:
+    """The worker waits for the topics job; the port of its web server is the one published, probed and scraped."""
+    worker = SERVICES["worker"]
+    assert worker["depends_on"]["topics"]["condition"] == "service_completed_successfully"
+    port = worker["environment"].get("STREAMFORMER_WEB_PORT", Settings.model_fields["web"].default.port)
+    assert worker["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert f":{port}/livez" in worker["healthcheck"]["test"][-1]
+    scrape = yaml.safe_load((ROOT / "infra/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    assert scrape["static_configs"][0]["targets"] == [f"worker:{port}"]
+
+
+def test_worker_has_time_to_stop_in_order() -> None:
+    """The grace period is longer than the worker's own limit for stopping."""
+    limit_s = Settings.model_fields["worker"].default.shutdown_timeout_ms / 1_000
+    assert float(SERVICES["worker"]["stop_grace_period"].rstrip("s")) > limit_s
+
+
+def test_mounted_files_exist_and_images_are_pinned() -> None:
+    """Every folder mounted from the repository is there, every named volume declared, every foreign image tagged."""
+    for service in SERVICES.values():
+        for mount in service.get("volumes", ()):
+            source = mount.partition(":")[0]
+            if source.startswith("./"):
+                assert (ROOT / source).is_dir(), source
+            elif not source.startswith("$"):
+                assert source in COMPOSE["volumes"]
+        assert service in OURS.values() or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def test_only_loopback_is_published() -> None:
+    """No port of the machine is opened to other machines."""
+    published = [port for service in SERVICES.values() for port in service.get("ports", ())]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_dockerfile_copies_what_exists() -> None:
+    """Every source of a COPY is in the repository and let through by .dockerignore."""
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for line in (ROOT / "infra/docker/Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            for source in line.split()[1:-1]:
+                assert source in allowed
+                assert (ROOT / source).exists(), source
