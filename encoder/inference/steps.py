@@ -69,14 +69,20 @@ class Buffers:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[tuple[str, int], Tensor] = {}
+        self._views: dict[tuple[str, int, int], Tensor] = {}  # slicing anew is a microsecond each
 
     def take(self, name: str, rows: int, width: int) -> Tensor:
         """[rows, width], uninitialised."""
-        held = self._held.get(name)
-        if held is None or len(held) < rows or held.shape[1] != width:
-            held = self._held[name] = torch.empty(rows, width, dtype=self.dtype)
-        return held[:rows]
+        view = self._views.get((name, rows, width))
+        if view is not None:
+            return view
+        held = self._held.get((name, width))
+        if held is None or len(held) < rows:
+            held = self._held[name, width] = torch.empty(rows, width, dtype=self.dtype)
+            self._views.clear()
+        view = self._views[name, rows, width] = held[:rows]
+        return view
 
     @torch.inference_mode()
     def scribble(self) -> None:
@@ -94,9 +100,9 @@ class _FeedForward:
         self._width, self._out = up.out_features, down.out_features
 
     def run(self, x: Tensor, buffers: Buffers) -> Tensor:
-        wide = self._up(x, buffers.take("wide", len(x), self._width))
+        wide = self._up(x, buffers.take("wide", x.shape[0], self._width))
         self._kernel.gelu(wide)
-        return self._down(wide, buffers.take("down", len(x), self._out))
+        return self._down(wide, buffers.take("down", x.shape[0], self._out))
 
 
 class _Layer:
@@ -113,7 +119,7 @@ class _Layer:
         """The residual x [R, D] and what is still to be added to it, y, become those of the rows kept [Q, D]."""
         normed = buffers.take("normed", *x.shape)
         self._kernel.add_norm(x, y, self._norms[0], normed)
-        qkv = self._qkv(normed, buffers.take("qkv", len(x), self._qkv_width))
+        qkv = self._qkv(normed, buffers.take("qkv", x.shape[0], self._qkv_width))
         if kept is not None:
             x = x[torch.from_numpy(kept)]
         mixed = buffers.take("mixed", *x.shape)
