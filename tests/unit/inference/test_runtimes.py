@@ -174,6 +174,34 @@ def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
     assert runtime.extensions == 0
 
 
+class _Faulty(TorchKernel):
+    """A kernel that breaks down in the last layer, once the others have written, while `broken`."""
+
+    broken = False
+
+    def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        if self.broken and layer == len(self.geometry.windows) - 1:
+            raise RuntimeError("broken down")
+        super().attend(layer, qkv, out)
+
+
+def test_a_step_that_failed_leaves_no_trace() -> None:
+    """After a step that broke down half-way, the same request succeeds and equals a forward."""
+    rng = np.random.default_rng(15)
+    release = random_release(SMALL, 15)
+    kernel = _Faulty(Geometry.of(SMALL, Precision()), 4, slopes(release))
+    steps = Steps(release, kernel, torch.float32)
+    runtime = IncrementalRuntime(release.version, SMALL, steps, SlotTable(4))
+    one = user(rng, 0, SMALL, 40)
+    runtime.embed(sequences([one]))
+    one.append(rng, 3)
+    kernel.broken = True
+    with pytest.raises(RuntimeError, match="broken down"):
+        runtime.embed(sequences([one]))
+    kernel.broken = False
+    assert np.abs(runtime.embed(sequences([one])) - forward(release, sequences([one]))).max() <= 1e-5
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_bf16_stays_close(products: torch.dtype, native: bool) -> None:
