@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from infra.commands import broker, replay, topics
+from infra.commands import broker, replay, topics, worker
 
 MOUNTED = ("streams.cli", "infra.demo.cli", "encoder.training.cli")
 """Modules whose `app` adds its commands; imported only when one of them is asked for, since torch takes seconds."""
@@ -45,6 +45,7 @@ app = typer.Typer(
 )
 app.command()(broker.broker)
 app.command()(replay.replay)
+app.command()(worker.worker)
 app.add_typer(topics.app, name="topics")
 
 

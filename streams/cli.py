@@ -44,15 +44,13 @@ def show_settings(config: Config = None) -> None:
     print(printed(settings_of(config)))
 
 
-@app.command()
-def worker(config: Config = None, bootstrap_servers: BootstrapServers = None) -> None:
-    """Run a worker until SIGTERM: read actions, keep sequences, publish embeddings."""
+def run_worker(settings: Settings) -> int:
+    """Run a worker until SIGTERM; returns its exit code. Whoever calls has verified the topics."""
     from streams.worker import Worker, log_to_stderr  # torch and Faust take seconds
 
-    settings = settings_of(config, bootstrap_servers)
     log_to_stderr(settings.log_level)
     logging.getLogger(__name__).info("settings:\n%s", printed(settings))
-    raise typer.Exit(Worker(settings).run())
+    return Worker(settings).run()
 
 
 @app.command()
