@@ -302,21 +302,27 @@ def item_tower(config: EncoderConfig) -> nn.Module:
     return nn.Sequential(nn.Linear(config.item_dim, width), nn.GELU("tanh"), nn.Linear(width, config.embedding_dim))
 
 
-def initialize(encoder: AnyEncoder, generator: torch.Generator) -> None:
+def initialize(encoder: AnyEncoder, generator: torch.Generator, item_table: Tensor | None = None) -> None:
     """Fill every parameter; the whole table:
 
     | parameter | value |
     | --- | --- |
-    | item, action, surface and position tables | normal, std 0.02 |
+    | trained item vectors | `item_table` [I + 1, V] if given, else normal, std 0.02 |
+    | action, surface, position and other item tables | normal, std 0.02 |
     | LayerNorm | weight 1, bias 0 |
+    | `project`, columns of item vectors | normal, so that items bring a variance of 1 to each input |
+    | `project`, other columns | normal, so that all of them together bring at most 0.3 squared |
     | Linear that adds to the residual (`out`, `down` of a block), `modulate` | weight 0 |
     | other Linear | normal, std 1 / sqrt(inputs) |
     | Linear biases, time phases, importance of n-grams | 0 |
     | slopes of the time bias | -2 for the first head rising to 1 for the last |
+
+    The time encodings are a hundred columns of length one, item vectors small at first: with equal columns a model
+    hardly sees its items for the first million tokens.
     """
     residual = {id(weight) for block in encoder.layers for weight in (block.out.weight, block.down.weight)}
-    for name, parameter in encoder.named_parameters():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
             if name.endswith(("bias", "phases", "importance")) or id(parameter) in residual or "modulate" in name:
                 parameter.zero_()
             elif "norm" in name:
@@ -327,6 +333,16 @@ def initialize(encoder: AnyEncoder, generator: torch.Generator) -> None:
                 parameter.normal_(0, 0.02, generator=generator)
             else:
                 parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        if item_table is not None:
+            encoder.items.table().copy_(item_table)
+        _balance_inputs(encoder)
+
+
+def _balance_inputs(encoder: AnyEncoder) -> None:
+    items = encoder.config.item_dim
+    weight = encoder.project.weight
+    weight[:, :items] *= math.sqrt(weight.shape[1] / items) / encoder.items.table().std()
+    weight[:, items:] *= 0.3 * math.sqrt(weight.shape[1] / (weight.shape[1] - items))
 
 
 def newest(values: Tensor, lengths: Tensor) -> Tensor:

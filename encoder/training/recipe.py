@@ -24,6 +24,8 @@ class ItemConfig:
     """Where item vectors come from."""
 
     source: Literal["trained", "file", "text"] = "trained"
+    initial: Literal["random", "cooccurrence"] = "random"
+    """How trained vectors begin: "cooccurrence" factorises what is acted on together, worth several epochs."""
     path: str = ""
     """Vectors (see `encoder.items.read_vectors`), or a CSV of texts with the columns below."""
     id_column: str = "item_id"

@@ -1,14 +1,14 @@
-"""Training: a recipe and a log become a release.
+"""One training under way: a model, its optimizer, and one step at a time.
 
-`Trainer` holds what changes from step to step; everything random in a step is derived from (seed, epoch, step), so a
-checkpoint needs no generator's state and a training that was killed goes on to the same result.
+Everything random in a step is derived from (seed, epoch, step), so a checkpoint needs no generator's state and a
+training that was killed goes on to the same result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,24 +22,9 @@ from encoder.model import AnyEncoder, StreamingEncoder, build_encoder, initializ
 from encoder.negatives import NegativeSampler
 from encoder.objectives import Pairs, Positives, make_pairs
 from encoder.training.batches import epoch_batches
+from encoder.training.cooccurrence import cooccurrence_vectors
 from encoder.training.log import ActionLog
 from encoder.training.recipe import Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a training stands, for people."""
-
-    epoch: int
-    step: int
-    tokens: int
-    fraction: float
-    """Of the budget, 0 to 1."""
-    seconds: float
-    loss: float
-    """Mean since the report before."""
-    metric: float | None
-    """Of the last validation."""
 
 
 class Trainer:
@@ -53,10 +38,13 @@ class Trainer:
         self.model: AnyEncoder = build_encoder(
             recipe.encoder, items, actions=len(vocabularies.actions), surfaces=len(vocabularies.surfaces)
         )
-        initialize(self.model, torch.Generator().manual_seed(recipe.seed))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        known = len(vocabularies.item_keys)
+        table = initial_items(log, self.tokens_of_log, recipe, items=known, generator=generator)
+        initialize(self.model, generator, table)
         self.log_scale = nn.Parameter(torch.tensor(math.log(recipe.loss.scale_initial)))
         self.optimizer = make_optimizer(self.model, self.log_scale, recipe)
-        counts = np.bincount(self.tokens_of_log.item[self.positives.rows], minlength=len(vocabularies.item_keys) + 1)
+        counts = np.bincount(self.tokens_of_log.item[self.positives.rows], minlength=known + 1)
         self.sampler = NegativeSampler(recipe.loss, counts, seed=recipe.seed)
         self.epoch = self.step = self.tokens = self.step_of_epoch = 0
 
@@ -66,8 +54,8 @@ class Trainer:
             rng = np.random.default_rng([self.recipe.seed, self.epoch])
             for number, rows in enumerate(epoch_batches(self.starts, self.recipe.data, rng)):
                 if number >= self.step_of_epoch:
-                    yield rows
                     self.step_of_epoch = number + 1
+                    yield rows
             self.epoch, self.step_of_epoch = self.epoch + 1, 0
 
     def train_step(self, rows: Ints, fraction: float) -> float:
@@ -122,6 +110,17 @@ class Trainer:
             pool_log_q=pool.log_q,
             hide=pool.hide,
         )
+
+
+def initial_items(
+    log: ActionLog, tokens: Tokens, recipe: Recipe, *, items: int, generator: torch.Generator
+) -> Tensor | None:
+    """The table [I + 1, V] that trained item vectors begin with, None for a random one."""
+    if recipe.items.source != "trained" or recipe.items.initial == "random":
+        return None
+    return cooccurrence_vectors(
+        tokens.item, log.user_of_row, items=items, dim=recipe.encoder.item_dim, generator=generator
+    )
 
 
 def find_positives(log: ActionLog, tokens: Tokens, names: tuple[str, ...]) -> Positives:
