@@ -5,7 +5,7 @@
     state.resume(store.pending())                # once, at assignment: deadlines of users that are not in memory
 
     cold = state.missing(batch.users)            # for each batch, without a pause up to apply:
-    state.evict(len(cold))                       #   if state.room < len(cold): checkpoint, then begin with missing again
+    state.evict(len(cold))                       #   if state.room < len(cold): checkpoint and begin with missing again
     state.load(cold, read_users(store, cold).stored)
     effects = state.apply(batch, now_ms)         #   hand over effects.due, publish tombstones of effects.forgotten
 
@@ -139,9 +139,9 @@ class PartitionState:
             return
         slots = self._sequences.load(users, stored, self._phases_ms(users))
         self._enter(slots)
-        published = [(user, self._published.pop(user)) for user in users if user in self._published]
-        if published:
-            self.note_published([user for user, _ in published], np.array([offset for _, offset in published]))
+        for row, user in enumerate(users if self._published else ()):
+            if user in self._published:
+                self._note(slots[row : row + 1], self._published.pop(user))
 
     def evict(self, room: int = 0) -> int:
         """Make room for at least `room` users, as far as there are clean, idle ones; return how many had to go.
@@ -208,7 +208,9 @@ class PartitionState:
         sequences = self._sequences
         slots = sequences.slots([user for user in users if user in sequences.slot_of])
         sequences.live["queued"][slots] = False
-        slots = slots[sequences.headers["reason"][slots] != 0]
+        is_due = sequences.headers["reason"][slots] != 0
+        self._enter(slots[~is_due])
+        slots = slots[is_due]
         headers, live = sequences.columns(slots)
         live["in_job"] = True
         live["job_offset"], live["since_job"] = headers["applied_offset"], 0
@@ -229,6 +231,7 @@ class PartitionState:
         slots, offsets = self._sequences.slots([job.sequences.users[row] for row in rows.tolist()]), job.offsets[rows]
         is_outdated = offsets <= self._sequences.headers["encoded_offset"][slots]
         self._end_job(slots[is_outdated], offsets[is_outdated])
+        self._enter(slots[is_outdated])
         return rows[~is_outdated]
 
     def encoded(self, users: Sequence[bytes], offsets: Ints, now_ms: int) -> None:
@@ -257,8 +260,12 @@ class PartitionState:
     def note_published(self, users: Sequence[bytes], offsets: Ints) -> None:
         """The output topic holds, by this encoder version, embeddings of these users up to these source offsets.
 
-        What a replay would publish again up to there is taken as encoded already (law 5).
+        What a replay would publish again up to there is taken as encoded already (law 5). The next wake-ups ask for
+        the cold ones to be loaded, after which the state itself knows; until then `has_notes` is true, and a
+        checkpoint must not move past these outputs.
         """
+        cold = self.missing(users)
+        self._deadlines.add_cold(cold, np.zeros(len(cold), np.int64))
         for user, offset in zip(users, offsets.tolist(), strict=True):
             slot = self._sequences.slot_of.get(user)
             if slot is None:
@@ -267,6 +274,11 @@ class PartitionState:
                 self._note(np.array([slot]), offset)
 
     # -- checkpoints
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether `note_published` said things of users that their state does not know yet."""
+        return bool(self._published)
 
     @property
     def is_dirty(self) -> bool:

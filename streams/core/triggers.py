@@ -136,7 +136,9 @@ class Triggers:
         has its deadline in `due_ms`.
         """
         is_fresh = touched.fresh > 0
-        headers["first_unencoded_ms"][is_fresh & (headers["unencoded"] == 0)] = now_ms
+        # Never in the future: a clock that was set back must not make anyone wait longer.
+        since_ms = np.where(headers["unencoded"] == 0, now_ms, np.minimum(headers["first_unencoded_ms"], now_ms))
+        headers["first_unencoded_ms"] = np.where(is_fresh, since_ms, headers["first_unencoded_ms"])
         headers["unencoded"] += touched.fresh.astype(np.uint32)
         self._count_since_job(live, touched.fresh, is_fresh, now_ms)
         reasons = self._reasons(headers, touched)
@@ -186,11 +188,15 @@ class Triggers:
         headers["due_offset"] = np.where(fired, headers["applied_offset"], headers["due_offset"])
 
     def _hand_over(self, headers: Columns, live: Columns, due: Bools, now_ms: int) -> Bools:
-        """Of the `due` users, those out of cooldown and not yet queued; the others get the end of it as deadline."""
-        ready_ms = headers["last_encoded_ms"] + self.policy.cooldown_ms
+        """Of the `due` users, those out of cooldown and not yet queued; the others get the end of it as deadline.
+
+        Whoever is due has a deadline, also while queued or in work: it is what a restart finds them by.
+        """
+        ready_ms = np.minimum(headers["last_encoded_ms"], now_ms) + self.policy.cooldown_ms
         cooling = due & (ready_ms > now_ms) & ~live["queued"]
         go: Bools = due & ~cooling & ~live["queued"]
-        headers["due_ms"] = np.where(cooling, ready_ms, np.where(go, now_ms, headers["due_ms"]))
+        at_latest_ms = np.where(due, np.minimum(headers["due_ms"], now_ms), headers["due_ms"])
+        headers["due_ms"] = np.where(cooling, ready_ms, at_latest_ms)
         headers["last_encoded_ms"] = np.where(go, now_ms, headers["last_encoded_ms"])
         live["queued"] |= go
         return go

@@ -49,8 +49,12 @@ async def checkpoint(
 
     Whatever a port raises passes through. Before the commit has returned, the state is dirty as before, and another
     checkpoint may be tried (with a new transaction: the outcome of this one may be unknown). After it, only the local
-    store has failed: stop the worker.
+    store has failed: stop the worker. While the state has notes of outputs that it has not taken up, the mark stays
+    before these outputs, so that the next owner reads them again.
     """
+    if state.has_notes:
+        known = store.mark()
+        mark = CheckpointMark(mark.source_offset, known.output_offset if known else 0)
     snapshot = state.take_dirty()
     try:
         records: list[Record] = [*encode(snapshot, state.limits), encode_mark(mark)]

@@ -201,14 +201,15 @@ def random_policy(random: Random) -> TriggerPolicy:
     """A policy under which every action is encoded sooner or later."""
     priorities = list(Reason)
     random.shuffle(priorities)
-    every_n, has_timer = random.choice([(1, False), (1, True), (3, True), (0, True)])
-    max_staleness_ms = random.choice([0, 2_000]) if has_timer else 0
+    every_n = random.choice([1, 1, 3, 0])
+    timers = [(2_000, 0), (0, 1_500), (0, 3_000), (2_000, 1_500)]
+    max_staleness_ms, session_gap_ms = random.choice([*timers, (0, 0)] if every_n == 1 else timers)
     return TriggerPolicy(
         every_n=every_n,
         strong=frozenset({"buy"}) if random.random() < 0.5 else frozenset(),
         first_n=random.choice([0, 2]),
         max_staleness_ms=max_staleness_ms,
-        session_gap_ms=random.choice([1_500, 3_000]) if has_timer and (not max_staleness_ms or random.random() < 0.5) else 0,
+        session_gap_ms=session_gap_ms,
         cooldown_ms=random.choice([0, 0, 300]),
         spread_ms=random.choice([0, 400]),
         priorities=tuple(priorities),

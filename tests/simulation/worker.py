@@ -89,6 +89,7 @@ class Worker:
 
     def start(self) -> None:
         """Fence, restore, prove, note what was published."""
+        self.started_ms = self.now_ms
         self.epoch = self.broker.fence()
         self.disk.effect = self.effect
         self._restore()
@@ -100,7 +101,6 @@ class Worker:
         self.output_offset = mark.output_offset if mark else 0
         self.state = PartitionState(self.policy, LIMITS)
         published = [o for o in self.broker.outputs[self.output_offset :] if o.version in (None, self.version)]
-        self.suppressed = {o.user: o.offset for o in published}
         self.state.note_published([o.user for o in published], np.array([o.offset for o in published], np.int64))
         self.state.resume(self.disk.pending())
 
@@ -133,8 +133,9 @@ class Worker:
 
     def load(self, users: Sequence[bytes]) -> None:
         """Bring users into memory, at the cost of a checkpoint, or of draining the encoder, when it is full."""
-        for make_room in (lambda: None, self._checkpoint_for_room, self.drain):
-            make_room()
+        for attempt in range(3):
+            if attempt:
+                self._checkpoint_for_room() if attempt == 1 else self.drain()
             cold = self.state.missing(users)
             self.state.evict(len(cold))
             if len(cold) <= self.state.room:

@@ -1,0 +1,187 @@
+"""The simulation finds what is broken on purpose: each of these faults, alone, breaks a law within a few histories."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from encoder.actions import ActionBatch
+from streams.core import pipeline, snapshots
+from streams.core.layout import LONG_AGO, Ints
+from streams.core.sequences import Applied, SequenceState
+from streams.core.triggers import Triggers
+from streams.state import codec
+from streams.state.codec import encode, encode_mark
+from streams.state.store import OFFSET_KEY, MemoryStore, Record
+from tests.simulation import worker
+from tests.simulation.broker import Transaction
+from tests.simulation.campaign import failure, histories
+
+HISTORIES = 400
+Patch = pytest.MonkeyPatch
+
+
+def no_dedupe_by_offset(patch: Patch) -> None:
+    apply = SequenceState.apply
+
+    def forgetful(self: SequenceState, batch: ActionBatch) -> Applied:
+        self.headers["applied_offset"][self.slots(batch.users)] = -1
+        return apply(self, batch)
+
+    patch.setattr(SequenceState, "apply", forgetful)
+
+
+def no_dedupe_by_event_id(patch: Patch) -> None:
+    patch.setattr("streams.core.sequences._fingerprint", lambda ids: np.arange(len(ids)).astype(np.uint16))
+    patch.setattr(SequenceState, "_repeated_in_batch", lambda self, ids, rows: rows[:0])
+
+
+def forgotten_users_come_back(patch: Patch) -> None:
+    apply = SequenceState.apply
+
+    def lenient(self: SequenceState, batch: ActionBatch) -> Applied:
+        self.headers["forgotten_ms"][self.slots(batch.users)] = LONG_AGO
+        return apply(self, batch)
+
+    patch.setattr(SequenceState, "apply", lenient)
+
+
+def late_events_do_not_rewrite_chunks(patch: Patch) -> None:
+    take = snapshots.take
+
+    def lazy(state: SequenceState) -> Any:
+        slots = state.hot_slots()
+        stored = state.live["stored_keys"][slots].astype(np.int64) * state.limits.chunk_length
+        state.live["dirty_from"][slots] = np.maximum(state.live["dirty_from"][slots], stored)
+        return take(state)
+
+    patch.setattr(snapshots, "take", lazy)
+
+
+def store_before_commit(patch: Patch) -> None:
+    async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
+        snapshot = state.take_dirty()
+        records = [*encode(snapshot, state.limits), encode_mark(mark)]
+        await outputs.acknowledged()
+        await changelog.begin()
+        offset = await changelog.append(records)
+        for _ in store.write_steps(records, offset):
+            await asyncio.sleep(0)
+        await changelog.send_source_offset(mark.source_offset)
+        await changelog.commit()
+        state.settle(snapshot)
+        return len(records)
+
+    patch.setattr(worker, "checkpoint", checkpoint)
+
+
+def outputs_after_commit(patch: Patch) -> None:
+    class Late:
+        def __init__(self, worker: Any) -> None:
+            self.worker = worker
+
+        async def acknowledged(self) -> None: ...
+
+    original = worker.checkpoint
+
+    async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
+        written = await original(state, mark, Late(outputs), changelog, store)
+        await outputs.acknowledged()
+        return written
+
+    patch.setattr(worker, "checkpoint", checkpoint)
+
+
+def offset_in_the_first_batch(patch: Patch) -> None:
+    write_steps = MemoryStore.write_steps
+
+    def hasty(self: MemoryStore, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
+        self.put(OFFSET_KEY, changelog_offset.to_bytes(8, "little"))
+        return write_steps(self, records, changelog_offset)
+
+    patch.setattr(MemoryStore, "write_steps", hasty)
+
+
+def no_fencing(patch: Patch) -> None:
+    patch.setattr(Transaction, "_reach", lambda self, name: self._effect(name))
+
+
+def published_outputs_are_not_noted(patch: Patch) -> None:
+    patch.setattr(pipeline.PartitionState, "note_published", lambda self, users, offsets: None)
+
+
+def mark_passes_outputs_not_taken_up(patch: Patch) -> None:
+    patch.setattr(pipeline.PartitionState, "has_notes", False)
+
+
+def outdated_embeddings_are_published(patch: Patch) -> None:
+    patch.setattr(pipeline.PartitionState, "publishable", lambda self, job: np.arange(len(job)))
+
+
+def due_users_are_forgotten_in_a_crash(patch: Patch) -> None:
+    patch.setattr("streams.state.store.deadline_of", lambda head: 2**63 - 1)
+
+
+def cooldown_is_ignored(patch: Patch) -> None:
+    hand_over = Triggers._hand_over
+
+    def hasty(self: Triggers, headers: Any, live: Any, due: Any, now_ms: int) -> Any:
+        headers["last_encoded_ms"] = LONG_AGO
+        return hand_over(self, headers, live, due, now_ms)
+
+    patch.setattr(Triggers, "_hand_over", hasty)
+
+
+def staleness_fires_late(patch: Patch) -> None:
+    stale_ms = Triggers._stale_ms
+
+    def late(self: Triggers, headers: Any, live: Any) -> Ints:
+        return np.minimum(stale_ms(self, headers, live), 2**62) + 1_000
+
+    patch.setattr(Triggers, "_stale_ms", late)
+
+
+def a_batch_may_evict_its_own_users(patch: Patch) -> None:
+    missing = pipeline.PartitionState.missing
+
+    def careless(self: pipeline.PartitionState, users: Sequence[bytes]) -> list[bytes]:
+        cold = missing(self, users)
+        self._wanted = ()
+        return cold
+
+    patch.setattr(pipeline.PartitionState, "missing", careless)
+
+
+def chunks_are_not_written(patch: Patch) -> None:
+    patch.setattr(codec, "_encode_chunks", lambda snapshot, limits: [])
+
+
+FAULTS: list[Callable[[Patch], None]] = [
+    no_dedupe_by_offset,
+    no_dedupe_by_event_id,
+    forgotten_users_come_back,
+    late_events_do_not_rewrite_chunks,
+    store_before_commit,
+    outputs_after_commit,
+    offset_in_the_first_batch,
+    no_fencing,
+    published_outputs_are_not_noted,
+    mark_passes_outputs_not_taken_up,
+    outdated_embeddings_are_published,
+    due_users_are_forgotten_in_a_crash,
+    cooldown_is_ignored,
+    staleness_fires_late,
+    a_batch_may_evict_its_own_users,
+    chunks_are_not_written,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_fault_is_found(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    """A law breaks when this is broken."""
+    fault(monkeypatch)
+    assert any(failure(history) is not None for history in histories(2024, HISTORIES))
