@@ -83,7 +83,8 @@ def train_release(
 ) -> Release:
     """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
 
-    Uses all cores unless `threads` says otherwise. `progress` hears every two seconds and at the end. With the same seed, machine and no time limit, the same release.
+    Uses all cores unless `threads` says otherwise. `progress` hears every two seconds and at the end. With the same
+    seed, machine and no time limit, the same release.
     """
     started = time.monotonic()
     torch.set_num_threads(threads or os.cpu_count() or 1)

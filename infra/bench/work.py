@@ -22,6 +22,8 @@ ITEMS = 50_000
 ACTIONS = ("view", "click", "save", "share")
 BATCH_BYTES_MAX = 900_000
 IN_FLIGHT_BATCHES = 16
+SPAN_MS = 500
+"""Event time that a burst covers; less than what passes between two bursts."""
 
 
 def zipf_users(rng: np.random.Generator, users: int, events: int) -> Ints:
@@ -69,19 +71,20 @@ class Burst:
         yield from ((partition, batch) for partition, batch in enumerate(open_batches) if batch.record_count())
 
     def _values(self) -> Iterator[bytes]:
-        """The JSON of each event; event time rises by one millisecond from event to event, up to the present."""
+        """The JSON of each event; event time rises over `SPAN_MS` to the present: no event is late."""
         rng = np.random.default_rng(self._seed)
         items = rng.integers(ITEMS, size=self.events).tolist()
         actions = rng.choice(len(ACTIONS), size=self.events, p=(0.62, 0.25, 0.1, 0.03)).tolist()
         durations_ms = rng.integers(60_000, size=self.events).tolist()
-        first_ms = time.time_ns() // 1_000_000 - self.events
-        for row, (user, item, action, duration_ms) in enumerate(
-            zip(self._users.tolist(), items, actions, durations_ms, strict=True)
+        now_ms = time.time_ns() // 1_000_000
+        times_ms = np.linspace(now_ms - SPAN_MS, now_ms, self.events).astype(np.int64).tolist()
+        for row, (user, item, action, time_ms, duration_ms) in enumerate(
+            zip(self._users.tolist(), items, actions, times_ms, durations_ms, strict=True)
         ):
             yield (
                 b'{"user_id":"user-%d","item_id":"item-%d","action":"%s","timestamp_ms":%d,"surface":"home",'
                 b'"duration_ms":%d,"event_id":"%x-%d"}'
-            ) % (user, item, ACTIONS[action].encode(), first_ms + row, duration_ms, self._seed, row)
+            ) % (user, item, ACTIONS[action].encode(), time_ms, duration_ms, self._seed, row)
 
 
 async def _send(producer: AIOKafkaProducer, topic: str, batches: Sequence[tuple[int, Any]]) -> None:

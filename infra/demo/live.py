@@ -84,7 +84,13 @@ class Screen:
 
     def __init__(self, console: Console, started_s: float) -> None:
         self._console, self._started_s = console, started_s
-        self._live = Live(console=console, transient=True, refresh_per_second=self.REDRAWS_PER_SECOND)
+        self._live = Live(
+            console=console,
+            transient=True,
+            refresh_per_second=self.REDRAWS_PER_SECOND,
+            redirect_stdout=False,  # standard output carries the report and its last line, whatever the terminal is
+            redirect_stderr=False,
+        )
         self._plain_due_s = 0.0
 
     def __enter__(self) -> Self:

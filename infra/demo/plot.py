@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from infra.demo.readers import GROUPS
-from infra.demo.report import READERS
+from infra.demo.report import READERS, freshness_percentiles
 from infra.demo.run import Outcome
 
 COLOURS = {"fresh": "#0b6e4f", "daily": "#e0a030", "once": "#9aa0a6", "popular": "#d3d6da"}
@@ -19,8 +19,7 @@ COLOURS = {"fresh": "#0b6e4f", "daily": "#e0a030", "once": "#9aa0a6", "popular":
 
 def save_plot(outcome: Outcome, path: Path) -> Path:
     """Write the picture to `path` (PNG); returns it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     _freshness(left, outcome)
     _recall(right, outcome)
     figure.savefig(path, dpi=130)
@@ -29,26 +28,35 @@ def save_plot(outcome: Outcome, path: Path) -> Path:
 
 
 def _freshness(axes: plt.Axes, outcome: Outcome) -> None:
-    """p50 and p99 of each second."""
+    """p50 and p99 of each second of the replay."""
     freshness_ms = outcome.streamed.freshness_ms
     known = freshness_ms >= 0
-    values, at_ms = freshness_ms[known], outcome.streamed.seen.received_at_ms[known]
-    if not len(values):
-        return
-    second = (at_ms - at_ms[0]) // 1_000
-    for percentile, colour in ((99, COLOURS["daily"]), (50, COLOURS["fresh"])):
-        line = [np.percentile(values[second == one], percentile) for one in np.unique(second)]
-        axes.plot(np.unique(second), line, color=colour, label=f"p{percentile}")
-    axes.set(xlabel="seconds of the replay", ylabel="milliseconds, produced to received", yscale="log")
-    axes.set_title("freshness", loc="left")
+    values = freshness_ms[known]
+    second = (outcome.streamed.seen.received_at_ms[known] - outcome.streamed.began_at_ms) // 1_000
+    seconds = np.unique(second)
+    p50, _, p99 = freshness_percentiles(outcome)
+    for percentile, overall, colour in ((99, p99, COLOURS["daily"]), (50, p50, COLOURS["fresh"])):
+        line = [max(1.0, float(np.percentile(values[second == one], percentile))) for one in seconds]
+        axes.plot(seconds, line, color=colour, label=f"p{percentile}, overall {overall:,.0f} ms")
+    axes.set(xlabel="seconds of the replay", ylabel="event sent to embedding received, ms", yscale="log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_title("Freshness", loc="left")
     axes.legend(frameon=False)
 
 
 def _recall(axes: plt.Axes, outcome: Outcome) -> None:
+    """One group of bars for each group of actions that occurs."""
     recalls, width = outcome.recalls, 0.2
+    groups = [group for group in GROUPS if recalls.actions[group]]
     for i, reader in enumerate(READERS):
-        heights = [recalls.recall[reader][group] for group in GROUPS]
-        axes.bar(np.arange(len(GROUPS)) + (i - 1.5) * width, heights, width, color=COLOURS[reader], label=reader)
-    axes.set_xticks(np.arange(len(GROUPS)), [f"{group}\n{recalls.actions[group]:,} actions" for group in GROUPS])
+        heights = [recalls.recall[reader][group] for group in groups]
+        bars = axes.bar(np.arange(len(groups)) + (i - 1.5) * width, heights, width, color=COLOURS[reader], label=reader)
+        axes.bar_label(bars, fmt="%.3f", fontsize=8)
+    axes.set_xticks(
+        np.arange(len(groups)), [f"{GROUPS[group]}\n{recalls.actions[group]:,} actions" for group in groups]
+    )
+    axes.margins(y=0.25)
     axes.set_title("Recall@10 by how old the embedding is", loc="left")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(READERS), loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -22,8 +22,8 @@ from infra.demo.recall import (
     popularity_hits,
 )
 
-GROUPS = ("all", "known", "unknown")
-"""Of actions: every one, those of users with an action before the replay, those of the others."""
+GROUPS = {"all": "all actions", "known": "of users known at the start", "unknown": "of users unknown then"}
+"""Groups of actions; a user is known with an action before the replay."""
 AT_NO_TIME = 1 << 41
 """After every event time."""
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from encoder.actions import Actions, SequenceBatch
 from encoder.inference import load_runtime
 from infra.demo.histories import Histories, recompute
 from infra.demo.observer import Observer, now_ms
+from infra.errors import InfraError, detail
 from streams.settings import Settings
 from streams.state.codec import decode_head
 from streams.wire.actions import DecodeLimits, decode_actions
@@ -130,15 +132,15 @@ async def count_records(settings: Settings, topic: str) -> int:
 
 
 async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int, list[Any]]]:
-    """(partition, records) from the beginning to the end as of the call, committed ones only."""
+    """(partition, records) from the beginning to the end as of the call, committed ones only; raises `InfraError`."""
     consumer = AIOKafkaConsumer(
         enable_auto_commit=False,
         isolation_level="read_committed",
         max_partition_fetch_bytes=FETCH_BYTES_MAX,
         **settings.kafka.client_options(),
     )
-    await consumer.start()
     try:
+        await consumer.start()
         partitions = [TopicPartition(topic, number) for number in range(settings.topics.partitions)]
         consumer.assign(partitions)
         await consumer.seek_to_beginning()
@@ -147,6 +149,8 @@ async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int,
         while left := {tp for tp in left if await consumer.position(tp) < ends[tp]}:
             for tp, records in (await consumer.getmany(timeout_ms=200, max_records=RECORDS_MAX)).items():
                 yield tp.partition, records
+    except KafkaError as error:
+        raise InfraError(f"cannot read {topic} again", detail(error), "see that the broker is up") from error
     finally:
         await consumer.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,19 @@ from infra.demo.readers import GROUPS
 from infra.demo.run import Outcome
 
 READERS = {
-    "fresh": "as published, before the action",
+    "fresh": "as published, just before the action",
     "daily": "as of the last midnight (batch)",
     "once": "as of the start of the replay",
-    "popular": "ten most popular of the last week",
+    "popular": "no embedding: most acted-on of seven days",
 }
+TEXT_COLUMNS = 118
+NOTES = """\
+Freshness: from handing an event to Kafka until a subscriber holds an embedding that contains it. The log's own event
+times are history; by clock time the replay presses {days:,.0f} days into {seconds:.0f} s, so several actions of a user
+often share one embedding, and "fresh" is what was published, not what slower traffic would have had.
+Recall@10: was the item in the ten best of the release's {items:,} items, those the user had acted on before left out?
+Every reader is asked at the same moment and differs in the embedding alone; none of them has seen an action of the
+same second. No embedding, or an item unknown to the release, is a miss."""
 
 
 def freshness_percentiles(outcome: Outcome) -> tuple[float, float, float]:
@@ -37,46 +46,82 @@ def events_per_second(outcome: Outcome) -> float:
     return totals.acknowledged / max(totals.seconds, 1e-9)
 
 
+def embeddings(outcome: Outcome) -> int:
+    """Published in all."""
+    return outcome.streamed.published_before + len(outcome.streamed.seen)
+
+
 def print_report(outcome: Outcome, console: Console) -> None:
     """The report as text."""
-    p50, p90, p99 = freshness_percentiles(outcome)
-    parts, streamed, counted = outcome.parts, outcome.streamed, outcome.recount
-    rate, embeddings = events_per_second(outcome), streamed.published_before + len(streamed.seen)
-    triggers = ", ".join(f"{reason} {count:,}" for reason, count in sorted(streamed.reasons.items()))
     facts = Table.grid(padding=(0, 2))
-    for name, value in (
-        ("actions", f"{parts.origin}: {parts.cut:,} as history, {len(parts.log) - parts.cut:,} replayed"),
-        ("replay", f"{streamed.totals.seconds:.1f} s, {rate:,.0f} events a second; triggers: {triggers}"),
-        ("embeddings", f"{embeddings:,} published, {len(streamed.seen):,} during the replay"),
-        (
-            "freshness",
-            f"p50 {p50:,.0f} ms, p90 {p90:,.0f} ms, p99 {p99:,.0f} ms (event sent to embedding received)",
-        ),
-        ("lost", f"{counted.lost:,} of {counted.events:,} events, recounted from the input topic"),
+    for name, value in (*_flow(outcome), *_recount(outcome), ("seconds", _seconds(outcome))):
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
+    console.print()
+    console.print(_recall_table(outcome), highlight=False)
+    console.print(_notes(outcome), highlight=False)
+    for fault in outcome.recount.faults:
+        console.print(f"FAULT: {fault}", style="bold red")
+
+
+def save_text(outcome: Outcome, path: Path) -> Path:
+    """The report in a file; returns its path."""
+    with path.open("w", encoding="utf-8") as file:
+        print_report(outcome, Console(file=file, width=TEXT_COLUMNS))
+    return path
+
+
+def _flow(outcome: Outcome) -> list[tuple[str, str]]:
+    parts, streamed = outcome.parts, outcome.streamed
+    p50, p90, p99 = freshness_percentiles(outcome)
+    triggers = ", ".join(f"{reason} {count:,}" for reason, count in sorted(streamed.reasons.items()))
+    newer = len(parts.log) - parts.cut
+    return [
+        ("actions", f"{parts.origin}: {parts.cut:,} as history, {newer:,} replayed"),
+        ("history", f"{streamed.published_before:,} embeddings, caught up in {streamed.catch_up_s:.1f} s"),
+        ("replay", f"{streamed.totals.seconds:.1f} s, {events_per_second(outcome):,.0f} events a second"),
+        ("embeddings", f"{len(streamed.seen):,} during the replay; triggers: {triggers}"),
+        ("freshness", f"p50 {p50:,.0f} ms, p90 {p90:,.0f} ms, p99 {p99:,.0f} ms"),
+    ]
+
+
+def _recount(outcome: Outcome) -> list[tuple[str, str]]:
+    counted = outcome.recount
+    late = f" ({counted.late_dropped:,} too late for a full sequence)" if counted.late_dropped else ""
+    return [
+        ("lost", f"{counted.lost:,} of {counted.events:,} events{late}, recounted from the input topic"),
         ("duplicated", f"{counted.duplicated:,}"),
         ("dead letters", f"{counted.dead_letters:,}"),
+        ("outdated", f"{counted.outdated:,} users whose last embedding lacks their last action"),
         (
             "parity",
             f"{counted.parity_users:,} users recomputed in batch: cosine at least {counted.cosine_min:.6f}, "
             f"difference at most {counted.difference_max:.1e}",
         ),
-    ):
-        facts.add_row(name, value)
-    console.print(facts, highlight=False)
-    console.print(_recall_table(outcome), highlight=False)
-    for fault in counted.faults:
-        console.print(f"FAULT: {fault}", style="bold red")
+    ]
+
+
+def _seconds(outcome: Outcome) -> str:
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in outcome.step_s.items())
+    return f"{outcome.seconds:.0f} in all: {steps}"
 
 
 def _recall_table(outcome: Outcome) -> Table:
     recalls = outcome.recalls
     table = Table(title="What freshness bought: Recall@10 over the replayed actions", title_justify="left")
     table.add_column("embedding of the user")
-    for group in GROUPS:
-        table.add_column(f"{group} ({recalls.actions[group]:,})", justify="right")
+    for group, text in GROUPS.items():
+        table.add_column(f"{text} ({recalls.actions[group]:,})", justify="right")
     for reader, text in READERS.items():
         table.add_row(f"{reader}: {text}", *(f"{recalls.recall[reader][group]:.4f}" for group in GROUPS))
     return table
+
+
+def _notes(outcome: Outcome) -> str:
+    times_ms = outcome.parts.newer.timestamp_ms
+    days = (int(times_ms.max()) - int(times_ms.min())) / 86_400_000
+    items = len(outcome.release.vocabularies.item_keys)
+    return NOTES.format(days=days, seconds=outcome.streamed.totals.seconds, items=items)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -87,7 +132,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "bench": "demo",
         "machine": machine(),
         "events": counted.events,
-        "embeddings": outcome.streamed.published_before + len(outcome.streamed.seen),
+        "embeddings": embeddings(outcome),
         "lost": counted.lost,
         "duplicated": counted.duplicated,
         "dead_letters": counted.dead_letters,
@@ -104,4 +149,5 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
+    """Rounded; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, 6)

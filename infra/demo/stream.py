@@ -1,4 +1,4 @@
-"""The part of the demo in which something flows: backfill, catch-up, replay, all in one event loop with the observer."""
+"""The part of the demo in which something flows: backfill, catch-up and replay, with the observer in one event loop."""
 
 from __future__ import annotations
 
@@ -93,13 +93,15 @@ async def stream(
             worker.require()
             require()
 
-        await _catch_up(parts, parts.cut, settings, ledger, observer, check, screen)
+        wanted = ledger.wanted_offsets(parts.cut, settings.state.sequence_length)
+        await _catch_up(wanted, observer, check, worker, screen)
         catch_up_s = time.monotonic() - started_s
         published_before, reasons = len(observer), observer.reasons.copy()
         screen.line(f"caught up: {published_before:,} embeddings for {parts.cut:,} events in {catch_up_s:.1f} s")
         began_at_ms = time.time_ns() // 1_000_000
         totals = await _replay(parts.newer, parts.cut, settings, ledger, observer, rate, check, screen)
-        await _catch_up(parts, len(parts.log), settings, ledger, observer, check, screen)
+        wanted = ledger.wanted_offsets(len(parts.log), settings.state.sequence_length)
+        await _catch_up(wanted, observer, check, worker, screen)
         await asyncio.to_thread(worker.stop)
     seen = observer.seen(published_before)
     return Streamed(
@@ -130,16 +132,9 @@ async def _running(observer: Observer) -> AsyncIterator[Callable[[], None]]:
 
 
 async def _catch_up(
-    parts: Parts,
-    rows: int,
-    settings: Settings,
-    ledger: Ledger,
-    observer: Observer,
-    check: Callable[[], None],
-    screen: Screen,
+    wanted: Ints, observer: Observer, check: Callable[[], None], worker: WorkerProcess, screen: Screen
 ) -> None:
-    """Return when the newest embedding of every user contains its last action among the log's first `rows`."""
-    wanted = ledger.wanted_offsets(rows, settings.state.sequence_length)
+    """Return when the newest embedding of every user u contains the event at source offset `wanted[u]`."""
     users = int((wanted >= 0).sum())
     deadline_s = time.monotonic() + CATCH_UP_S
     while waiting := int((observer.newest_offset != wanted).sum()):
@@ -147,8 +142,8 @@ async def _catch_up(
         if time.monotonic() > deadline_s:
             raise NotCaughtUp(
                 "the worker does not catch up",
-                f"{waiting:,} of {users:,} users still wait for their embedding after {CATCH_UP_S:.0f} s",
-                "see its log, or run the demo on a machine with less to do",
+                f"{waiting:,} of {users:,} users still wait after {CATCH_UP_S:.0f} s; it said: {worker.last_words()}",
+                "try it on a machine with less to do",
             )
         screen.show([("catching up", f"{users - waiting:,} of {users:,} users, {len(observer):,} embeddings")])
         await asyncio.sleep(LOOK_EVERY_S)

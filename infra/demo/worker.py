@@ -35,7 +35,7 @@ class WorkerProcess:
     def require(self) -> None:
         """Raise `WorkerFailed` unless it runs."""
         if (status := self._process.poll()) is not None:
-            raise WorkerFailed("the worker ended by itself", f"exit status {status}: {self._last_words()}", _REMEDY)
+            raise WorkerFailed("the worker ended by itself", f"exit status {status}: {self.last_words()}", _REMEDY)
 
     def stop(self) -> None:
         """SIGTERM, and return once the final checkpoint is written; raises `WorkerFailed` where it was not."""
@@ -46,14 +46,14 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             raise WorkerFailed("the worker did not stop", f"within {self._stop_s:.0f} s", _REMEDY) from None
         if status:
-            raise WorkerFailed("the worker stopped badly", f"exit status {status}: {self._last_words()}", _REMEDY)
+            raise WorkerFailed("the worker stopped badly", f"exit status {status}: {self.last_words()}", _REMEDY)
 
     def kill(self) -> None:
         """End it if it still runs."""
         self._process.kill()
         self._process.wait()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
         """The last line of its log, or what matters of it: the error line that a command ends with."""
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:") or "CRITICAL" in line]

@@ -1,0 +1,140 @@
+"""The peers of the ingest benchmark as contestants, each with what it needs, or the reason why it cannot run here.
+
+The programs are in `peers/`. Quix Streams and Bytewax run in `.venv-peers`, which `make bench-ingest` creates; Faust in
+our own environment; Kafka Streams is compiled with the machine's JDK.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jgo
+import kafka
+import requests
+
+from infra.bench.contestants import Contestant, committed, free_port, sample, scrape
+from infra.bench.worker import PARTITIONS, SEQUENCE_LENGTH
+
+PEERS = Path(__file__).with_name("peers")
+VENV_PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+KAFKA_STREAMS = "org.apache.kafka:kafka-streams:4.1.2"
+EVERY_N = 1_000_000
+
+
+class PeerUnavailable(Exception):
+    """A peer cannot run on this machine; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all peers are told."""
+
+    bootstrap_servers: str
+    folder: Path
+    """Under which each has a folder of its own."""
+
+    def environment(self, name: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "BROKER": self.bootstrap_servers,
+            "GROUP": f"bench-{name}",
+            "TOPIC": f"{name}-actions",
+            "OUTPUT": f"{name}-due",
+            "FOLDER": str(self.folder / name / "state"),
+            "EVERY_N": str(EVERY_N),
+            "KEPT": str(SEQUENCE_LENGTH),
+        }
+
+
+def faust_peer(job: Job) -> Contestant:
+    """Idiomatic Faust, in our own environment."""
+    command = (sys.executable, str(PEERS / "idiomatic_faust.py"), "worker", "--without-web", "-l", "warn")
+    return _contestant(job, "faust", command)
+
+
+def quix_peer(job: Job) -> Contestant:
+    """Quix Streams; raises `PeerUnavailable`."""
+    return _contestant(job, "quix", (_venv_python("quixstreams"), str(PEERS / "quix_streams.py")))
+
+
+def bytewax_peer(job: Job) -> Contestant:
+    """Bytewax with its recovery store, a snapshot each second; raises `PeerUnavailable`.
+
+    It commits no offsets: its own count of items, which its API server tells, says how far it is.
+    """
+    python = _venv_python("bytewax")
+    recovery = job.folder / "bytewax" / "recovery"
+    recovery.mkdir(parents=True)
+    subprocess.run([python, "-m", "bytewax.recovery", str(recovery), "1"], check=True, capture_output=True)
+    port = free_port()
+    flow = f"{PEERS / 'bytewax_flow.py'}:flow"
+    command = (python, "-m", "bytewax.run", flow, "-r", str(recovery), "-s", "1", "-b", "0", "-w", "1")
+    environment = {"BYTEWAX_DATAFLOW_API_ENABLED": "1", "BYTEWAX_DATAFLOW_API_PORT": str(port)}
+
+    def applied() -> int:
+        lines = [line for line in scrape(port).splitlines() if 'step_id="sequences.decode' in line]
+        return int(sample("\n".join(lines), "item_inp_count_total"))
+
+    return _contestant(job, "bytewax", command, environment, applied)
+
+
+def kafka_streams_peer(job: Job) -> Contestant:
+    """Kafka Streams on the machine's Java, compiled here; raises `PeerUnavailable`."""
+    java, javac = shutil.which("java"), shutil.which("javac")
+    if not java or not javac:
+        raise PeerUnavailable("no JDK on this machine (javac); on Debian: apt-get install default-jdk-headless")
+    try:
+        jars = ":".join(str(jar) for jar in sorted(jgo.build(KAFKA_STREAMS).all_jars))
+    except (requests.RequestException, RuntimeError, OSError, ValueError) as error:
+        raise PeerUnavailable(f"its jars cannot be downloaded from Maven Central: {error}") from error
+    classes = job.folder / "kafka-streams" / "classes"
+    compiled = subprocess.run(
+        [javac, "-cp", jars, "-d", str(classes), str(PEERS / "KafkaStreamsPeer.java")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if compiled.returncode:
+        raise PeerUnavailable(f"it does not compile: {compiled.stderr.strip().splitlines()[0]}")
+    return _contestant(job, "kafka-streams", (java, "-Xmx1g", "-cp", f"{classes}:{jars}", "KafkaStreamsPeer"))
+
+
+def _contestant(
+    job: Job,
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    applied: Callable[[], int] | None = None,
+) -> Contestant:
+    settings = job.environment(name)
+    admin = kafka.KafkaAdminClient(bootstrap_servers=job.bootstrap_servers)
+    topics = {topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in _topics(settings)}
+    admin.create_topics(topics, wait_for_metadata=True)
+    return Contestant(
+        name=name,
+        topic=settings["TOPIC"],
+        command=command,
+        environment={**settings, **(environment or {})},
+        folder=job.folder / name,
+        applied=applied or (lambda: committed(admin, settings["GROUP"], settings["TOPIC"])),
+    )
+
+
+def _topics(settings: Mapping[str, str]) -> tuple[str, str]:
+    return settings["TOPIC"], settings["OUTPUT"]
+
+
+def _venv_python(package: str) -> str:
+    """The interpreter of `.venv-peers`, if it has the package."""
+    if not VENV_PYTHON.exists():
+        raise PeerUnavailable(".venv-peers does not exist; `make bench-ingest` creates it")
+    found = subprocess.run([str(VENV_PYTHON), "-c", f"import {package}"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise PeerUnavailable(f"{package} cannot be imported in .venv-peers: {found.stderr.strip().splitlines()[-1]}")
+    return str(VENV_PYTHON)
