@@ -16,7 +16,7 @@ from encoder.training.recipe import read_recipe
 from infra.demo.forever import go_on
 from infra.demo.live import Screen
 from infra.demo.plot import save_plot
-from infra.demo.report import as_json, print_report, save_text
+from infra.demo.report import TEXT_COLUMNS, as_json, print_report, save_text
 from infra.demo.run import DemoOptions, Outcome, open_stage, run
 from infra.generator import GeneratorPolicy
 
@@ -59,7 +59,8 @@ def demo(
 def _tell(outcome: Outcome, report_dir: Path) -> None:
     """The report on standard output and in the folder; the last line is JSON."""
     report_dir.mkdir(parents=True, exist_ok=True)
-    print_report(outcome, Console(soft_wrap=True))
+    console = Console()
+    print_report(outcome, console if console.is_terminal else Console(width=TEXT_COLUMNS))
     text, picture = save_text(outcome, report_dir / "report.txt"), save_plot(outcome, report_dir / "demo.png")
     print(f"kept in {text} and {picture}")
     print(json.dumps(as_json(outcome)), flush=True)

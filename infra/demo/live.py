@@ -106,7 +106,9 @@ class Screen:
     def line(self, text: str) -> None:
         """Say something that stays."""
         self._live.update("")
-        self._console.print(f"{time.monotonic() - self._started_s:6.1f} s  {text}", highlight=False, markup=False)
+        self._console.print(
+            f"{time.monotonic() - self._started_s:6.1f} s  {text}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def show(self, rows: list[tuple[str, str]]) -> None:
         """Say how things stand: redrawn on a terminal, now and then a line elsewhere."""

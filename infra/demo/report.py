@@ -59,7 +59,7 @@ def print_report(outcome: Outcome, console: Console) -> None:
     console.print(facts, highlight=False)
     console.print()
     console.print(_recall_table(outcome), highlight=False)
-    console.print(_notes(outcome), highlight=False)
+    console.print(_notes(outcome), highlight=False, soft_wrap=True)
     for fault in outcome.recount.faults:
         console.print(f"FAULT: {fault}", style="bold red")
 
@@ -113,8 +113,12 @@ def _recall_table(outcome: Outcome) -> Table:
     for group, text in GROUPS.items():
         table.add_column(f"{text} ({recalls.actions[group]:,})", justify="right")
     for reader, text in READERS.items():
-        table.add_row(f"{reader}: {text}", *(f"{recalls.recall[reader][group]:.4f}" for group in GROUPS))
+        table.add_row(f"{reader}: {text}", *(_share(recalls.recall[reader][group]) for group in GROUPS))
     return table
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _notes(outcome: Outcome) -> str:
