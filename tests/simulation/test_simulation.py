@@ -105,16 +105,7 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
     ),
     "a mark does not pass outputs that the state has not taken up": (
         EVERY_ACTION,
-        [
-            h.Act(5),
-            h.Poll(30),
-            h.Checkpoint(),
-            h.Encode(3),
-            h.Publish(),
-            h.TornCheckpoint(2, 1),
-            h.Checkpoint(),
-            h.Crash(),
-        ],
+        [h.Act(5), h.Poll(1), h.Checkpoint(), h.Encode(1), h.Publish(), h.TornCheckpoint(2), h.Checkpoint(), h.Crash()],
     ),
     "a shed user that is in work as well is not evicted": (
         TriggerPolicy(every_n=3, first_n=2, session_gap_ms=1_500, max_staleness_ms=2_000),

@@ -98,9 +98,10 @@ class Worker:
         if (mark.source_offset if mark else None) != committed:
             raise Violation(f"restored mark {mark} but committed offset {committed}")
         self.next_offset = mark.source_offset if mark else 0
-        self.output_offset = mark.output_offset if mark else 0
         self.state = PartitionState(self.policy, LIMITS)
-        published = [o for o in self.broker.outputs[self.output_offset :] if o.version in (None, self.version)]
+        outputs = self.broker.outputs[mark.output_offset if mark else 0 :]
+        self.output_offset = len(self.broker.outputs)
+        published = [output for output in outputs if output.version in (None, self.version)]
         self.state.note_published([o.user for o in published], np.array([o.offset for o in published], np.int64))
         self.state.resume(self.disk.pending())
 

@@ -36,6 +36,8 @@ POISON = [
     b'{"user_id":"u0","item_id":"i","action":"see","timestamp_ms":-5}',
 ]
 SENDERS = (h.Act, h.Late, h.Duplicate, h.Tombstone, h.Poison)
+RESTARTS = (h.TornCheckpoint, h.Crash, h.TornRestore, h.Rebalance, h.NewRelease)
+"""After these the worker has not woken yet when the next step comes."""
 NOT_YET = 10**9
 
 
@@ -109,7 +111,8 @@ class World:
     def take(self, step: h.Step) -> None:
         """Do one step, let due deadlines fire, and check everything."""
         self._steps[type(step)](step)
-        self._alive(self.worker.wake)
+        if not isinstance(step, RESTARTS):
+            self._alive(self.worker.wake)
         self._check(sequences=not isinstance(step, SENDERS))
         self.event_log.append(f"{step} {self.now_ms} {self.worker.next_offset} {self.broker.outputs[-1:]}")
 
