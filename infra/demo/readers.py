@@ -13,7 +13,6 @@ from infra.demo.parts import Parts, distinct_items
 from infra.demo.recall import (
     Acts,
     Bools,
-    Ints,
     Publications,
     SeenItems,
     held,
@@ -43,8 +42,8 @@ def compare(parts: Parts, release: Release, publications: Publications, publishe
 
     `publications` holds, in order, what was published; the first `published_before` of them before the replay began.
     """
-    keys, vectors = release.item_vectors()
-    everything = _acts(parts, keys)
+    _, vectors = release.item_vectors()
+    everything = _acts(parts, release)
     newer = Acts(*(column[parts.cut :] for column in (everything.user, everything.item, everything.time_ms)))
     seen = SeenItems(everything)
     early = Publications(
@@ -58,17 +57,16 @@ def compare(parts: Parts, release: Release, publications: Publications, publishe
         "once": held(early, newer.user, np.full(len(newer), AT_NO_TIME)),
     }
     hit = {name: hits(newer, rows, publications.vectors, vectors, seen) for name, rows in chosen.items()}
-    hit["popular"] = popularity_hits(newer, everything, len(keys), seen)
+    hit["popular"] = popularity_hits(newer, everything, len(vectors), seen)
     is_known = np.isin(newer.user, everything.user[: parts.cut])
     return _summary(hit, {"all": np.ones(len(newer), np.bool_), "known": is_known, "unknown": ~is_known})
 
 
-def _acts(parts: Parts, keys: np.typing.NDArray[np.uint64]) -> Acts:
-    """Every action of the log, items as rows of the release."""
+def _acts(parts: Parts, release: Release) -> Acts:
+    """Every action of the log, items as rows of the release's item vectors, which have no row for the unknown item."""
     item_ids, item_index = distinct_items(parts.log)
-    wanted = np.array([item_key(item) for item in item_ids], np.uint64)
-    place: Ints = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1).astype(np.int64)
-    rows = np.where(keys[place] == wanted, place, -1)
+    keys = np.array([item_key(item) for item in item_ids], np.uint64)
+    rows = release.vocabularies.item_rows(keys) - 1
     return Acts(parts.log.user_index, rows[item_index], parts.log.timestamp_ms)
 
 
