@@ -31,6 +31,9 @@ class EmbeddingCodec(StrEnum):
     JSON = "json"
 
 
+_CODECS = {codec.value: codec for codec in EmbeddingCodec}
+
+
 class MalformedEmbedding(ValueError):
     """A record, or a vector to be written, is no embedding; the text says why."""
 
@@ -184,12 +187,12 @@ def _vector(value: bytes, codec: EmbeddingCodec) -> Vector:
 
 def _metadata(texts: dict[str, str]) -> EmbeddingMetadata:
     dtype = _text(texts, "dtype")
-    if dtype not in list(EmbeddingCodec):
-        raise MalformedEmbedding(f"header dtype is {dtype!r}, not one of {', '.join(EmbeddingCodec)}")
+    if dtype not in _CODECS:
+        raise MalformedEmbedding(f"header dtype is {dtype[:40]!r}, not one of {', '.join(_CODECS)}")
     return EmbeddingMetadata(
         encoder_version=_text(texts, "encoder-version"),
         dim=_number(texts, "dim"),
-        dtype=EmbeddingCodec(dtype),
+        dtype=_CODECS[dtype],
         event_time_ms=_number(texts, "event-time-ms"),
         sequence_length=_number(texts, "sequence-length"),
         reason=_text(texts, "reason"),
