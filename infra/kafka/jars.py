@@ -1,13 +1,14 @@
 """The broker's jars from Maven Central through jgo, checked against a pinned list of digests.
 
 jgo caches what it downloads but writes files in place, so an interrupted download looks like a finished one. Every
-jar is therefore compared with `jars.sha256` before use; one that differs is deleted and downloaded once more.
+jar is therefore compared with `jars.sha256` before use; one that differs or is missing is downloaded once more.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import jgo
 import requests
 from jgo.config import GlobalSettings
+from jgo.env import Environment
 
 from infra.errors import InfraError
 from infra.paths import cache_dir
@@ -32,22 +34,22 @@ class JarsUnavailable(InfraError):
 def kafka_jars() -> list[Path]:
     """The classpath of the broker, downloaded when missing or damaged; raises `JarsUnavailable`."""
     with _one_at_a_time():
-        jars = _build()
-        if damaged := _damaged(jars):
-            _forget(damaged)
-            jars = _build()
-            if damaged := _damaged(jars):
+        environment = _build()
+        if wrong := _wrong(environment):
+            _forget(environment, wrong)
+            environment = _build()
+            if wrong := _wrong(environment):
                 raise JarsUnavailable(
-                    "downloaded jars differ from their digests",
-                    ", ".join(jar.name for jar in damaged),
+                    "downloaded jars are not the pinned ones",
+                    ", ".join(sorted(wrong)),
                     "check what stands between this machine and Maven Central (a proxy?), then run it again",
                 )
-    return jars
+    return sorted(environment.all_jars)
 
 
-def _build() -> list[Path]:
+def _build() -> Environment:
     try:
-        return sorted(jgo.build(ENDPOINT).all_jars)
+        return jgo.build(ENDPOINT)
     except (requests.RequestException, RuntimeError, OSError, ValueError) as error:
         raise JarsUnavailable(
             "cannot download the broker's jars from Maven Central",
@@ -57,27 +59,26 @@ def _build() -> list[Path]:
         ) from error
 
 
-def _damaged(jars: list[Path]) -> list[Path]:
+def _wrong(environment: Environment) -> set[str]:
+    """Names of jars that are missing, too many, or of other content than the pinned ones."""
     lines = [line.split() for line in DIGESTS.read_text().splitlines()]
-    pinned = {name: digest for digest, name in lines}
-    return [jar for jar in jars if _digest(jar) != pinned.get(jar.name)]
+    pinned = {(name, digest) for digest, name in lines}
+    found = {(jar.name, _digest(jar)) for jar in environment.all_jars}
+    return {name for name, _ in pinned ^ found}
 
 
 def _digest(path: Path) -> str:
-    if not path.exists():
-        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _forget(jars: list[Path]) -> None:
-    """Delete damaged jars from jgo's environment and from the repository cache that it links them from."""
+def _forget(environment: Environment, names: set[str]) -> None:
+    """Delete jgo's environment, which it would not complete, and the jars in the repository that it links to."""
+    shutil.rmtree(environment.path)
     repository = Path(GlobalSettings.load().repo_cache)
-    for jar in jars:
-        jar.unlink(missing_ok=True)
-        for copy in repository.glob(f"**/{jar.name}"):
+    for name in names:
+        for copy in repository.glob(f"**/{name}"):
             copy.unlink()
-    (jars[0].parent.parent / "jgo.lock.toml").unlink(missing_ok=True)
 
 
 @contextmanager

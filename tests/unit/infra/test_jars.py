@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import jgo
@@ -12,52 +13,75 @@ import requests
 from infra.kafka import jars
 from infra.kafka.jars import JarsUnavailable, kafka_jars
 
+CONTENTS = {"one.jar": b"one", "two.jar": b"two"}
 
-class Environment:
-    """What jgo builds: the jars of one folder."""
+
+class Jgo:
+    """Behaves as jgo does: trusts what its folders hold, downloads only what the repository lacks."""
 
     def __init__(self, folder: Path) -> None:
-        self.all_jars = sorted(folder.glob("*.jar"))
+        self.path = folder / "env"
+        self.repository = folder / "m2"
+        self.repository.mkdir()
+        self.served = dict(CONTENTS)
+
+    def build(self, _: str) -> Jgo:
+        if not self.path.exists():
+            self.path.mkdir()
+            for name, content in self.served.items():
+                if not (self.repository / name).exists():
+                    (self.repository / name).write_bytes(content)
+                os.link(self.repository / name, self.path / name)
+        return self
+
+    @property
+    def all_jars(self) -> list[Path]:
+        return list(self.path.glob("*.jar"))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in which two small jars are pinned, downloaded by writing them."""
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jgo:
+    """Two small jars are pinned, and nothing is downloaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("M2_REPO", str(tmp_path / "m2"))
-    (tmp_path / "digests").write_text(f"{_sha(b'one')}  one.jar\n{_sha(b'two')}  two.jar\n")
+    digests = [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in CONTENTS.items()]
+    (tmp_path / "digests").write_text("\n".join(digests) + "\n")
     monkeypatch.setattr(jars, "DIGESTS", tmp_path / "digests")
-    (tmp_path / "env" / "jars").mkdir(parents=True)
-    (tmp_path / "m2").mkdir()
-    return tmp_path / "env" / "jars"
+    made = Jgo(tmp_path)
+    monkeypatch.setattr(jgo, "build", made.build)
+    return made
 
 
-def test_half_downloaded_jar_is_downloaded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A jar cut short, in the environment and in the repository it is linked from, is replaced by a whole one."""
-    repository = folder.parent.parent / "m2" / "one.jar"
-    (folder / "one.jar").write_bytes(b"o")
-    repository.write_bytes(b"o")
-
-    def build(_: str) -> Environment:
-        if not repository.exists():
-            repository.write_bytes(b"one")
-        (folder / "one.jar").write_bytes(repository.read_bytes())
-        (folder / "two.jar").write_bytes(b"two")
-        return Environment(folder)
-
-    monkeypatch.setattr(jgo, "build", build)
-    assert [jar.read_bytes() for jar in kafka_jars()] == [b"one", b"two"]
+def test_fresh_jars_are_the_pinned_ones(fake: Jgo) -> None:
+    """The classpath is exactly the pinned jars."""
+    assert _contents() == CONTENTS
 
 
-def test_other_bytes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jars that differ from their digests even when fresh are never run."""
+def test_half_a_download_is_downloaded_again(fake: Jgo) -> None:
+    """A jar cut short in the repository by an interrupted download is replaced by a whole one."""
+    (fake.repository / "one.jar").write_bytes(b"o")
+    assert _contents() == CONTENTS
 
-    def build(_: str) -> Environment:
-        (folder / "one.jar").write_bytes(b"evil")
-        return Environment(folder)
 
-    monkeypatch.setattr(jgo, "build", build)
-    with pytest.raises(JarsUnavailable, match=r"differ from their digests: one\.jar"):
+def test_damage_in_the_environment_is_mended(fake: Jgo) -> None:
+    """A jar truncated after a good download is replaced, in the environment and in the repository it is linked from."""
+    kafka_jars()
+    (fake.path / "two.jar").write_bytes(b"")
+    assert _contents() == CONTENTS
+
+
+def test_missing_jar_is_fetched(fake: Jgo) -> None:
+    """A jar deleted from the environment comes back."""
+    kafka_jars()
+    (fake.path / "one.jar").unlink()
+    assert _contents() == CONTENTS
+
+
+@pytest.mark.parametrize("served", [{**CONTENTS, "one.jar": b"evil"}, {"one.jar": b"one"}, {**CONTENTS, "x.jar": b"x"}])
+def test_other_jars_are_refused(fake: Jgo, served: dict[str, bytes]) -> None:
+    """Other content, a missing jar and one too many are never run, even when they come fresh from the network."""
+    fake.served = served
+    with pytest.raises(JarsUnavailable, match="not the pinned ones"):
         kafka_jars()
 
 
@@ -69,10 +93,10 @@ def test_other_bytes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         RuntimeError("404"),
     ],
 )
-def test_failed_download_is_one_clear_line(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_failed_download_is_one_clear_line(fake: Jgo, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """No network, a full disk and a missing artifact are each one line that names the way out."""
 
-    def build(_: str) -> Environment:
+    def build(_: str) -> Jgo:
         raise error
 
     monkeypatch.setattr(jgo, "build", build)
@@ -81,5 +105,5 @@ def test_failed_download_is_one_clear_line(folder: Path, monkeypatch: pytest.Mon
     assert "\n" not in str(caught.value)
 
 
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _contents() -> dict[str, bytes]:
+    return {jar.name: jar.read_bytes() for jar in kafka_jars()}
