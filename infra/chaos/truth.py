@@ -126,7 +126,7 @@ class Truth:
             return False
         user.rows.insert(place, row)
         user.count += 1
-        del user.rows[: len(user.rows) - self._length_max]
+        del user.rows[: max(0, len(user.rows) - self._length_max)]
         return True
 
 
@@ -144,10 +144,10 @@ def read(record: LogRecord) -> Row | None:
     row = (
         item_key(_text(event, "item_id", ID_CHARS_MAX)),
         name_code(_text(event, "action", 64)),
-        name_code(event.get("surface") or ""),
+        name_code(_optional(event, "surface", 64)),
         _number(event, "timestamp_ms"),
         event.get("duration_ms") or 0,
-        item_key(event["event_id"]) if event.get("event_id") else 0,
+        item_key(event_id) if (event_id := _optional(event, "event_id", ID_CHARS_MAX)) else 0,
     )
     if _text(event, "user_id", ID_CHARS_MAX).encode() != record.key:
         raise Refused("key-mismatch")
@@ -183,6 +183,10 @@ def _text(event: dict[str, Any], name: str, chars_max: int) -> str:
     if not 1 <= len(text) <= chars_max:
         raise Refused("field-length")
     return text
+
+
+def _optional(event: dict[str, Any], name: str, chars_max: int) -> str:
+    return "" if event.get(name) in (None, "") else _text(event, name, chars_max)
 
 
 def _number(event: dict[str, Any], name: str) -> int:

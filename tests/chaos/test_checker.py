@@ -1,0 +1,275 @@
+"""The checker checks itself: a faithful log passes, and each fault put into it is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from encoder.inference import EncoderRuntime
+from encoder.inference.kernel import Precision
+from encoder.inference.runtime import make_full
+from encoder.model import EncoderConfig
+from infra.chaos.checker import Checker, Evidence, Rules, Verdict
+from infra.chaos.truth import LogRecord
+from infra.chaos.violations import Explained, Kind
+from streams.core.pipeline import PartitionState, StateLimits
+from streams.core.triggers import TriggerPolicy
+from streams.state.codec import CheckpointMark, encode, encode_mark
+from streams.state.store import MemoryStore
+from streams.state.users import read_users
+from streams.wire.actions import DecodeLimits, decode_actions
+from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
+from tests.unit.inference.histories import random_release
+
+LIMITS = StateLimits(sequence_length=8, chunk_length=4)
+NOW_MS = 1_700_000_000_000
+TOPIC = "actions"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as its topics hold it."""
+
+    evidence: Evidence
+    committed: int
+
+    def judge(self, encoder: EncoderRuntime, *explained: Explained) -> Verdict:
+        rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, explained)
+        checker = Checker(rules, encoder)
+        checker.feed(self.evidence)
+        return checker.judge({0: self.committed})
+
+
+@pytest.fixture(scope="module")
+def encoder() -> EncoderRuntime:
+    config = EncoderConfig(
+        d_model=16, heads=2, kv_heads=1, windows=(3, 3), embedding_dim=8, item_dim=8, sequence_length=8
+    )
+    return make_full(random_release(config, 1), cache_bytes_max=1 << 22, precision=Precision(), native=False)
+
+
+def sent() -> list[LogRecord]:
+    """Three users, thirty actions each: late ones, duplicates, ties, a tombstone, a refused record."""
+    rng = np.random.default_rng(7)
+    records: list[LogRecord] = []
+
+    def send(key: bytes, value: bytes | None) -> None:
+        records.append(LogRecord(0, len(records), NOW_MS + len(records), key, value))
+
+    for number in range(30):
+        for user in ("ann", "bob", "cy"):
+            lateness_ms = int(rng.integers(0, 2_500)) if rng.random() < 0.2 else 0
+            event = {
+                "user_id": user,
+                "item_id": f"item-{number}",
+                "action": "click",
+                "timestamp_ms": NOW_MS - 100_000 + number * 1_000 - lateness_ms,
+                "duration_ms": number + 1,
+                "event_id": f"{user}-{number - 1 if rng.random() < 0.1 else number}",
+            }
+            send(user.encode(), json.dumps(event).encode())
+        if number == 12:
+            send(b"cy", b"{")
+            send(b"bob", None)
+    for number in range(5):  # cy ends forgotten; bob acts again after the tombstone's time
+        event = {"user_id": "bob", "item_id": "x", "action": "save", "timestamp_ms": NOW_MS + 900 + number}
+        send(b"bob", json.dumps(event).encode())
+    send(b"cy", None)
+    return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    key: bytes | None
+    value: bytes | None
+    offset: int
+    timestamp: int
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+def faithful(encoder: EncoderRuntime) -> Run:
+    """What the real core and codec make of `sent`: a batch of seven, all due users encoded, a checkpoint, and so on."""
+    inputs, changelog, outputs, letters = sent(), [], [], []
+    state, store = PartitionState(TriggerPolicy(), LIMITS), MemoryStore()
+
+    def append(log: list[LogRecord], key: bytes, value: bytes | None, headers: object = ()) -> None:
+        log.append(LogRecord(0, len(log), NOW_MS + 5_000 + len(log), key, value, tuple(headers)))  # type: ignore[arg-type]
+
+    for begin in range(0, len(inputs), 7):
+        part = inputs[begin : begin + 7]
+        received = [_Received(one.key, one.value, one.offset, one.timestamp_ms) for one in part]
+        decoded = decode_actions(received, now_ms=NOW_MS + 10_000, limits=DecodeLimits())
+        cold = state.missing(decoded.actions.users)
+        state.load(cold, read_users(store, cold, LIMITS).stored)
+        effects = state.apply(decoded.actions, NOW_MS)
+        for refused in decoded.refused:
+            origin = [("source-topic", TOPIC.encode()), ("source-partition", b"0")]
+            told = [("error-reason", refused.reason.encode()), ("source-offset", b"%d" % part[refused.index].offset)]
+            append(letters, part[refused.index].key or b"", part[refused.index].value, [*told, *origin])
+        for user, offset in zip(effects.forgotten, effects.forgotten_offsets.tolist(), strict=True):
+            append(outputs, *encode_tombstone(user, offset))
+        if effects.due:
+            for message in embeddings(encoder, state, effects.due):
+                append(outputs, *message)
+        records = [*encode(snapshot := state.take_dirty(), LIMITS), encode_mark(CheckpointMark(part[-1].offset + 1, 0))]
+        state.settle(snapshot)
+        store.write(records, len(changelog))
+        for key, value in records:
+            append(changelog, key, value)
+    return Run(Evidence(inputs, changelog, outputs, letters), len(inputs))
+
+
+def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes]) -> list[tuple[object, ...]]:
+    job = state.sequences(due)
+    state.encoded(job.sequences.users, job.offsets, NOW_MS)
+    batch = EmbeddingBatch(
+        job.sequences.users,
+        encoder.embed(job.sequences),
+        job.newest_event_ms,
+        np.diff(job.sequences.starts),
+        ["every_n"] * len(job),
+        job.offsets,
+        encoder.version,
+        NOW_MS,
+    )
+    return list(encode_embeddings(batch, EmbeddingCodec.FLOAT32))
+
+
+def rewritten(run: Run, user: bytes, change: Callable[[PartitionState, np.ndarray], np.ndarray]) -> Run:  # type: ignore[type-arg]
+    """The run with one more checkpoint, in which `change` has altered what is kept of `user`."""
+    store = MemoryStore()
+    for record in run.evidence.changelog:
+        assert record.key is not None
+        if record.value is not None:
+            store.put(record.key, record.value)
+    state = PartitionState(TriggerPolicy(), LIMITS)
+    stored = read_users(store, [user], LIMITS).stored
+    actions = change(state, stored.actions.copy())
+    headers = stored.headers.copy()
+    headers["count"] += len(actions) - len(stored.actions)
+    state.load([user], replace(stored, headers=headers, actions=actions, starts=np.array([0, len(actions)])))
+    slot = state._sequences.slots([user])
+    state._sequences.live["dirty"][slot] = True
+    state._sequences.live["dirty_from"][slot] = 0
+    records = [*encode(state.take_dirty(), LIMITS), encode_mark(CheckpointMark(run.committed, 0))]
+    base = len(run.evidence.changelog)
+    more = [LogRecord(0, base + i, NOW_MS, key, value) for i, (key, value) in enumerate(records)]
+    return replace(run, evidence=replace(run.evidence, changelog=[*run.evidence.changelog, *more]))
+
+
+def test_a_faithful_log_passes(encoder: EncoderRuntime) -> None:
+    """What the core makes of late events, duplicates, ties, tombstones and bad records is what the checker demands."""
+    verdict = faithful(encoder).judge(encoder)
+    assert [str(violation) for violation in verdict.violations] == []
+    assert verdict.counts["recomputed"] == 2
+    assert verdict.counts["tombstones"] == 2
+    assert verdict.counts["checkpoints"] == 14
+    assert len(verdict.freshness_ms) > 60
+
+
+def test_a_lost_action_is_named(encoder: EncoderRuntime) -> None:
+    """A state without one of its actions is reported as lost, with the action's number."""
+    run = rewritten(faithful(encoder), b"ann", lambda _, rows: rows[:-1])
+    (lost,) = [one for one in run.judge(encoder).violations if one.kind is Kind.LOST]
+    assert (lost.user, "number 30" in lost.detail) == (b"ann", True)
+
+
+def test_a_doubled_action_is_named(encoder: EncoderRuntime) -> None:
+    """A state that holds an action twice is reported as doubled."""
+    run = rewritten(faithful(encoder), b"ann", lambda _, rows: np.concatenate((rows[1:], rows[-1:])))
+    (doubled,) = [one for one in run.judge(encoder).violations if one.kind is Kind.DOUBLED]
+    assert (doubled.user, "number 30" in doubled.detail) == (b"ann", True)
+
+
+def test_swapped_actions_are_named(encoder: EncoderRuntime) -> None:
+    """The right actions in the wrong order are reported as swapped, and as nothing else."""
+    run = rewritten(faithful(encoder), b"ann", lambda _, rows: rows[[0, 1, 3, 2, 4, 5, 6, 7]])
+    assert run.judge(encoder).kinds() == {Kind.SWAPPED: 1}
+
+
+def appended(run: Run, record: LogRecord) -> Run:
+    return replace(run, evidence=replace(run.evidence, outputs=[*run.evidence.outputs, record]))
+
+
+@pytest.mark.parametrize(("which", "kind"), [(0, Kind.STALE), (-1, Kind.REPEATED)])
+def test_a_stale_or_repeated_embedding_is_named_unless_a_fault_explains_it(
+    encoder: EncoderRuntime, which: int, kind: Kind
+) -> None:
+    """An old embedding after a newer one, and one published twice, count only in the time of a fault."""
+    run = faithful(encoder)
+    again = [record for record in run.evidence.outputs if record.key == b"ann"][which]
+    stale = appended(run, replace(again, timestamp_ms=NOW_MS + 70_000))
+    assert stale.judge(encoder).kinds() == {kind: 1}
+    verdict = stale.judge(encoder, Explained(NOW_MS + 60_000, NOW_MS + 80_000))
+    assert not verdict.violations
+    assert verdict.counts[f"explained_{kind}"] == 1
+
+
+def test_an_embedding_of_a_forgotten_user_is_named(encoder: EncoderRuntime) -> None:
+    """An output behind the user's tombstone is stale; a tombstone that never came leaves the user resurrected."""
+    run = faithful(encoder)
+    before = [record for record in run.evidence.outputs if record.key == b"cy" and record.value is not None][-1]
+    assert appended(run, replace(before, timestamp_ms=NOW_MS)).judge(encoder).kinds() == {Kind.STALE: 1}
+    kept = [record for record in run.evidence.outputs if not (record.key == b"cy" and record.value is None)]
+    without = replace(run, evidence=replace(run.evidence, outputs=kept))
+    assert without.judge(encoder).kinds() == {Kind.RESURRECTED: 1}
+
+
+def test_a_wrong_or_missing_last_embedding_is_named(encoder: EncoderRuntime) -> None:
+    """The last embedding must contain the last action and be the one of the full history."""
+    run = faithful(encoder)
+    at = max(i for i, record in enumerate(run.evidence.outputs) if record.key == b"ann")
+    outputs = list(run.evidence.outputs)
+    last = outputs.pop(at)
+    assert replace(run, evidence=replace(run.evidence, outputs=outputs)).judge(encoder).kinds() == {Kind.UNPUBLISHED: 1}
+    assert last.value is not None
+    vector = np.frombuffer(last.value, "<f4")[::-1]
+    outputs.insert(at, replace(last, value=vector.tobytes()))
+    wrong = replace(run, evidence=replace(run.evidence, outputs=outputs))
+    assert wrong.judge(encoder).kinds() == {Kind.WRONG_EMBEDDING: 1}
+
+
+def test_an_embedding_that_lies_about_its_history_is_named(encoder: EncoderRuntime) -> None:
+    """An output whose headers were not true at its source offset is reported, wherever it stands."""
+    run = faithful(encoder)
+    outputs = list(run.evidence.outputs)
+    headers = tuple((name, b"3" if name == "sequence-length" else value) for name, value in outputs[9].headers)
+    outputs[9] = replace(outputs[9], headers=headers)
+    assert Kind.WRONG_OUTPUT in replace(run, evidence=replace(run.evidence, outputs=outputs)).judge(encoder).kinds()
+
+
+def test_a_checkpoint_ahead_of_or_behind_its_mark_is_named(encoder: EncoderRuntime) -> None:
+    """Moving one head to the next checkpoint makes two checkpoints wrong, though the end is right."""
+    run = faithful(encoder)
+    log = list(run.evidence.changelog)
+    at = next(i for i, record in enumerate(log) if record.key == b"ubob")
+    mark = next(i for i in range(at, len(log)) if log[i].key == b"m")
+    log.insert(mark, log.pop(at))
+    moved = replace(run, evidence=replace(run.evidence, changelog=log))
+    assert moved.judge(encoder).kinds() == {Kind.WRONG_CHECKPOINT: 1}
+
+
+@pytest.mark.parametrize(("by", "kind"), [(1, Kind.COMMITTED_AHEAD), (-1, Kind.COMMITTED_BEHIND)])
+def test_a_commit_apart_from_the_state_is_named(encoder: EncoderRuntime, by: int, kind: Kind) -> None:
+    """The committed offset and the last mark are one, or the checker says which is ahead."""
+    run = faithful(encoder)
+    assert kind in replace(run, committed=run.committed + by).judge(encoder).kinds()
+
+
+def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRuntime) -> None:
+    """Each refused record has a dead letter with its own bytes and reason, and no valid one has any."""
+    run = faithful(encoder)
+    (letter,) = run.evidence.dead_letters
+
+    def with_letters(*letters: LogRecord) -> Run:
+        return replace(run, evidence=replace(run.evidence, dead_letters=list(letters)))
+
+    assert with_letters().judge(encoder).kinds() == {Kind.DEAD_LETTER_MISSING: 1}
+    assert with_letters(replace(letter, value=b"{}")).judge(encoder).kinds() == {Kind.DEAD_LETTER_WRONG: 1}
+    headers = tuple((name, b"4" if name == "source-offset" else value) for name, value in letter.headers)
+    needless = with_letters(letter, replace(letter, headers=headers))
+    assert needless.judge(encoder).kinds() == {Kind.DEAD_LETTER_WRONG: 1}
