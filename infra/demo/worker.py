@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from streams.settings import Settings, variable
 
 STOP_SLACK_S = 5.0
 PR_SET_PDEATHSIG = 1
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _LIBC = ctypes.CDLL(None)
 
 
@@ -67,8 +69,18 @@ _REMEDY = "run `streamformer worker` by hand to see all that it says"
 def worker_process(values: Mapping[str, Any], settings: Settings, log: Path) -> Iterator[WorkerProcess]:
     """A worker with `values` (setting -> value) in its environment, killed at the end of the block if it still runs."""
     stop_s = settings.worker.shutdown_timeout_ms / 1_000 + STOP_SLACK_S
+    with _interrupts_held_back() as let_go:
+        worker = WorkerProcess(_spawn(values, log), log, stop_s)
+        try:
+            let_go()
+            yield worker
+        finally:
+            worker.kill()
+
+
+def _spawn(values: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "infra.cli", "worker"],
             env={**os.environ, **environment(values)},
             stdin=subprocess.DEVNULL,
@@ -77,11 +89,30 @@ def worker_process(values: Mapping[str, Any], settings: Settings, log: Path) -> 
             start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops the worker in order
             preexec_fn=_die_with_parent,
         )
-    worker = WorkerProcess(process, log, stop_s)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM wait until what is yielded is called, or until the end of the block.
+
+    Raised while Python forks, an interrupt would be swallowed by the hooks that run then, or orphan the child.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears interrupts
+        yield lambda: None
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda heard, _: held.append(heard)) for number in INTERRUPTS}
+
+    def let_go() -> None:
+        while before:
+            signal.signal(*before.popitem())
+        while held:
+            signal.raise_signal(held.pop())
+
     try:
-        yield worker
+        yield let_go
     finally:
-        worker.kill()
+        let_go()
 
 
 def environment(values: Mapping[str, Any]) -> dict[str, str]:

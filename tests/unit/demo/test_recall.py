@@ -35,7 +35,7 @@ def _is_hit(scores: np.ndarray, target: int, seen: set[int]) -> bool:
     if target < 0 or target in seen:
         return False
     others = [score for item, score in enumerate(scores.tolist()) if item != target and item not in seen]
-    return sum(score >= scores[target] for score in others) < TOP
+    return bool(sum(score >= scores[target] for score in others) < TOP)
 
 
 def test_held_is_the_newest_publication_strictly_before_the_time() -> None:

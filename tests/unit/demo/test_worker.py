@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,26 @@ def test_leaving_the_block_ends_the_worker(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), worker_process({}, Settings(), tmp_path / "log") as worker:
         raise RuntimeError
     assert not psutil.pid_exists(worker.pid)
+
+
+def test_an_interrupt_while_a_worker_is_started_is_neither_lost_nor_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An interrupt at the moment of the fork is raised once the worker is in hand, which then ends it."""
+    pids = []
+    spawn = subprocess.Popen
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        process = spawn(*args, **kwargs)  # type: ignore[call-overload]
+        pids.append(process.pid)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt), worker_process({}, Settings(), tmp_path / "log"):
+        pytest.fail("the interrupt was lost")
+    assert not psutil.pid_exists(pids[0])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_worker_reads_the_settings_that_the_demo_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
