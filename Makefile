@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder
+.PHONY: demo test lint install bench-encoder bench-ingest bench-restore
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -33,3 +33,18 @@ $(STAMP): pyproject.toml constraints.txt
 
 bench-encoder: $(STAMP)
 	$(BIN)/python -m infra.bench.encoder
+
+bench-ingest: $(STAMP) .venv-peers/installed
+	$(BIN)/python -m infra.bench.ingest
+
+# A peer that cannot be installed is left out of the comparison, which then says so.
+.venv-peers/installed: infra/bench/peers/requirements.txt
+	@echo "installing the peers into .venv-peers"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@grep -v '^#' $< | while read -r peer; do \
+	  .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check "$$peer" || echo "not installed: $$peer"; \
+	done
+	@touch $@
+
+bench-restore: $(STAMP)
+	$(BIN)/python -m infra.bench.restore

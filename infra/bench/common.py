@@ -6,18 +6,23 @@ CPU seconds are those of the whole process: user and system time of all its thre
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import typer
 from rich.console import Console
 from rich.table import Table
 
-console = Console(stderr=True)
+from streams.errors import StreamformerError
+
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 """For people; standard output ends with the JSON line alone."""
 
 
@@ -79,6 +84,16 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def run_command(main: Callable[..., None]) -> None:
+    """Run `main` as a command line; an expected failure becomes one line on standard error and exit code 1."""
+    logging.getLogger("kafka").addHandler(logging.NullHandler())
+    try:
+        typer.run(main)
+    except (StreamformerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def print_result(result: Mapping[str, Any]) -> None:

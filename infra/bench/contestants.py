@@ -40,7 +40,8 @@ class Contestant:
     folder: Path
     """Working folder; its log is written there."""
     applied: Callable[[], int]
-    """Events that are durably applied so far."""
+    """Events that are applied so far, durably so once `settle_s` have passed."""
+    settle_s: float = 0.5
 
 
 @dataclass(slots=True)

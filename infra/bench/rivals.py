@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jgo
@@ -38,14 +39,16 @@ class Job:
     bootstrap_servers: str
     folder: Path
     """Under which each has a folder of its own."""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """In all names on the broker, which may have seen earlier runs."""
 
     def environment(self, name: str) -> dict[str, str]:
         return {
             **os.environ,
             "BROKER": self.bootstrap_servers,
-            "GROUP": f"bench-{name}",
-            "TOPIC": f"{name}-actions",
-            "OUTPUT": f"{name}-due",
+            "GROUP": f"{name}-{self.run}",
+            "TOPIC": f"{name}-{self.run}-actions",
+            "OUTPUT": f"{name}-{self.run}-due",
             "FOLDER": str(self.folder / name / "state"),
             "EVERY_N": str(EVERY_N),
             "KEPT": str(SEQUENCE_LENGTH),
@@ -66,7 +69,8 @@ def quix_peer(job: Job) -> Contestant:
 def bytewax_peer(job: Job) -> Contestant:
     """Bytewax with its recovery store, a snapshot each second; raises `PeerUnavailable`.
 
-    It commits no offsets: its own count of items, which its API server tells, says how far it is.
+    It commits no offsets: its own count of items, which its API server tells, says how far it is, and the snapshot
+    that makes them durable comes within a second.
     """
     python = _venv_python("bytewax")
     recovery = job.folder / "bytewax" / "recovery"
@@ -78,10 +82,11 @@ def bytewax_peer(job: Job) -> Contestant:
     environment = {"BYTEWAX_DATAFLOW_API_ENABLED": "1", "BYTEWAX_DATAFLOW_API_PORT": str(port)}
 
     def applied() -> int:
-        lines = [line for line in scrape(port).splitlines() if 'step_id="sequences.decode' in line]
-        return int(sample("\n".join(lines), "item_inp_count_total"))
+        lines = [line for line in scrape(port).splitlines() if 'step_id="sequences.keep' in line]
+        return int(sample("\n".join(lines), "bytewax_item_inp_count_total"))
 
-    return _contestant(job, "bytewax", command, environment, applied)
+    contestant = _contestant(job, "bytewax", command, environment)
+    return replace(contestant, applied=applied, settle_s=1.5)
 
 
 def kafka_streams_peer(job: Job) -> Contestant:
@@ -110,7 +115,6 @@ def _contestant(
     name: str,
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
-    applied: Callable[[], int] | None = None,
 ) -> Contestant:
     settings = job.environment(name)
     admin = kafka.KafkaAdminClient(bootstrap_servers=job.bootstrap_servers)
@@ -122,7 +126,7 @@ def _contestant(
         command=command,
         environment={**settings, **(environment or {})},
         folder=job.folder / name,
-        applied=applied or (lambda: committed(admin, settings["GROUP"], settings["TOPIC"])),
+        applied=lambda: committed(admin, settings["GROUP"], settings["TOPIC"]),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +52,20 @@ class MeasuredWorker:
 
 
 def prepare_worker(name: str, bootstrap_servers: str, folder: Path) -> MeasuredWorker:
-    """Create the worker's topics, release and policy, in `folder`; start it with `Running.start(worker.contestant)`."""
+    """Create the worker's topics, release and policy, in `folder`; start it with `Running.start(worker.contestant)`.
+
+    Its application id and topics are its own, also on a broker that has seen earlier runs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    app_id = f"{name}-{uuid.uuid4().hex[:8]}"
     settings = Settings(
-        app_id=name,
+        app_id=app_id,
         data_dir=folder / "data",
         kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
         topics=TopicsSettings(
-            actions=f"{name}-actions",
-            embeddings=f"{name}-embeddings",
-            dead_letter=f"{name}-dead-letter",
+            actions=f"{app_id}-actions",
+            embeddings=f"{app_id}-embeddings",
+            dead_letter=f"{app_id}-dead-letter",
             partitions=PARTITIONS,
         ),
         state=StateSettings(sequence_length=SEQUENCE_LENGTH),

@@ -1,0 +1,52 @@
+"""The benchmarks of the stream, in their quick form: they run to the end, and their figures are figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from infra.kafka.broker import Broker, ExternalBroker
+
+QUICK_S = 120
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_bench_ingest_ends_with_plausible_figures(
+    broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick ingest benchmark, without peers, prints as its last line all keys, with speeds a machine can have."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
+    ended = subprocess.run(
+        [sys.executable, "-m", "infra.bench.ingest", "--quick", "--no-peers"],
+        capture_output=True,
+        text=True,
+        timeout=QUICK_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["bench"] == "ingest"
+    assert set(result["machine"]) == {"cpu", "cores", "amx", "avx512_bf16"}
+    assert 5_000 < result["events_per_cpu_second"] < 5_000_000
+    assert 5_000 < result["distinct_users_events_per_cpu_second"] < 5_000_000
+    assert 32 < result["changelog_bytes_per_event"] < 600
+    assert {result[f"ratio_{peer}"] for peer in ("bytewax", "quix", "faust", "kafka_streams")} == {None}
+
+
+def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no broker answers at the address given, the benchmark says so in one line and exits with 1."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    ended = subprocess.run(
+        [sys.executable, "-m", "infra.bench.ingest", "--quick", "--no-peers"],
+        capture_output=True,
+        text=True,
+        timeout=QUICK_S,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: no Kafka broker answers at 127.0.0.1:1")
+    assert len(ended.stderr.splitlines()) == 1
