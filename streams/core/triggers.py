@@ -141,7 +141,7 @@ class Triggers:
         headers["first_unencoded_ms"] = np.where(is_fresh, since_ms, headers["first_unencoded_ms"])
         headers["unencoded"] += touched.fresh.astype(np.uint32)
         self._count_since_job(live, touched.fresh, is_fresh, now_ms)
-        reasons = self._reasons(headers, touched)
+        reasons = self._reasons(headers, live, touched)
         fired = is_fresh & (reasons > 0)
         self._want(headers, fired, reasons)
         if self.policy.has_timers and not fired.all():
@@ -169,12 +169,13 @@ class Triggers:
         live["since_job"] += fresh.astype(np.uint32)
         live["last_applied_ms"] = now_ms
 
-    def _reasons(self, headers: Columns, touched: Touched) -> npt.NDArray[np.uint8]:
-        """[U]: the most valuable reason that fires, 0 for none."""
+    def _reasons(self, headers: Columns, live: Columns, touched: Touched) -> npt.NDArray[np.uint8]:
+        """[U]: the most valuable reason that fires, 0 for none. What is being encoded does not count any more."""
         policy, reasons = self.policy, np.zeros(len(headers), np.uint8)
+        waiting = np.where(live["in_job"], live["since_job"], headers["unencoded"])
         for reason in reversed(policy.priorities):
             if reason is Reason.EVERY_N and policy.every_n:
-                reasons[headers["unencoded"] >= policy.every_n] = reason
+                reasons[waiting >= policy.every_n] = reason
             elif reason is Reason.STRONG and policy.strong:
                 reasons[touched.strong] = reason
             elif reason is Reason.FIRST_N and policy.first_n:

@@ -1,0 +1,49 @@
+"""Short ways to say what a test feeds to the core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from encoder.actions import ACTION_DTYPE, ActionBatch, name_code
+from streams.core.layout import StateLimits, nothing_stored
+from streams.core.pipeline import PartitionState
+from streams.core.triggers import TriggerPolicy
+
+LIMITS = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=32, wake_users_max=100)
+
+
+def batch(
+    users: Sequence[bytes],
+    times_ms: Sequence[int],
+    *,
+    offset: int = 0,
+    event_ids: Sequence[int] | None = None,
+    actions: Sequence[str] | None = None,
+    tombstones: Sequence[bool] | None = None,
+) -> ActionBatch:
+    """Events at offsets from `offset` on; the item of each is its offset + 1."""
+    count = len(users)
+    rows = np.zeros(count, ACTION_DTYPE)
+    rows["timestamp_ms"] = times_ms
+    rows["item"] = np.arange(offset, offset + count) + 1
+    rows["event_id"] = event_ids if event_ids is not None else 0
+    rows["action"] = [name_code(name) for name in actions] if actions is not None else name_code("see")
+    is_tombstone = np.array(tombstones if tombstones is not None else [False] * count, np.bool_)
+    return ActionBatch(list(users), rows, np.arange(offset, offset + count), is_tombstone)
+
+
+def state_of(policy: TriggerPolicy, users: Sequence[bytes], limits: StateLimits = LIMITS) -> PartitionState:
+    """A state in which `users` are in memory, with nothing known of them."""
+    state = PartitionState(policy, limits)
+    state.load(users, nothing_stored(len(users), limits))
+    return state
+
+
+def items_of(state: PartitionState, user: bytes) -> list[int]:
+    """Items of a user in memory, oldest first."""
+    sequences = state._sequences
+    actions, _ = sequences.kept(sequences.slots([user]))
+    items: list[int] = actions["item"].tolist()
+    return items

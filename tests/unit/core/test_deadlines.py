@@ -1,0 +1,47 @@
+"""The wheel of deadlines: never early, late by less than a bucket, nothing lost, free while nothing is due."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streams.core.deadlines import BUCKET_MS, Deadlines
+
+
+@settings(max_examples=200, deadline=None)
+@given(due_ms=st.lists(st.integers(0, 3_000), max_size=80), tick_ms=st.integers(1, 250), limit=st.integers(1, 30))
+def test_every_entry_comes_when_it_should(due_ms: list[int], tick_ms: int, limit: int) -> None:
+    """Each entry comes exactly once, not before its deadline and less than a bucket and a tick after it."""
+    wheel = Deadlines()
+    wheel.add(np.arange(len(due_ms)), np.array(due_ms, np.int64))
+    wheel.add_cold([b"%d" % index for index in range(len(due_ms))], np.array(due_ms, np.int64))
+    hot: list[int] = []
+    cold: list[int] = []
+    for now_ms in range(0, 3_000 + BUCKET_MS + tick_ms, tick_ms):
+        while wheel.next_ms is not None and wheel.next_ms <= now_ms:
+            slots, users = wheel.pop(now_ms, limit)
+            assert len(users) <= limit
+            hot += slots.tolist()
+            cold += map(int, users)
+            for index in [*slots.tolist(), *map(int, users)]:
+                assert due_ms[index] <= now_ms < due_ms[index] + BUCKET_MS + tick_ms
+    assert sorted(hot) == sorted(cold) == list(range(len(due_ms)))
+    assert wheel.next_ms is None
+
+
+def test_a_million_pending_are_exact_and_cost_nothing_while_not_due() -> None:
+    """With a million users pending, a look at the wheel takes microseconds, and those due come in their bucket."""
+    wheel = Deadlines()
+    rng = np.random.default_rng(3)
+    due_ms = rng.integers(10_000, 3_600_000, 1_000_000)
+    wheel.add_cold([b"%d" % index for index in range(len(due_ms))], due_ms)
+    began = time.perf_counter()
+    for now_ms in range(1_000):
+        assert wheel.next_ms is not None
+        assert wheel.next_ms > now_ms
+    assert time.perf_counter() - began < 0.1
+    _, users = wheel.pop(60_000, 10**9)
+    assert sorted(map(int, users)) == np.flatnonzero(due_ms <= 60_000).tolist()

@@ -1,0 +1,192 @@
+"""Policies: read whole, and each trigger in its simplest situation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streams.core.pipeline import PartitionState
+from streams.core.triggers import PolicyError, Reason, TriggerPolicy, parse_policy
+from tests.unit.core.build import batch, state_of
+
+NOW_MS = 1_000_000
+
+
+def _reasons(state: PartitionState, times: int, offset: int, now_ms: int, action: str = "see") -> list[int]:
+    """Reasons for which user `a` is handed over while it acts `times` times, one batch each."""
+    reasons: list[int] = []
+    for index in range(offset, offset + times):
+        effects = state.apply(batch([b"a"], [index], offset=index, actions=[action]), now_ms)
+        reasons += effects.reasons.tolist()
+        if effects.due:
+            _encode(state, now_ms)
+    return reasons
+
+
+def _encode(state: PartitionState, now_ms: int) -> None:
+    job = state.sequences([b"a"])
+    state.encoded(job.sequences.users, job.offsets, now_ms)
+
+
+def _wake(state: PartitionState, now_ms: int) -> list[int]:
+    reasons: list[int] = state.wake(now_ms).reasons.tolist()
+    return reasons
+
+
+def test_default_policy_encodes_every_action() -> None:
+    """A newcomer's policy: each action hands its user over."""
+    assert _reasons(state_of(TriggerPolicy(), [b"a"]), 4, 0, NOW_MS) == [Reason.EVERY_N] * 4
+
+
+def test_every_n_counts_unencoded_actions() -> None:
+    """With every_n = 3 the third unencoded action fires, and counting begins anew."""
+    state = state_of(TriggerPolicy(every_n=3), [b"a"])
+    assert [len(_reasons(state, 1, offset, NOW_MS)) for offset in range(7)] == [0, 0, 1, 0, 0, 1, 0]
+
+
+def test_strong_action_fires_at_once() -> None:
+    """A strong action fires whatever every_n says; others do not."""
+    state = state_of(TriggerPolicy(every_n=100, strong=frozenset({"buy"})), [b"a"])
+    assert _reasons(state, 2, 0, NOW_MS) == []
+    assert _reasons(state, 1, 2, NOW_MS, "buy") == [Reason.STRONG]
+
+
+def test_first_actions_of_a_new_user_fire() -> None:
+    """With first_n = 2 the first two actions fire, the third does not."""
+    state = state_of(TriggerPolicy(every_n=100, first_n=2), [b"a"])
+    assert _reasons(state, 3, 0, NOW_MS) == [Reason.FIRST_N] * 2
+
+
+def test_staleness_fires_with_no_further_event() -> None:
+    """An unencoded action waits max_staleness_ms, within one bucket of the wheel, and no event is needed."""
+    state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=5_000), [b"a"])
+    assert _reasons(state, 1, 0, NOW_MS) == []
+    _reasons(state, 1, 1, NOW_MS + 3_000)
+    assert _wake(state, NOW_MS + 4_900) == []
+    assert _wake(state, NOW_MS + 5_000) == [Reason.MAX_STALENESS]
+    _encode(state, NOW_MS + 5_000)
+    assert _wake(state, NOW_MS + 60_000) == []
+
+
+def test_session_end_fires_after_the_gap() -> None:
+    """Each action puts the end of the session off; it fires once, session_gap_ms after the last one."""
+    state = state_of(TriggerPolicy(every_n=100, session_gap_ms=5_000), [b"a"])
+    _reasons(state, 1, 0, NOW_MS)
+    _reasons(state, 1, 1, NOW_MS + 4_000)
+    assert _wake(state, NOW_MS + 5_100) == []
+    assert _wake(state, NOW_MS + 9_000) == [Reason.SESSION_END]
+    _encode(state, NOW_MS + 9_000)
+    assert _wake(state, NOW_MS + 60_000) == []
+
+
+def test_cooldown_turns_a_trigger_into_a_deadline() -> None:
+    """A trigger within the cooldown fires at its end, for its own reason."""
+    state = state_of(TriggerPolicy(cooldown_ms=1_000), [b"a"])
+    assert _reasons(state, 1, 0, NOW_MS) == [Reason.EVERY_N]
+    assert _reasons(state, 2, 1, NOW_MS + 200) == []
+    assert _wake(state, NOW_MS + 900) == []
+    assert _wake(state, NOW_MS + 1_000) == [Reason.EVERY_N]
+
+
+def test_user_keeps_the_more_valuable_reason() -> None:
+    """A user due for two reasons is handed over for the one that stands first in `priorities`."""
+    strong = frozenset({"buy"})
+    state = state_of(TriggerPolicy(strong=strong), [b"a", b"b"])
+    effects = state.apply(batch([b"a", b"b"], [1, 1], actions=["buy", "see"]), NOW_MS)
+    assert dict(zip(effects.due, effects.reasons.tolist(), strict=True)) == {b"a": Reason.STRONG, b"b": Reason.EVERY_N}
+    assert dict(zip(effects.due, effects.priorities.tolist(), strict=True)) == {b"a": 5, b"b": 1}
+    turned = TriggerPolicy(strong=strong, priorities=tuple(reversed(TriggerPolicy().priorities)))
+    effects = state_of(turned, [b"a"]).apply(batch([b"a"], [1], actions=["buy"]), NOW_MS)
+    assert effects.reasons.tolist() == [Reason.EVERY_N]
+
+
+def test_phase_spreads_deadlines_within_the_bound() -> None:
+    """Users that act in the same instant fall due over spread_ms, each before its staleness bound."""
+    users = [b"%d" % index for index in range(32)]
+    state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=5_000, spread_ms=2_000), users)
+    state.apply(batch(users, [1] * len(users)), NOW_MS)
+    due = [len(state.wake(NOW_MS + ms).due) for ms in range(2_900, 5_001, 100)]
+    assert sum(due) == len(users)
+    assert sum(count > 0 for count in due) > 10
+
+
+def test_policy_is_read() -> None:
+    """Every key of the table reaches the policy; other tables are left alone."""
+    text = """
+    [features]
+    windows = ["1h"]
+    [triggers]
+    every_n = 10
+    strong = ["purchase"]
+    first_n = 5
+    max_staleness_ms = 60_000
+    session_gap_ms = 1_800_000
+    cooldown_ms = 1_000
+    spread_ms = 5_000
+    priorities = ["every_n", "strong", "first_n", "max_staleness", "session_end"]
+    """
+    reasons = (Reason.EVERY_N, Reason.STRONG, Reason.FIRST_N, Reason.MAX_STALENESS, Reason.SESSION_END)
+    expected = TriggerPolicy(10, frozenset({"purchase"}), 5, 60_000, 1_800_000, 1_000, 5_000, reasons)
+    assert parse_policy(text) == expected
+    assert parse_policy("") == TriggerPolicy()
+
+
+def test_policy_tells_every_problem_at_once() -> None:
+    """Each fault is reported with the path of its key, all in one error."""
+    text = """
+    every_n = 3
+    [triggers]
+    every_n = -1
+    strong = ["purchase", 7]
+    first_n = true
+    max_staleness_ms = 1.5
+    cooldown_ms = "1s"
+    priorities = ["strong"]
+    colour = "red"
+    """
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text)
+    paths = [problem.split(":")[0] for problem in caught.value.problems]
+    assert paths == [
+        "every_n",
+        "triggers.every_n",
+        "triggers.strong[1]",
+        "triggers.first_n",
+        "triggers.max_staleness_ms",
+        "triggers.cooldown_ms",
+        "triggers.priorities",
+        "triggers.colour",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "path"),
+    [
+        ("every_n = 0", "triggers"),
+        ("max_staleness_ms = 100\ncooldown_ms = 200", "triggers.cooldown_ms"),
+        ("max_staleness_ms = 100\nspread_ms = 100", "triggers.spread_ms"),
+    ],
+)
+def test_policy_that_contradicts_itself_is_refused(table: str, path: str) -> None:
+    """A policy under which nothing fires, or whose bounds cannot hold, is refused."""
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(f"[triggers]\n{table}")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [path]
+
+
+def test_text_that_is_no_toml_is_one_problem() -> None:
+    """Broken TOML is one problem, told in the parser's words."""
+    with pytest.raises(PolicyError, match="not TOML: Expected"):
+        parse_policy("[triggers")
+
+
+def test_reason_numbers_are_fixed() -> None:
+    """Reasons are stored by number, so their numbers never change."""
+    assert {reason.label: int(reason) for reason in Reason} == {
+        "every_n": 1,
+        "strong": 2,
+        "first_n": 3,
+        "max_staleness": 4,
+        "session_end": 5,
+    }
+    assert np.uint8(Reason.SESSION_END) == 5
