@@ -18,12 +18,14 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
 
 from rocksdict import (
     BlockBasedOptions,
     Cache,
+    DbClosedError,
     DBCompressionType,
     Options,
     Rdict,
@@ -172,7 +174,8 @@ class PartitionStore:
 
     def close(self) -> None:
         """Flush and release the files and their lock; closing twice is harmless."""
-        self._db.close()
+        with suppress(DbClosedError):
+            self._db.close()
 
     def _write(self, batch: WriteBatch) -> None:
         try:

@@ -1,0 +1,211 @@
+"""The contract of a store, kept by RocksDB and by the one in memory; and what only files on a disk can do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streams.core.layout import NEVER, StateLimits, new_headers
+from streams.state.codec import CheckpointMark, encode_mark, head_key, seal
+from streams.state.store import (
+    RECORDS_PER_WRITE,
+    MemoryStore,
+    PartitionStore,
+    Record,
+    StoreDamaged,
+    StoreLocked,
+)
+
+LIMITS = StateLimits()
+AnyStore = PartitionStore | MemoryStore
+
+
+@pytest.fixture(params=["rocksdb", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyStore]:
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    opened = PartitionStore.open(tmp_path / "store")
+    yield opened
+    opened.close()
+
+
+def head(user: bytes, *, due_ms: int = NEVER, had_deadline: bool = False) -> Record:
+    """A head record with no actions."""
+    header = new_headers(1, LIMITS)
+    header["due_ms"], header["flags"] = due_ms, had_deadline
+    return head_key(user), seal(head_key(user), header.tobytes())
+
+
+def test_reads_what_was_written(store: AnyStore) -> None:
+    """Values come back by key, None for what is missing or was deleted."""
+    store.write([(b"ca\x00", b"1"), (b"cb\x00", b"2")], 10)
+    store.write([(b"ca\x00", None), (b"cc\x00", b"\x00" * 600)], 12)
+    assert store.get_many([b"ca\x00", b"cb\x00", b"cc\x00", b"cx\x00"]) == [None, b"2", b"\x00" * 600, None]
+    assert store.get_many([]) == []
+
+
+def test_new_store_knows_nothing(store: AnyStore) -> None:
+    """An empty store has no changelog offset, no mark, no users and no deadlines."""
+    assert (store.changelog_offset, store.mark(), list(store.heads()), list(store.pending())) == (None, None, [], [])
+
+
+def test_offset_comes_with_the_last_batch(store: AnyStore) -> None:
+    """While a write is under way the offset is still that of the write before; a write of nothing moves it too."""
+    store.write([], 4)
+    records = [(b"c%05d\x00" % index, b"x") for index in range(2 * RECORDS_PER_WRITE + 1)]
+    offsets = [store.changelog_offset for _ in store.write_steps(records, 9_000)]
+    assert offsets == [4, 4, 9_000]
+    assert store.get_many([records[0][0], records[-1][0]]) == [b"x", b"x"]
+
+
+def test_interrupted_write_keeps_the_old_offset(store: AnyStore) -> None:
+    """After a crash between batches some records are newer than the offset says, never older."""
+    store.write([(b"ca\x00", b"old")], 4)
+    steps = store.write_steps([(b"ca\x00", b"new")] * (RECORDS_PER_WRITE + 1), 9)
+    next(steps)
+    assert (store.get_many([b"ca\x00"]), store.changelog_offset) == ([b"new"], 4)
+
+
+def test_mark_is_the_last_checkpoint_s(store: AnyStore) -> None:
+    """The mark record of the last checkpoint is read back."""
+    store.write([encode_mark(CheckpointMark(5, 7))], 1)
+    store.write([encode_mark(CheckpointMark(6, 9))], 2)
+    assert store.mark() == CheckpointMark(6, 9)
+
+
+def test_deadlines_are_indexed(store: AnyStore) -> None:
+    """Users with a deadline are found with it; one whose deadline is gone is found no more."""
+    store.write([head(b"a", due_ms=500), head(b"b"), head(b"c", due_ms=-3)], 3)
+    assert sorted(store.pending()) == [(b"a", 500), (b"c", -3)]
+    store.write([head(b"a", had_deadline=True), head(b"c", due_ms=8, had_deadline=True)], 5)
+    assert sorted(store.pending()) == [(b"c", 8)]
+    assert [user for user, _ in store.heads()] == [b"a", b"b", b"c"]
+
+
+def test_scan_passes_page_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan over several pages gives every user once, also ids that are prefixes of one another."""
+    monkeypatch.setattr("streams.state.store.SCAN_USERS", 3)
+    users = sorted([b"", b"a", b"aa", b"a\x00", b"b", b"\xff", b"\xff\xff"])
+    store = PartitionStore.open(tmp_path / "store")
+    store.write([head(user, due_ms=1) for user in users], 1)
+    assert [user for user, _ in store.heads()] == users
+    assert [user for user, _ in store.pending()] == users
+    store.close()
+
+
+def test_reopened_store_has_everything(tmp_path: Path) -> None:
+    """What was written before a close is there after it, offset and all."""
+    store = PartitionStore.open(tmp_path / "store")
+    store.write([head(b"a", due_ms=500), encode_mark(CheckpointMark(5, 7))], 77)
+    store.close()
+    store.close()
+    again = PartitionStore.open(tmp_path / "store")
+    assert (again.changelog_offset, again.mark()) == (77, CheckpointMark(5, 7))
+    assert list(again.pending()) == [(b"a", 500)]
+    again.close()
+
+
+def test_held_lock_is_told(tmp_path: Path) -> None:
+    """A store that is open elsewhere cannot be opened; the error says to wait."""
+    store = PartitionStore.open(tmp_path / "store")
+    with pytest.raises(StoreLocked, match="wait until its process has ended"):
+        PartitionStore.open(tmp_path / "store")
+    store.close()
+    PartitionStore.open(tmp_path / "store").close()
+
+
+def test_close_releases_the_lock_with_a_scan_half_read(tmp_path: Path) -> None:
+    """A scan that was not read to its end does not hold the files."""
+    store = PartitionStore.open(tmp_path / "store")
+    store.write([head(b"%d" % index, due_ms=1) for index in range(10)], 1)
+    half_read = store.pending()
+    assert len(list(islice(half_read, 3))) == 3
+    store.close()
+    PartitionStore.open(tmp_path / "store").close()
+
+
+def _filled(path: Path) -> None:
+    store = PartitionStore.open(path)
+    rng = np.random.default_rng(1)
+    store.write([(b"c%06d\x00" % index, rng.bytes(400)) for index in range(5_000)], 1)
+    store.close()
+
+
+def test_missing_manifest_is_damage(tmp_path: Path) -> None:
+    """Without its MANIFEST a store is damaged; destroyed, it can be opened anew, empty."""
+    path = tmp_path / "store"
+    _filled(path)
+    for manifest in path.glob("MANIFEST*"):
+        manifest.unlink()
+    with pytest.raises(StoreDamaged, match="rebuild it from the changelog"):
+        PartitionStore.open(path)
+    PartitionStore.destroy(path)
+    again = PartitionStore.open(path)
+    assert again.changelog_offset is None
+    again.close()
+
+
+@pytest.mark.parametrize("fault", ["truncated", "overwritten"])
+def test_broken_data_file_is_damage(tmp_path: Path, fault: str) -> None:
+    """A data file cut short or overwritten is found out, at the latest when it is read: no wrong value comes back."""
+    path = tmp_path / "store"
+    _filled(path)
+    files = list(path.glob("*.sst"))
+    assert files
+    for file in files:
+        if fault == "truncated":
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            with file.open("r+b") as data:
+                data.seek(0)
+                data.write(os.urandom(file.stat().st_size // 2))
+
+    def read_all() -> None:
+        store = PartitionStore.open(path)
+        try:
+            store.get_many([b"c%06d\x00" % index for index in range(5_000)])
+        finally:
+            store.close()
+
+    with pytest.raises(StoreDamaged):
+        read_all()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from streams.state.store import PartitionStore
+store = PartitionStore.open(Path(sys.argv[1]), write_buffer_bytes=1 << 20)
+for checkpoint in range(10**6):
+    records = [(b"c%05d\\x00" % index, b"%d" % checkpoint + b" " * 400) for index in range(3_000)]
+    store.write(records, checkpoint)
+    print(checkpoint, flush=True)
+"""
+
+
+def test_kill_leaves_a_store_no_older_than_its_offset(tmp_path: Path) -> None:
+    """After kill -9 a store opens, and every record is at least as new as the offset says."""
+    path = tmp_path / "store"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 12:
+            break
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    store = PartitionStore.open(path)
+    offset = store.changelog_offset
+    assert offset is not None
+    values = store.get_many([b"c%05d\x00" % index for index in range(3_000)])
+    assert min(int((value or b"-1").split()[0]) for value in values) >= offset
+    store.close()
