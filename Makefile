@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder bench-ingest bench-restore
+.PHONY: demo test lint install bench-encoder bench-ingest
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -46,5 +46,3 @@ bench-ingest: $(STAMP) .venv-peers/installed
 	done
 	@touch $@
 
-bench-restore: $(STAMP)
-	$(BIN)/python -m infra.bench.restore
