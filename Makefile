@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder bench-ingest
+.PHONY: demo test lint install bench-encoder bench-ingest bench-restore
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -46,3 +46,5 @@ bench-ingest: $(STAMP) .venv-peers/installed
 	done
 	@touch $@
 
+bench-restore: $(STAMP)
+	$(BIN)/python -m infra.bench.restore
