@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder bench-ingest bench-restore
+.PHONY: demo test lint install bench-encoder bench-ingest
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -45,6 +45,3 @@ bench-ingest: $(STAMP) .venv-peers/installed
 	  .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check "$$peer" || echo "not installed: $$peer"; \
 	done
 	@touch $@
-
-bench-restore: $(STAMP)
-	$(BIN)/python -m infra.bench.restore
