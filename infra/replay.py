@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ TICK_S = 0.01
 ROWS_PER_TICK_MAX = 10_000
 BATCH_BYTES_MAX = 900_000
 REQUEST_TIMEOUT_MS = 30_000
-TOPIC_TIMEOUT_S = 5.0
+TOPIC_TIMEOUT_S = 15.0
+ACKNOWLEDGE_S = 60.0
+STOP_S = 5.0
 
 
 class ReplayFailed(InfraError):
@@ -96,15 +99,21 @@ async def replay(
         await producer.start()
         await run.open()
         await run.follow(pace, stop)
-    except (KafkaError, OSError) as error:
+    except (KafkaError, OSError) as error:  # a wait that was too long is an OSError as well
         raise ReplayFailed(
             f"the replay ended after {run.acknowledged:,} of {len(log):,} events",
             detail(error),
             "see that the broker is up and that the topic exists (`streamformer topics create`), then run it again",
         ) from error
     finally:
-        await producer.stop()
+        await _give_back(producer)
     return ReplayTotals(run.acknowledged, time.monotonic() - run.started_s)
+
+
+async def _give_back(producer: AIOKafkaProducer) -> None:
+    """An idempotent producer whose broker is gone would wait for it for ever."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(producer.stop(), STOP_S)
 
 
 class _Run:
@@ -154,7 +163,7 @@ class _Run:
         for batch, its_rows in self._batches(rows):
             sent_at_ms = time.time_ns() // 1_000_000
             future = await self._producer.send_batch(batch, self._topic, partition=partition)
-            metadata = await future
+            metadata = await asyncio.wait_for(future, ACKNOWLEDGE_S)
             self.acknowledged += len(its_rows)
             self._on_acknowledged(Acknowledged(partition, metadata.offset, its_rows, sent_at_ms))
 

@@ -31,7 +31,8 @@ from infra.kafka import keeper
 from infra.kafka.jars import kafka_jars
 
 READY_S = 60.0
-ANSWER_MS = 5_000
+ANSWER_MS = 30_000
+CONNECT_S = 5.0
 PORT_ATTEMPTS = 3
 HOST = "127.0.0.1"
 
@@ -169,14 +170,30 @@ def broker_or_external(options: BrokerOptions | None = None) -> Iterator[Broker 
 
 def require_broker(options: Mapping[str, Any]) -> None:
     """Raise `BrokerFailed` unless a broker answers; `options` are kafka-python's, `bootstrap_servers` among them."""
+    servers = options["bootstrap_servers"]
     try:
+        _require_listener(servers)
         kafka.KafkaAdminClient(bootstrap_timeout_ms=ANSWER_MS, **options).close()
     except (KafkaError, OSError, ValueError) as error:
         raise BrokerFailed(
-            f"no Kafka broker answers at {options['bootstrap_servers']}",
+            f"no Kafka broker answers at {servers}",
             detail(error),
             "start it (`streamformer broker`), or correct the address",
         ) from error
+
+
+def _require_listener(servers: str) -> None:
+    """Raise OSError at once when nothing listens: a Kafka client would try again until its time is over."""
+    refused: OSError | None = None
+    for server in servers.split(","):
+        host, _, port = server.strip().rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            refused = error
+        else:
+            return
+    raise refused or OSError("no address given")
 
 
 def _usable_port(port: int) -> int:
@@ -283,9 +300,8 @@ def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 
 
 def _answers(bootstrap_servers: str) -> bool:
-    host, port = bootstrap_servers.split(":")
     try:
-        socket.create_connection((host, int(port)), timeout=1).close()
+        _require_listener(bootstrap_servers)
         kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=ANSWER_MS).close()
     except (OSError, KafkaError):
         return False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from contextlib import closing
+from threading import Thread, Timer
 from typing import Any
 
 import kafka
@@ -14,8 +16,10 @@ import pyarrow as pa
 import pytest
 from kafka.structs import TopicPartition
 
+from infra import replay as replay_module
 from infra.event_log import EventLog, event_log
 from infra.generator import GeneratorPolicy, generate
+from infra.kafka.broker import Broker
 from infra.replay import Acknowledged, Pace, ReplayFailed, replay
 from infra.topics import ensure_topics
 from streams.settings import KafkaSettings, Settings, TopicsSettings
@@ -33,6 +37,16 @@ def settings(broker: Any, topic_prefix: str) -> Settings:
     made = Settings(app_id=topic_prefix, kafka=kafka_settings, topics=TopicsSettings(**names, partitions=PARTITIONS))
     ensure_topics(made)
     return made
+
+
+@pytest.fixture
+def own_settings(settings: Settings) -> Iterator[tuple[Broker, Settings]]:
+    """A broker that a test may kill, with the topics."""
+    with Broker.start() as running:
+        options = settings.kafka.model_copy(update={"bootstrap_servers": running.bootstrap_servers})
+        made = settings.model_copy(update={"kafka": options})
+        ensure_topics(made)
+        yield running, made
 
 
 @pytest.fixture
@@ -91,6 +105,38 @@ def test_missing_topic_is_one_clear_line(settings: Settings, log: EventLog) -> N
     missing = settings.model_copy(update={"topics": settings.topics.model_copy(update={"actions": "no-such-topic"})})
     with pytest.raises(ReplayFailed, match="after 0 of 5,000 events") as caught:
         asyncio.run(replay(log, missing, Pace()))
+    assert "\n" not in str(caught.value)
+
+
+def test_broker_that_comes_back_costs_nothing(own_settings: tuple[Broker, Settings], log: EventLog) -> None:
+    """Through a broker killed in the middle and started again, every event is acknowledged and stands there once."""
+    broker, settings = own_settings
+
+    def bounce() -> None:
+        time.sleep(1)
+        broker.kill()
+        time.sleep(1)
+        broker.restart()
+
+    killer = Thread(target=bounce)
+    killer.start()
+    totals = asyncio.run(replay(log, settings, Pace(rate=1_000)))
+    killer.join()
+    assert totals.acknowledged == len(log)
+    assert sum(len(records) for records in _read(settings).values()) == len(log)
+
+
+def test_broker_that_stays_away_is_one_clear_line(
+    own_settings: tuple[Broker, Settings], log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is gone for good ends the replay with the count of what was acknowledged."""
+    broker, settings = own_settings
+    monkeypatch.setattr(replay_module, "ACKNOWLEDGE_S", 3.0)
+    killer = Timer(1, broker.kill)
+    killer.start()
+    with pytest.raises(ReplayFailed, match="the replay ended after") as caught:
+        asyncio.run(replay(log, settings, Pace(rate=1_000)))
+    killer.join()
     assert "\n" not in str(caught.value)
 
 
