@@ -299,7 +299,8 @@ def open_runtime(settings: Settings) -> EncoderRuntime:
     """The encoder of the settings, on one thread: more cores are more workers."""
     encoder = settings.encoder
     if encoder.release_dir is None:
-        raise SettingsError(["encoder.release_dir: is needed by the worker; train one with `streamformer train`"])
+        remedy = "`encoder.training.run.train_release` makes one, `make demo` shows how"
+        raise SettingsError([f"encoder.release_dir: is needed by the worker; {remedy}"])
     return load_runtime(
         encoder.release_dir,
         kind=encoder.runtime,
