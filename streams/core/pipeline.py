@@ -319,6 +319,8 @@ class PartitionState:
     def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], Ints]:
         """Reset triggers of forgotten users; return whose tombstone must be published (once, also in a replay)."""
         rows = np.flatnonzero(applied.outcomes == Outcome.TOMBSTONE)
+        if not len(rows):
+            return [], rows
         last = {batch.users[row]: row for row in rows.tolist()}
         rows = np.array(list(last.values()), np.int64)
         slots, offsets = applied.slots[rows], batch.offsets[rows]

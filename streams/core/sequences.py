@@ -90,10 +90,12 @@ class SequenceState:
         slots, length = limits.hot_users_max, limits.sequence_length
         self.headers = np.zeros(slots, HEADER_DTYPE)
         self.live = np.zeros(slots, LIVE_DTYPE)
+        self._header_bytes, self._live_bytes = self.headers.view(_HEADER_BYTES), self.live.view(_LIVE_BYTES)
         self._users = [b""] * slots
         self.slot_of: dict[bytes, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._ring = np.zeros(slots * length, ACTION_DTYPE)
+        self._ring_bytes = self._ring.view(_ACTION_BYTES)
         self._fingerprints = np.zeros((slots, length), np.uint16)
         self._marked = np.zeros(slots, np.bool_)
         self._batch = 0
@@ -123,8 +125,8 @@ class SequenceState:
 
     def put(self, slots: Ints, headers: Columns, live: Columns) -> None:
         """Write columns back. Rows are copied as plain bytes, which is five times faster than field by field."""
-        self.headers.view(_HEADER_BYTES)[slots] = headers.view(_HEADER_BYTES)
-        self.live.view(_LIVE_BYTES)[slots] = live.view(_LIVE_BYTES)
+        self._header_bytes[slots] = headers.view(_HEADER_BYTES)
+        self._live_bytes[slots] = live.view(_LIVE_BYTES)
 
     def load(self, users: Sequence[bytes], stored: StoredSequences, phases_ms: Ints) -> Ints:
         """Make cold users hot; return their slots. Raises `StateFull`."""
@@ -309,7 +311,7 @@ class SequenceState:
         """Put actions, one user after another, at the positions from `first` on; a repeated cell keeps the last."""
         owner, position = spans(first, lengths)
         cells = self._cells(slots[owner], position)
-        self._ring.view(_ACTION_BYTES)[cells] = actions.view(_ACTION_BYTES)
+        self._ring_bytes[cells] = actions.view(_ACTION_BYTES)
         self._fingerprints.reshape(-1)[cells] = _fingerprint(actions["event_id"])
 
     def _cells(self, slots: Ints, positions: Ints) -> Ints:

@@ -33,7 +33,9 @@ Records = list[tuple[bytes, bytes | None]]
 MARK_KEY = b"m"
 _MARK = struct.Struct("<Bqq")
 _CHUNK_HEAD = np.dtype([("version", "u1"), ("zero", "u1"), ("chunk_length", "<u2"), ("number", "<i8")])
-_HEADER_BYTES, _ACTION_BYTES, _CHUNK_HEAD_BYTES, _CHECKSUM_BYTES = HEADER_DTYPE.itemsize, 32, 12, 4
+HEAD_BYTES, ACTION_BYTES = HEADER_DTYPE.itemsize, ACTION_DTYPE.itemsize
+_CHUNK_HEAD_BYTES, _CHECKSUM_BYTES = _CHUNK_HEAD.itemsize, 4
+_VERSION_BYTE = bytes((STATE_VERSION,))
 assert HEADER_DTYPE.fields is not None
 _DUE_MS_AT = HEADER_DTYPE.fields["due_ms"][1]
 
@@ -93,9 +95,9 @@ def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:
     """(header [1] of HEADER_DTYPE, tail actions). Raises `CorruptValue`."""
     key = head_key(user)
     body = unseal(key, value)
-    if len(body) < _HEADER_BYTES or len(body) != _HEADER_BYTES + _ACTION_BYTES * body[3]:
+    if len(body) < HEAD_BYTES or len(body) != HEAD_BYTES + ACTION_BYTES * body[3]:
         raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
-    return np.frombuffer(body, HEADER_DTYPE, 1), np.frombuffer(body, ACTION_DTYPE, offset=_HEADER_BYTES)
+    return np.frombuffer(body, HEADER_DTYPE, 1), np.frombuffer(body, ACTION_DTYPE, offset=HEAD_BYTES)
 
 
 def decode_chunk(user: bytes, number: int, value: bytes | None, limits: StateLimits) -> Actions:
@@ -105,7 +107,7 @@ def decode_chunk(user: bytes, number: int, value: bytes | None, limits: StateLim
         raise CorruptValue(key, f"chunk {number} is missing")
     body = unseal(key, value)
     head = np.frombuffer(body, _CHUNK_HEAD, 1)[0] if len(body) >= _CHUNK_HEAD_BYTES else None
-    if head is None or len(body) != _CHUNK_HEAD_BYTES + _ACTION_BYTES * int(head["chunk_length"]):
+    if head is None or len(body) != _CHUNK_HEAD_BYTES + ACTION_BYTES * int(head["chunk_length"]):
         raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
     if head["number"] != number or head["chunk_length"] != limits.chunk_length:
         raise CorruptValue(key, f"holds chunk {head['number']} instead of {number}")
@@ -140,23 +142,36 @@ def seal(key: bytes, body: bytes) -> bytes:
     return body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
-def unseal(key: bytes, value: bytes) -> bytes:
-    """Check version and checksum and take the latter off. Raises `CorruptValue`."""
+def body_of(key: bytes, value: bytes) -> bytes | None:
+    """A value without its checksum, None unless checksum and version are right."""
     body = value[:-_CHECKSUM_BYTES]
-    if not body or crc32(body, crc32(key)) != int.from_bytes(value[-_CHECKSUM_BYTES:], "little"):
+    if crc32(body, crc32(key)) != int.from_bytes(value[-_CHECKSUM_BYTES:], "little"):
+        return None
+    return body if body[:1] == _VERSION_BYTE else None
+
+
+def unseal(key: bytes, value: bytes) -> bytes:
+    """As `body_of`; raises `CorruptValue` with the reason."""
+    body = body_of(key, value)
+    if body is not None:
+        return body
+    if crc32(value[:-_CHECKSUM_BYTES], crc32(key)) != int.from_bytes(value[-_CHECKSUM_BYTES:], "little") or not value:
         raise CorruptValue(key, "the checksum does not match")
-    if body[0] != STATE_VERSION:
-        raise CorruptValue(key, f"version {body[0]} is unknown, this release reads {STATE_VERSION}")
-    return body
+    raise CorruptValue(key, f"version {value[0]} is unknown, this release reads {STATE_VERSION}")
+
+
+def chunk_dtype(limits: StateLimits) -> np.dtype[np.void]:
+    """A chunk's value without its checksum, as one row."""
+    return np.dtype([*_CHUNK_HEAD.descr, ("actions", ACTION_DTYPE, (limits.chunk_length,))])
 
 
 def _encode_heads(snapshot: Snapshot) -> Records:
     headers, tails = snapshot.headers.tobytes(), snapshot.tails.tobytes()
-    cuts = (snapshot.tail_starts * _ACTION_BYTES).tolist()
+    cuts = (snapshot.tail_starts * ACTION_BYTES).tolist()
     records: Records = []
     for i, user in enumerate(snapshot.users):
         key = b"u" + user
-        body = headers[i * _HEADER_BYTES : (i + 1) * _HEADER_BYTES] + tails[cuts[i] : cuts[i + 1]]
+        body = headers[i * HEAD_BYTES : (i + 1) * HEAD_BYTES] + tails[cuts[i] : cuts[i + 1]]
         records.append((key, body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")))
     return records
 
@@ -171,7 +186,7 @@ def _encode_chunks(snapshot: Snapshot, limits: StateLimits) -> Records:
     heads["version"], heads["chunk_length"] = STATE_VERSION, limits.chunk_length
     heads["number"] = snapshot.chunk_numbers
     head_bytes, rows = heads.tobytes(), snapshot.chunks.tobytes()
-    size = limits.chunk_length * _ACTION_BYTES
+    size = limits.chunk_length * ACTION_BYTES
     numbers: Sequence[int] = snapshot.chunk_numbers.tolist()
     for i, user in enumerate(snapshot.chunk_users.tolist()):
         key = chunk_key(users[user], numbers[i], limits)
