@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import kafka
-from kafka.errors import CoordinatorLoadInProgressError, CoordinatorNotAvailableError, NotCoordinatorError
+from kafka.errors import RetriableError
 
 from infra.bench.common import cpu_seconds
 from infra.errors import InfraError
@@ -107,8 +107,8 @@ def committed(admin: kafka.KafkaAdminClient, group: str, topic: str) -> int:
     """Events of `topic` whose offsets `group` has committed; its partitions begin at 0."""
     try:
         offsets = admin.list_group_offsets({group: None})[group]
-    except (CoordinatorNotAvailableError, CoordinatorLoadInProgressError, NotCoordinatorError):
-        return 0  # the first question about any group makes the broker create the topic of offsets
+    except RetriableError:  # the first question about any group makes the broker create the topic of offsets
+        return 0
     return sum(max(0, at.offset) for partition, at in offsets.items() if partition.topic == topic)
 
 

@@ -158,6 +158,17 @@ def test_a_bad_record_has_its_reason(record: FetchedRecord, reason: str) -> None
     assert refusal_of(record)[0] == reason
 
 
+def test_an_untimely_event_is_found_behind_another_fault() -> None:
+    """Event times are judged after the other faults, and still name the record they came in, in order."""
+    untimely = record_of({**GOOD, "timestamp_ms": 5})
+    decoded = decode(record_of(GOOD), untimely, FetchedRecord(b"ann", b"{"), untimely)
+    assert [(one.index, one.reason) for one in decoded.refused] == [
+        (1, RefusalReason.TIMESTAMP_PAST),
+        (2, RefusalReason.NOT_JSON),
+        (3, RefusalReason.TIMESTAMP_PAST),
+    ]
+
+
 def test_every_reason_is_reached() -> None:
     """The closed set holds no reason that the cases above do not produce."""
     reached = {reason for _, reason, _ in BAD_EVENTS.values()} | {reason for _, reason in BAD_RECORDS.values()}
