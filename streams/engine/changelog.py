@@ -22,6 +22,7 @@ import aiokafka
 from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
+from streams.engine.records import as_parsed
 from streams.state.store import Record
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ class LogReader:
             enable_auto_commit=False,
             auto_offset_reset="none",
             isolation_level="read_committed",
+            key_deserializer=as_parsed,
             max_partition_fetch_bytes=4 << 20,
             fetch_max_wait_ms=100,
         )

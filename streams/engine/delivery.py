@@ -14,7 +14,7 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py:
 `_acked_index`, `_add_gap`, `_buffered_partitions`, `_get_active_partitions`, `_new_consumer_thread`,
 `verify_event_path`;
 `faust.transport.drivers.aiokafka.AIOKafkaConsumerThread`: `_fetch_records`, `_seek_wait`, `_create_worker_consumer`;
-`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_fetcher._subscriptions`,
+`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_key_deserializer`, `_fetcher._subscriptions`,
 `_fetcher._prefetch_backoff`; `aiokafka.consumer.subscription_state.TopicPartitionState._position`.
 """
 
@@ -30,6 +30,8 @@ import aiokafka
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from streams.engine.records import as_parsed
+
 PREFETCH_BACKOFF_S = 0.002
 
 
@@ -43,7 +45,7 @@ class RecordBatch:
     end: int
     """Position after the fetch: above the last record, beyond control records that follow it."""
     records: list[Any]
-    """aiokafka consumer records; at least one."""
+    """Records as parsed (see `streams.engine.records`); at least one."""
     epoch: int
     """How often the partition had been sought when the batch was fetched: tells batches from before a seek."""
 
@@ -135,6 +137,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         # Faust hard-codes 1,500 ms, and reads uncommitted records unless its own exactly-once is on.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms
         consumer._isolation_level = "read_committed"
+        consumer._key_deserializer = as_parsed
         return consumer
 
 

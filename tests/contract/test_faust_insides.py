@@ -21,6 +21,11 @@ from faust.tables.recovery import Recovery
 from faust.transport.consumer import Consumer
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 
+from streams.engine.records import ParsedRecords
+
+PARTITION_RECORDS = ParsedRecords.__mro__[1]
+"""aiokafka's own class, whose name in its module is ours."""
+
 INSIDES: dict[Any, dict[str, str]] = {
     Consumer: {
         "getmany": "4b168d84882a",
@@ -58,6 +63,14 @@ INSIDES: dict[Any, dict[str, str]] = {
     },
     TopicPartitionState: {"consumed_to": "c7b8f0f99ce9", "seek": "c20b56d7ba7b", "await_reset": "7b5a780dd629"},
     aiokafka.consumer.fetcher.Fetcher: {"fetched_records": "be4348896b9b", "end_offsets": "d03333ff4f87"},
+    PARTITION_RECORDS: {
+        "__init__": "8ec1c2ae6ea1",
+        "__iter__": "b411eeeaeb7c",
+        "__next__": "63ac34a08c30",
+        "_unpack_records": "b803e6d46480",
+        "_consumer_record": "e668541600b0",
+    },
+    aiokafka.consumer.fetcher.FetchResult: {"getall": "3e717e30de50"},
 }
 
 
@@ -76,7 +89,8 @@ def test_inside_is_as_it_was_read(owner: Any, name: str, expected: str) -> None:
 
 
 def test_consumer_attributes_that_are_set_exist() -> None:
-    """The engine sets two attributes on aiokafka's consumer; both are read by it under these names."""
+    """The engine sets three attributes on aiokafka's consumer, which reads them under these names."""
     source = Path(inspect.getfile(aiokafka.AIOKafkaConsumer)).read_text()
     assert "self._fetch_max_wait_ms" in source
     assert "self._isolation_level" in source
+    assert "key_deserializer=self._key_deserializer" in source
