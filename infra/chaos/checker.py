@@ -85,6 +85,10 @@ class Checker:
             dead_letters=len(evidence.dead_letters),
         )
 
+    def is_behind(self) -> bool:
+        """Whether some user's last change is not in the output topic yet."""
+        return next(self._outputs.behind(), None) is not None
+
     def judge(self, committed: Mapping[int, int]) -> Verdict:
         """Compare everything as it stands at rest; `committed` holds the group's offset of each partition."""
         violations = [

@@ -86,19 +86,21 @@ class OutputChecks:
         detail = f"published at {record.timestamp_ms} ms after source offset {newest}"
         yield Violation(kind, name, record.partition, offset, detail)
 
+    def behind(self) -> Iterator[Violation]:
+        """Users whose last output does not contain their last change, or that are forgotten and still have one."""
+        for name, user in self._truth.users.items():
+            newest = self._users[name].source_offset if name in self._users else -1
+            if newest < user.applied_offset:
+                kind = Kind.UNPUBLISHED if user.rows else Kind.RESURRECTED
+                detail = f"the last output is of source offset {newest}"
+                yield Violation(kind, name, user.partition, user.applied_offset, detail)
+
     def at_rest(self) -> Iterator[Violation]:
         """Each user's last output: of its last change, and equal to what the full history gives."""
-        current: list[bytes] = []
-        for name, user in self._truth.users.items():
-            published = self._users.get(name, _Published())
-            if user.applied_offset < 0:
-                continue
-            if published.source_offset < user.applied_offset:
-                kind = Kind.UNPUBLISHED if user.rows else Kind.RESURRECTED
-                detail = f"the last output is of source offset {published.source_offset}"
-                yield Violation(kind, name, user.partition, user.applied_offset, detail)
-            elif user.rows:
-                current.append(name)
+        behind = list(self.behind())
+        yield from behind
+        late = {violation.user for violation in behind}
+        current = [name for name, user in self._truth.users.items() if user.rows and name not in late]
         for begin in range(0, len(current), USERS_AT_ONCE):
             yield from self._recompute(current[begin : begin + USERS_AT_ONCE])
 

@@ -1,0 +1,79 @@
+"""One run under judgement: a stage, its workers, and the checker that reads along.
+
+with Trial(stage) as trial:
+    trial.fleet.scale(1)
+    ...                        # traffic, faults
+    trial.rest(30)             # until everything is processed and published
+    verdict = trial.judge()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from kafka.errors import KafkaError
+
+from infra.chaos.checker import Checker, Rules, Verdict
+from infra.chaos.evidence import Gatherer
+from infra.chaos.fleet import WORKER, Fleet
+from infra.chaos.stage import Stage
+from infra.chaos.violations import Explained
+
+LOOK_EVERY_S = 0.3
+QUIET_S = 1.2
+"""More than two checkpoint intervals: what became dirty by the last acknowledgements is written too."""
+
+
+class Trial:
+    """A stage at work."""
+
+    def __init__(self, stage: Stage, command: Sequence[str] = WORKER) -> None:
+        self.stage = stage
+        self.fleet = Fleet(stage, command)
+        self.explained: list[Explained] = []
+        """Add to it when a fault may make outputs stale or repeated."""
+        self.gatherer = Gatherer(stage.settings)
+        oracle = stage.oracle()
+        state, topic = stage.settings.state, stage.settings.topics.actions
+        rules = Rules(state.sequence_length, state.chunk_length, oracle.version, topic, self.explained)
+        self.checker = Checker(rules, oracle)
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.fleet.close()
+
+    def rest(self, timeout_s: float) -> bool:
+        """Keep the workers running until nothing is left to do; False when that took longer. Traffic has stopped."""
+        deadline_s, quiet_since_s = time.monotonic() + timeout_s, time.monotonic()
+        while time.monotonic() < deadline_s:
+            self.fleet.tick()
+            if self._is_busy():
+                quiet_since_s = time.monotonic()
+            elif time.monotonic() - quiet_since_s >= QUIET_S:
+                return True
+            time.sleep(LOOK_EVERY_S)
+        return False
+
+    def explain(self, begin_ms: int) -> None:
+        """From then until now a fault may have made outputs stale or repeated."""
+        self.explained.append(Explained(begin_ms, time.time_ns() // 1_000_000))
+
+    def judge(self) -> Verdict:
+        """Hold everything against the truth; at rest only."""
+        self.checker.feed(self.gatherer.gather())
+        return self.checker.judge(self.gatherer.committed())
+
+    def _is_busy(self) -> bool:
+        """Whether anything was written since the last look, or is still to be."""
+        try:
+            evidence = self.gatherer.gather()
+            self.checker.feed(evidence)
+            committed = self.gatherer.committed()
+        except KafkaError:
+            return True
+        ends = self.checker.truth.ends
+        is_behind = any(committed.get(partition, 0) < end for partition, end in ends.items())
+        return is_behind or self.checker.is_behind() or bool(evidence.outputs or evidence.changelog)
