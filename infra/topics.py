@@ -51,10 +51,16 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
     return (
         Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
         Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}),
-        Topic(names.dead_letter, partitions, "delete", {"retention.ms": str(30 * DAY_MS)}),
+        Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS),
         Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS),
     )
 
+
+# A refused record is written whole and gains headers on its way, so this topic takes more than any other.
+_DEAD_LETTER_CONFIGS: Mapping[str, str] = {
+    "max.message.bytes": str(64 << 20),
+    "retention.ms": str(30 * DAY_MS),
+}
 
 # The active segment is never compacted, so smaller segments bound what a restore reads twice; half of a closed log may
 # be outdated before it is rewritten, which costs less disk traffic than the default does once most keys are hot.

@@ -17,6 +17,7 @@ from typing import Any
 import aiokafka
 import numpy as np
 import numpy.typing as npt
+from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import BATCH_BYTES_MAX, LogReader
@@ -30,6 +31,11 @@ from streams.wire.embeddings import (
 )
 
 logger = logging.getLogger(__name__)
+
+RECORD_BYTES_MAX = 64 << 20
+"""What the client lets through: a refused action may be larger than aiokafka's 1 MB, and the broker decides."""
+VALUE_OMITTED = "error-value-omitted-bytes"
+"""Header of a dead letter that the topic would not take whole: how long the value is that stays in the source topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class Outputs:
             acks="all",
             enable_idempotence=True,
             max_batch_size=BATCH_BYTES_MAX,
+            max_request_size=RECORD_BYTES_MAX,
             request_timeout_ms=self._config.request_timeout_ms,
             linger_ms=0,
         )
@@ -91,7 +98,22 @@ class Outputs:
     async def dead_letter(
         self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
     ) -> None:
-        """Send one record to the dead-letter topic; returns once it is acknowledged."""
+        """Send one record to the dead-letter topic; returns once it is acknowledged.
+
+        A value that the topic finds too large is left out, and a header says so: no record stops a worker.
+        """
+        try:
+            await self._dead_letter(partition, key, value, headers)
+        except MessageSizeTooLargeError:
+            logger.warning(
+                "a dead letter of %d bytes is too large for its topic: the value is left out", len(value or b"")
+            )
+            omitted = (VALUE_OMITTED, b"%d" % len(value or b""))
+            await self._dead_letter(partition, key, None, [*headers, omitted])
+
+    async def _dead_letter(
+        self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+    ) -> None:
         assert self._producer is not None
         await self._producer.send_and_wait(
             self._config.dead_letter_topic, key=key, value=value, headers=list(headers), partition=partition
