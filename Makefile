@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder bench-ingest
+.PHONY: demo test lint install bench-encoder bench-freshness bench-ingest
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 bench-encoder: $(STAMP)
 	$(BIN)/python -m infra.bench.encoder
+
+bench-freshness: $(STAMP) .venv-peers/installed
+	$(BIN)/python -m infra.bench.freshness
 
 bench-ingest: $(STAMP) .venv-peers/installed
 	$(BIN)/python -m infra.bench.ingest

@@ -1,4 +1,4 @@
-"""The peers of the ingest benchmark as contestants, each with what it needs, or the reason why it cannot run here.
+"""The peers of the stream benchmarks as contestants, each with what it needs, or the reason why it cannot run here.
 
 The programs are in `peers/`. Quix Streams and Bytewax run in `.venv-peers`, which `make bench-ingest` creates; Faust in
 our own environment; Kafka Streams is compiled with the machine's JDK.
@@ -23,7 +23,8 @@ from infra.bench.contestants import Contestant, committed, free_port, sample, sc
 from infra.bench.worker import PARTITIONS, SEQUENCE_LENGTH
 
 PEERS = Path(__file__).with_name("peers")
-VENV_PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+ROOT = Path(__file__).parents[2]
+VENV_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 KAFKA_STREAMS = "org.apache.kafka:kafka-streams:4.1.2"
 EVERY_N = 1_000_000
 
@@ -39,6 +40,10 @@ class Job:
     bootstrap_servers: str
     folder: Path
     """Under which each has a folder of its own."""
+    kept: int = SEQUENCE_LENGTH
+    """Actions of a user."""
+    release: Path | None = None
+    """Of the encoder, for those that embed."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """In all names on the broker, which may have seen earlier runs."""
 
@@ -51,7 +56,8 @@ class Job:
             "OUTPUT": f"{name}-{self.run}-due",
             "FOLDER": str(self.folder / name / "state"),
             "EVERY_N": str(EVERY_N),
-            "KEPT": str(SEQUENCE_LENGTH),
+            "KEPT": str(self.kept),
+            "RELEASE": str(self.release or ""),
         }
 
 
@@ -64,6 +70,23 @@ def faust_peer(job: Job) -> Contestant:
 def quix_peer(job: Job) -> Contestant:
     """Quix Streams; raises `PeerUnavailable`."""
     return _contestant(job, "quix", (_venv_python("quixstreams"), str(PEERS / "quix_streams.py")))
+
+
+def faust_encoder_peer(job: Job) -> Contestant:
+    """Idiomatic Faust that embeds, in our own environment."""
+    command = (sys.executable, "-m", "infra.bench.peers.faust_encoder", "worker", "--without-web", "-l", "warn")
+    return _contestant(job, "faust", command, {"PYTHONPATH": str(ROOT)})
+
+
+def quix_encoder_peer(job: Job) -> Contestant:
+    """Quix Streams that embeds: our own interpreter, for torch, with its packages; raises `PeerUnavailable`."""
+    _venv_python("quixstreams")
+    packages = next(VENV_PYTHON.parents[1].glob("lib/python3*/site-packages"))
+    path = os.pathsep.join([str(ROOT), str(packages)])
+    return _contestant(job, "quix", (sys.executable, "-m", "infra.bench.peers.quix_encoder"), {"PYTHONPATH": path})
+
+
+ENCODING_PEERS = {"faust": faust_encoder_peer, "quix": quix_encoder_peer}
 
 
 def bytewax_peer(job: Job) -> Contestant:

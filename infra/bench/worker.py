@@ -1,7 +1,6 @@
-"""A Streamformer worker as the stream benchmarks run it: the shipped command, a policy that never fires.
+"""A Streamformer worker as the stream benchmarks run it: the shipped command, a job, an encoder of random weights.
 
-Kept actions, checkpoint interval and fetch sizes are those of the job or the defaults. The release is an encoder of
-random weights: it is loaded and never called.
+Kept actions, triggers and encoder are those of the job, checkpoint interval and fetch sizes the defaults.
 """
 
 from __future__ import annotations
@@ -16,17 +15,52 @@ import kafka
 import numpy as np
 import torch
 
+from encoder.actions import item_key
 from encoder.features import Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder, initialize
 from encoder.release import make_release
 from infra.bench.contestants import Contestant, committed, free_port, sample, scrape
 from infra.topics import ensure_topics
-from streams.settings import KafkaSettings, Settings, StateSettings, TopicsSettings, WebSettings
+from streams.settings import (
+    EncoderSettings,
+    KafkaSettings,
+    Settings,
+    StateSettings,
+    TopicsSettings,
+    TriggersSettings,
+    WebSettings,
+    WorkerSettings,
+)
 
 PARTITIONS = 4
 SEQUENCE_LENGTH = 64
-POLICY = "[triggers]\nevery_n = 1_000_000\n"
+TINY = EncoderConfig(
+    d_model=16,
+    heads=2,
+    kv_heads=1,
+    windows=(16, 16),
+    embedding_dim=16,
+    item_dim=16,
+    action_dim=4,
+    surface_dim=4,
+    sequence_length=SEQUENCE_LENGTH,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJob:
+    """What a measured worker is to do."""
+
+    policy: str = "[triggers]\nevery_n = 1_000_000\n"
+    """Triggers, in TOML; as it stands, none fires and the encoder is loaded and never called."""
+    encoder: EncoderConfig = TINY
+    cache_bytes_max: int = 1 << 20
+    items: int = 100
+    """Known to the encoder; further ones share its unknown row."""
+
+
+NO_TRIGGERS = WorkerJob()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +79,19 @@ class MeasuredWorker:
         return sample(scrape(self.settings.web.port), name)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether every partition is restored and being read."""
-        text = scrape(self.settings.web.port)
-        return sample(text, "streamformer_partitions") == PARTITIONS and 'state="restoring"} 0.0' in text
+    def partitions_ready(self) -> int:
+        """Partitions that are restored and being read."""
+        lines = scrape(self.settings.web.port).splitlines()
+        return int(sample("\n".join(line for line in lines if 'state="ready"' in line), "streamformer_partitions"))
 
 
-def prepare_worker(name: str, bootstrap_servers: str, folder: Path) -> MeasuredWorker:
+def prepare_worker(name: str, bootstrap_servers: str, folder: Path, job: WorkerJob = NO_TRIGGERS) -> MeasuredWorker:
     """Create the worker's topics, release and policy, in `folder`; start it with `Running.start(worker.contestant)`.
 
     Its application id and topics are its own, also on a broker that has seen earlier runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "policy.toml").write_text(job.policy)
     app_id = f"{name}-{uuid.uuid4().hex[:8]}"
     settings = Settings(
         app_id=app_id,
@@ -68,25 +103,43 @@ def prepare_worker(name: str, bootstrap_servers: str, folder: Path) -> MeasuredW
             dead_letter=f"{app_id}-dead-letter",
             partitions=PARTITIONS,
         ),
-        state=StateSettings(sequence_length=SEQUENCE_LENGTH),
+        state=StateSettings(sequence_length=job.encoder.sequence_length),
         web=WebSettings(port=free_port()),
+        encoder=EncoderSettings(release_dir=folder / "release", dtype="fp32", cache_bytes_max=job.cache_bytes_max),
+        triggers=TriggersSettings(policy_file=folder / "policy.toml"),
+        worker=WorkerSettings(instance_id=app_id),
     )
     ensure_topics(settings)
-    (folder / "policy.toml").write_text(POLICY)
-    save_random_release(folder / "release")
-    admin = kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    save_random_release(folder / "release", job.encoder, job.items)
+    return _measured(name, settings, folder)
+
+
+def join_worker(first: MeasuredWorker, name: str, folder: Path) -> MeasuredWorker:
+    """One more worker of the same application, with its own disk, port and instance id."""
+    settings = first.settings.model_copy(
+        update={
+            "data_dir": folder / "data",
+            "web": WebSettings(port=free_port()),
+            "worker": WorkerSettings(instance_id=f"{first.settings.app_id}-{name}"),
+        }
+    )
+    return _measured(name, settings, folder)
+
+
+def _measured(name: str, settings: Settings, folder: Path) -> MeasuredWorker:
+    admin = kafka.KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
     contestant = Contestant(
         name=name,
         topic=settings.topics.actions,
         command=(sys.executable, "-m", "infra.cli", "worker"),
-        environment={**os.environ, **_environment(settings, folder)},
+        environment={**os.environ, **_environment(settings)},
         folder=folder,
         applied=lambda: committed(admin, settings.app_id, settings.topics.actions),
     )
     return MeasuredWorker(settings, contestant)
 
 
-def _environment(settings: Settings, folder: Path) -> dict[str, str]:
+def _environment(settings: Settings) -> dict[str, str]:
     values = {
         "APP_ID": settings.app_id,
         "DATA_DIR": settings.data_dir,
@@ -97,29 +150,19 @@ def _environment(settings: Settings, folder: Path) -> dict[str, str]:
         "TOPICS_PARTITIONS": settings.topics.partitions,
         "STATE_SEQUENCE_LENGTH": settings.state.sequence_length,
         "WEB_PORT": settings.web.port,
-        "WORKER_INSTANCE_ID": settings.app_id,
-        "TRIGGERS_POLICY_FILE": folder / "policy.toml",
-        "ENCODER_RELEASE_DIR": folder / "release",
-        "ENCODER_DTYPE": "fp32",
-        "ENCODER_CACHE_BYTES_MAX": 1 << 20,
+        "WORKER_INSTANCE_ID": settings.worker.instance_id,
+        "TRIGGERS_POLICY_FILE": settings.triggers.policy_file,
+        "ENCODER_RELEASE_DIR": settings.encoder.release_dir,
+        "ENCODER_DTYPE": settings.encoder.dtype,
+        "ENCODER_CACHE_BYTES_MAX": settings.encoder.cache_bytes_max,
     }
     return {f"STREAMFORMER_{name}": str(value) for name, value in values.items()}
 
 
-def save_random_release(folder: Path) -> None:
-    """A very small encoder with random weights, seed 0, as a release."""
-    config = EncoderConfig(
-        d_model=16,
-        heads=2,
-        kv_heads=1,
-        windows=(16, 16),
-        embedding_dim=16,
-        item_dim=16,
-        action_dim=4,
-        surface_dim=4,
-        sequence_length=SEQUENCE_LENGTH,
-    )
-    vocabularies = Vocabularies(np.arange(1, 101, dtype=np.uint64), ("view", "click", "save", "share"), ("home",))
+def save_random_release(folder: Path, config: EncoderConfig, items: int) -> None:
+    """An encoder with random weights, seed 0, as a release; its items are `item-0` and so on."""
+    keys = np.sort(np.array([item_key(f"item-{number}") for number in range(items)], np.uint64))
+    vocabularies = Vocabularies(keys, ("view", "click", "save", "share"), ("home",))
     model = build_encoder(
         config,
         TrainedItems(len(vocabularies.item_keys), config.item_dim),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,32 @@ def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.Monke
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: no Kafka broker answers at 127.0.0.1:1")
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_bench_freshness_serves_every_event(
+    broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The quick freshness benchmark, without peers, ends with all keys, every event served, and a picture."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    ended = subprocess.run(
+        [sys.executable, "-m", "infra.bench.freshness", "--quick", "--no-peers"],
+        capture_output=True,
+        text=True,
+        timeout=390,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["bench"] == "freshness"
+    assert result["unserved"] == 0
+    assert 0 < result["p50_ms"] <= result["p99_ms"]
+    assert 0 < result["kill_p50_ms"] <= result["kill_p99_ms"]
+    assert 1 < result["takeover_seconds"] < 60
+    assert 500 < result["embeddings_per_cpu_second"] < 1_000_000
+    assert result["ratio_faust"] is result["ratio_quix"] is None
+    assert (tmp_path / "reports" / "freshness.png").stat().st_size > 10_000
