@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_BYTES_MAX = 900_000
 """Below the broker's default `message.max.bytes` of 1,048,588."""
+POLL_MS = 20
+"""How soon a reader sees that its position has passed trailing markers, which bring no record to wake it."""
 
 
 class Fenced(Exception):
@@ -121,7 +123,7 @@ class LogReader:
     """Reads one partition up to the end offset that was current when reading began, and can show that it did."""
 
     def __init__(self, tp: TopicPartition, client: Mapping[str, Any]) -> None:
-        self._tp = tp
+        self.tp = tp
         self._consumer = aiokafka.AIOKafkaConsumer(
             **client,
             enable_auto_commit=False,
@@ -139,9 +141,9 @@ class LogReader:
     async def open(self) -> None:
         """Assign the partition and read its begin and end offsets."""
         await self._consumer.start()
-        self._consumer.assign([self._tp])
-        self.begin = (await self._consumer.beginning_offsets([self._tp]))[self._tp]
-        self.end = (await self._consumer.end_offsets([self._tp]))[self._tp]
+        self._consumer.assign([self.tp])
+        self.begin = (await self._consumer.beginning_offsets([self.tp]))[self.tp]
+        self.end = (await self._consumer.end_offsets([self.tp]))[self.tp]
 
     async def close(self) -> None:
         await self._consumer.stop()
@@ -152,11 +154,11 @@ class LogReader:
         Ends by position and not by the last record seen, for transaction markers fill offsets that no record has.
         Returning is the proof: every visible record in [start, end) has been yielded.
         """
-        self._consumer.seek(self._tp, start)
+        self._consumer.seek(self.tp, start)
         position = start
         while position < self.end:
-            fetched = await self._consumer.getmany(self._tp, timeout_ms=200, max_records=records_max)
-            records = fetched.get(self._tp)
+            fetched = await self._consumer.getmany(self.tp, timeout_ms=POLL_MS, max_records=records_max)
+            records = fetched.get(self.tp)
             if records:
                 yield records
-            position = await self._consumer.position(self._tp)
+            position = await self._consumer.position(self.tp)

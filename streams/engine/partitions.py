@@ -199,14 +199,13 @@ class Partitions(Service):
         started = time.monotonic()
         source = TP(self._config.source_topic, number)
         producer = self._new_producer(number)
-        store: PartitionStore | None = None
+        store = None
         try:
             await producer.start()
             committed = await self._committed(source)
             async with self._restores:
                 store = await self._restore(number)
-            mark = self._prove(number, store, committed)
-            owned = await self._owned(source, store, producer, mark)
+            owned = await self._owned(source, store, producer, self._prove(number, store, committed))
             owned.rebuilt = rebuilt
             if self.app.consumer_generation_id != generation:
                 raise Fenced(f"partition {number}: the assignment has changed")
@@ -252,7 +251,7 @@ class Partitions(Service):
             at = "empty" if mark is None else f"of offset {mark.source_offset}"
             raise IncompleteRestore(
                 f"partition {number}: the restored state is {at}, but offset {committed} is committed: the changelog "
-                f"{self._config.changelog_topic} has lost records; rebuild with `streamformer state rebuild`"
+                f"{self._config.changelog_topic} has lost records; a new application id rebuilds from the source topic"
             )
         return mark
 

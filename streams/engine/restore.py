@@ -2,7 +2,8 @@
 
 A restore begins after fencing, so the end offset it reads is final. It goes on until the reader's *position* has
 passed that offset: markers of transactions fill offsets that no record has, and "the last record seen" would either
-wait for ever or end too early. A local database that does not fit the log is deleted and rebuilt.
+wait for ever or end too early. A local database that does not fit the log is deleted and rebuilt. A log whose head was
+deleted is no basis for that: only a database that already holds the deleted records goes on from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROGRESS_EVERY_S = 5.0
 
 
 class IncompleteRestore(Exception):
-    """The restored state is behind the committed offset; processing must not begin. Stops the worker."""
+    """Records of the state are missing for good; processing must not begin. Stops the worker."""
 
 
 async def restore(
@@ -42,7 +43,8 @@ async def restore(
     """Open the database at `path` and bring it to the end of changelog partition `tp`; return it.
 
     `on_progress(records restored, offsets remaining)` is called after every write. On cancellation the database is
-    closed; what was written stays, with the offset it reaches, so the next restore goes on from there.
+    closed; what was written stays, with the offset it reaches, so the next restore goes on from there. Raises
+    `IncompleteRestore` where records that the database does not hold were deleted from the log.
     """
     reader = LogReader(tp, client)
     store: PartitionStore | None = None
@@ -61,24 +63,40 @@ async def restore(
 
 def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[PartitionStore, int]:
     """The local database and where in the log to go on; an empty one where the local one does not fit the log."""
+    store = _opened(path, open_store)
+    local = store.changelog_offset
+    if local is not None and reader.begin <= local + 1 <= reader.end:
+        return store, local + 1
+    if local is None and reader.begin == 0:
+        return store, 0
+    store.close()
+    if reader.begin > 0:
+        raise IncompleteRestore(_cut(reader, local))
+    logger.warning(
+        "local state at %s ends at offset %s, the changelog at %d: it is deleted and rebuilt", path, local, reader.end
+    )
+    PartitionStore.destroy(path)
+    return open_store(path), 0
+
+
+def _opened(path: Path, open_store: OpenStore) -> PartitionStore:
     try:
-        store = open_store(path)
+        return open_store(path)
     except StoreDamaged as damage:
         logger.warning("local state at %s is damaged (%s): it is deleted and rebuilt from the changelog", path, damage)
         PartitionStore.destroy(path)
-        store = open_store(path)
-    local = store.changelog_offset
-    if local is None:
-        return store, reader.begin
-    if reader.begin <= local + 1 <= reader.end:
-        return store, local + 1
-    logger.warning(
-        "local state at %s ends at offset %d, the changelog holds %d to %d: it is deleted and rebuilt",
-        path, local, reader.begin, reader.end,
-    )  # fmt: skip
-    store.close()
-    PartitionStore.destroy(path)
-    return open_store(path), reader.begin
+        return open_store(path)
+
+
+def _cut(reader: LogReader, local: int | None) -> str:
+    """Compaction removes outdated records and leaves the log's first offset at 0; only deletion moves it."""
+    disk = "is empty" if local is None else f"ends at offset {local}"
+    return (
+        f"the changelog {reader.tp.topic}, partition {reader.tp.partition}, begins at offset {reader.begin} and the "
+        f"local state {disk}: records in between were deleted (kafka-delete-records, or cleanup.policy=delete), and "
+        "users with them; start a worker that still has its local state, or a new application id, which rebuilds every "
+        "user from the actions that the source topic still holds"
+    )
 
 
 async def _read(store: PartitionStore, reader: LogReader, start: int, on_progress: Callable[[int, int], None]) -> None:
