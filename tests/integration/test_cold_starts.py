@@ -1,0 +1,201 @@
+"""Cold starts never begin on incomplete state: counted, over six shapes of changelog, against the truth.
+
+The same count fails when the end of the restore is broken on purpose, one way at a time: those are the last tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import kafka
+import pytest
+from aiokafka.structs import TopicPartition
+
+from streams.engine.changelog import ChangelogProducer, Fenced, LogReader
+from streams.engine.partitions import Partitions
+from tests.integration.changelogs import SHAPES, Log, Shape, an_open_transaction, left_open, many_small_ones, written
+from tests.integration.cold_starts import Starts, alone, started
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+SEED = 31
+STARTS = 50
+"""Of each of the six shapes: 300 in all."""
+RACES = 20
+"""Starts beside a predecessor at work."""
+BROKEN_STARTS = 3
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def log(broker: Any, topic_prefix: str) -> Log:
+    print(f"seed {SEED}")
+    return Log.create(broker.bootstrap_servers, topic_prefix, SEED)
+
+
+def test_every_cold_start_begins_on_whole_state(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
+    """Whatever the changelog looks like, each of 300 starts restores exactly what was committed, and none refuses."""
+
+    async def of_shape(shape: Shape) -> tuple[str, tuple[int, int, int]]:
+        name = shape.__name__
+        log = Log.create(broker.bootstrap_servers, f"{topic_prefix}-{name}", SEED)
+        await shape(log)
+        predecessor = left_open if shape is an_open_transaction else alone
+        return name, (await started(Starts(log, tmp_path / name), STARTS, predecessor)).count
+
+    async def scenario() -> dict[str, tuple[int, int, int]]:
+        return dict(await asyncio.gather(*map(of_shape, SHAPES)))
+
+    print(f"seed {SEED}")
+    counts = asyncio.run(scenario())
+    assert counts == {shape.__name__: (STARTS, 0, 0) for shape in SHAPES}
+
+
+def test_a_predecessor_at_work_is_shut_out_before_the_end_is_read(log: Log, tmp_path: Path) -> None:
+    """A predecessor that commits until it is fenced changes nothing behind the end that a start restores to."""
+    starts = asyncio.run(racing(Starts(log, tmp_path), RACES))
+    assert starts.count == (RACES, 0, 0), starts.refused
+
+
+async def racing(starts: Starts, count: int) -> Starts:
+    """Starts while a predecessor goes on with checkpoints until it finds itself fenced."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def predecessor(log: Log) -> None:
+        writer = log.producer()
+        await writer.start()
+        await log.checkpoint(writer, log.records(10, 60))
+        tasks.append(asyncio.create_task(until_fenced(log, writer)))
+
+    await started(starts, count, predecessor)
+    await asyncio.gather(*tasks)
+    return starts
+
+
+async def until_fenced(log: Log, writer: ChangelogProducer) -> None:
+    try:
+        while True:
+            await log.checkpoint(writer, log.records(10, 60))
+    except Fenced:
+        await writer.stop()
+
+
+@pytest.mark.parametrize("rest", ["empty", "old"])
+def test_a_changelog_that_lost_its_last_records_is_refused(log: Log, tmp_path: Path, rest: str) -> None:
+    """With an offset committed, a changelog that is empty or ends before it lets no start begin."""
+
+    async def scenario() -> Starts:
+        await written(log, 3 if rest == "old" else 0, 10, 50)
+        writer = log.producer()
+        await writer.start()
+        await writer.begin()
+        await writer.send_source_offset(log.offset + 10)
+        await writer.commit()
+        await writer.stop()
+        return await started(Starts(log, tmp_path), 2)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (0, 0, 2)
+    assert "has lost records" in starts.refused[0]
+
+
+def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> None:
+    """Records deleted from the head are lost users, though the last mark is there: no cold start begins on the rest."""
+    cut = 40
+
+    async def scenario() -> Starts:
+        await written(log, 5, 20, 50)
+        delete_records(log, cut)
+        return await started(Starts(log, tmp_path), 2)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (0, 0, 2)
+    assert f"begins at offset {cut}" in starts.refused[0]
+
+
+def delete_records(log: Log, before: int) -> None:
+    """What an operator's kafka-delete-records does; a compacted topic has to allow it first."""
+    admin = kafka.KafkaAdminClient(bootstrap_servers=log.client["bootstrap_servers"])
+    changelog = log.names.changelog
+    resource = kafka.admin.ConfigResource(
+        kafka.admin.ConfigResourceType.TOPIC, changelog.topic, {"cleanup.policy": "compact,delete"}
+    )
+    admin.alter_configs([resource])
+    admin.delete_records({kafka.TopicPartition(*changelog): before})
+    admin.close()
+
+
+# The count must be able to fail. Each fault alone, with the proof by the mark in place and without it.
+
+
+def ends_at_a_silence(patch: Patch) -> None:
+    """Ends at the first fetch that brings nothing, as a recovery that looks before its consumer has fetched."""
+
+    async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
+        self._consumer.seek(self.tp, start)
+        while records := (await self._consumer.getmany(self.tp, timeout_ms=0, max_records=records_max)).get(self.tp):
+            yield records
+
+    patch.setattr(LogReader, "batches", batches)
+
+
+def ends_at_the_last_record_seen(patch: Patch) -> None:
+    """Ends when a record with the last offset has been seen, which is a marker's: it waits for ever."""
+
+    async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
+        self._consumer.seek(self.tp, start)
+        last = start - 1
+        while last + 1 < self.end:
+            for records in (await self._consumer.getmany(self.tp, timeout_ms=200, max_records=records_max)).values():
+                yield records
+                last = records[-1].offset
+
+    patch.setattr(LogReader, "batches", batches)
+
+
+def end_read_before_fencing(patch: Patch) -> None:
+    """Restores up to an end that was read while the predecessor could still commit."""
+    ends: dict[TopicPartition, int] = {}
+    open_, start = LogReader.open, ChangelogProducer.start
+
+    async def read_then_fence(self: ChangelogProducer) -> None:
+        reader = LogReader(self._names.changelog, {"bootstrap_servers": self._producer.client._bootstrap_servers})
+        await open_(reader)
+        ends[reader.tp] = reader.end
+        await reader.close()
+        await asyncio.sleep(0.1)  # in which the predecessor commits once more
+        await start(self)
+
+    async def old_end(self: LogReader) -> None:
+        await open_(self)
+        self.end = ends.get(self.tp, self.end)
+
+    patch.setattr(ChangelogProducer, "start", read_then_fence)
+    patch.setattr(LogReader, "open", old_end)
+
+
+Fault = Callable[[Patch], None]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [ends_at_a_silence, ends_at_the_last_record_seen, end_read_before_fencing],
+    ids=lambda fault: fault.__name__,
+)
+def test_a_broken_end_fails_the_count(log: Log, tmp_path: Path, monkeypatch: Patch, fault: Fault) -> None:
+    """With its end broken no restore passes for whole: the mark refuses it, and without the mark it is counted."""
+
+    async def scenario() -> tuple[Starts, Starts]:
+        await many_small_ones(log)
+        fault(monkeypatch)
+        proved = await racing(Starts(log, tmp_path, start_s=1.5), BROKEN_STARTS)
+        monkeypatch.setattr(Partitions, "_prove", lambda self, number, store, committed: store.mark())
+        return proved, await racing(Starts(log, tmp_path, start_s=1.5), BROKEN_STARTS)
+
+    proved, unproved = asyncio.run(scenario())
+    print(proved.count, unproved.count)
+    assert proved.refused
+    assert proved.incomplete == 0
+    assert unproved.incomplete or "the restore found no end" in unproved.refused
