@@ -71,6 +71,8 @@ class Checker:
         self._dead: dict[tuple[int, int], list[LogRecord]] = {}
         self._records: Counter[str] = Counter()
         self._violations: list[Violation] = []
+        self._settled: dict[int, int] = {}
+        """Partition -> up to where the input has been judged and forgotten."""
 
     def feed(self, evidence: Evidence) -> None:
         """Take in more of each topic; `inputs` must reach at least as far as the other topics do."""
@@ -110,6 +112,15 @@ class Checker:
         )
         return Verdict(violations, counts, self._outputs.freshness_ms())
 
+    def settle(self) -> None:
+        """After a judgement at rest: keep what users must be now, and forget how they came to it."""
+        self._settled = dict(self.truth.ends)
+        self._state.settle()
+        self._outputs.settle()
+        self.truth.settle()
+        self._dead.clear()
+        self._violations.clear()
+
     def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
         """Committed is never ahead of processed, and at rest not behind the log either."""
         found = []
@@ -126,8 +137,9 @@ class Checker:
     def _feed_dead_letter(self, record: LogRecord) -> None:
         headers = dict(record.headers)
         if headers.get("source-topic") == self._rules.source_topic.encode() and "source-offset" in headers:
-            origin = int(headers.get("source-partition", b"-1")), int(headers["source-offset"])
-            self._dead.setdefault(origin, []).append(record)
+            partition, offset = int(headers.get("source-partition", b"-1")), int(headers["source-offset"])
+            if offset >= self._settled.get(partition, 0):
+                self._dead.setdefault((partition, offset), []).append(record)
 
     def _dead_letters_at_rest(self) -> list[Violation]:
         found = []

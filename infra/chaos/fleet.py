@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from infra.chaos.stage import Stage
 PR_SET_PDEATHSIG = 1
 RESTART_AFTER_S = 0.3
 STOP_S = 25.0
+PORT = re.compile(r"metrics at http://[^:]+:(\d+)/metrics")
 _LIBC = ctypes.CDLL(None)
 
 WORKER = (sys.executable, "-m", "infra.cli", "worker")
@@ -56,9 +58,9 @@ class Slot:
     wanted: bool = False
     doomed: bool = False
     """It was told to end or killed: its end is no news."""
-    paused: bool = False
     ended_at: float = 0.0
-    starts: int = 0
+    log_begin: int = 0
+    """Where in its log the present process began."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Fleet:
     command: Sequence[str] = WORKER
     slots: dict[int, Slot] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
+    kills: int = 0
+    """Processes ended by SIGKILL so far."""
 
     def __enter__(self) -> Fleet:
         return self
@@ -112,7 +116,6 @@ class Fleet:
     def pause(self, number: int) -> None:
         """SIGSTOP."""
         self._signal(self.slots[number], signal.SIGSTOP)
-        self.slots[number].paused = True
 
     def resume(self, number: int) -> None:
         """SIGCONT."""
@@ -126,24 +129,39 @@ class Fleet:
         if slot.process is not None:
             self._note_end(slot, slot.process.wait())
 
+    def retire(self, number: int) -> None:
+        """SIGTERM, and keep it down until `release`."""
+        slot = self.slots[number]
+        slot.wanted = False
+        self._signal(slot, signal.SIGTERM)
+
     def release(self, number: int) -> None:
-        """Let a held worker be started again."""
-        self.slots[number].wanted = True
+        """Let a held worker, or a new one, be started."""
+        self._slot(number).wanted = True
         self.tick()
 
-    def pid(self, number: int) -> int | None:
-        process = self.slots[number].process
-        return process.pid if process is not None else None
+    def is_down(self, number: int) -> bool:
+        slot = self.slots[number]
+        return slot.process is None or slot.process.poll() is not None
 
-    def memory_mb(self) -> int:
-        """Resident memory of the largest worker."""
-        sizes = [0]
-        for number in self.running():
-            try:
-                sizes.append(psutil.Process(self.pid(number)).memory_info().rss >> 20)
-            except psutil.Error:
-                continue
-        return max(sizes)
+    def memory_mb(self, number: int) -> float:
+        """Resident memory of a worker, in 10^6 bytes; 0 when it does not run."""
+        process = self.slots[number].process
+        try:
+            return float(psutil.Process(process.pid).memory_info().rss) / 1e6 if process is not None else 0.0
+        except psutil.Error:
+            return 0.0
+
+    def port(self, number: int) -> int | None:
+        """Where the worker's present process answers `/livez`; None before it does."""
+        found = PORT.findall(self.said(number))
+        return int(found[-1]) if found else None
+
+    def said(self, number: int) -> str:
+        """What the worker's present, or last, process has written."""
+        with self._log_path(number).open("rb") as log:
+            log.seek(self._slot(number).log_begin)
+            return log.read().decode(errors="replace")
 
     def stop(self) -> Counter[int]:
         """SIGTERM to all and wait; the exit codes, -9 for one that did not end in time."""
@@ -182,6 +200,7 @@ class Fleet:
 
     def _start(self, slot: Slot) -> None:
         with self._log_path(slot.number).open("ab") as log:
+            slot.log_begin = log.tell()
             slot.process = subprocess.Popen(
                 [*self.command, "--config", str(self.stage.config)],
                 env={**os.environ, **self.stage.worker_environment(slot.number)},
@@ -191,8 +210,7 @@ class Fleet:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        slot.doomed = slot.paused = False
-        slot.starts += 1
+        slot.doomed = False
 
     def _signal(self, slot: Slot, number: signal.Signals) -> None:
         if slot.process is None:
@@ -200,9 +218,10 @@ class Fleet:
         slot.process.send_signal(number)
         if number in (signal.SIGKILL, signal.SIGTERM):
             slot.doomed = True
+        self.kills += number is signal.SIGKILL
 
     def _note_end(self, slot: Slot, code: int) -> None:
-        words = self.log(slot.number).strip().splitlines()[-1:] or [""]
+        words = self.said(slot.number).strip().splitlines()[-1:] or [""]
         self.exits.append(Exit(slot.number, time.time(), code, slot.doomed, words[0][:300]))
         slot.process, slot.ended_at = None, time.time()
 

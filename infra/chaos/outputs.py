@@ -126,6 +126,11 @@ class OutputChecks:
             revisions=np.zeros(len(users), np.int64),
         )
 
+    def settle(self) -> None:
+        """Forget every output but each user's last."""
+        for published in self._users.values():
+            del published.firsts[:-1]
+
     def freshness_ms(self) -> list[float]:
         """For each applied action of the log: from its arrival to the first output that contains it."""
         ages: list[float] = []

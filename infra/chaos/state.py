@@ -92,6 +92,11 @@ class StateChecks:
                 yield from self._user_at_rest(name, user)
         yield from self._unknown_users()
 
+    def settle(self) -> None:
+        """The changes that the truth is about to forget have been checked."""
+        for part in self._partitions.values():
+            part.checked = 0
+
     def _user_at_rest(self, name: bytes, user: TrueUser) -> Iterator[Violation]:
         where = (name, user.partition, user.applied_offset)
         value = self._partitions[user.partition].values.get(b"u" + name)

@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiokafka
@@ -57,13 +57,13 @@ class _User:
 class Traffic:
     """Produces in a thread of its own between `start` and `stop`."""
 
-    def __init__(self, settings: Settings, seed: int, *, users: int = 200, habits: Habits | None = None) -> None:
+    def __init__(self, settings: Settings, seed: int, *, users: int = 2_000, habits: Habits | None = None) -> None:
         self._settings = settings
         self._random = random.Random(seed)
         self._users = [_User(f"user-{number}") for number in range(users)]
         self.habits = habits or Habits()
         self.sent: Counter[str] = Counter()
-        self._stopping = threading.Event()
+        self._stopping, self._calm = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
         self.failure: BaseException | None = None
 
@@ -76,6 +76,12 @@ class Traffic:
         self._thread.join()
         if self.failure is not None:
             raise self.failure
+
+    def calm(self, timeout_s: float) -> bool:
+        """Send nothing more until `habits` are set again; True once everything sent has been settled."""
+        self._calm.clear()
+        self.habits = replace(self.habits, rate=0.0)
+        return self._calm.wait(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -100,7 +106,9 @@ class Traffic:
                 await producer.stop()
 
     def _producer(self, transactional: bool) -> Any:
-        options: dict[str, Any] = {"transactional_id": f"{self._settings.app_id}-upstream"} if transactional else {}
+        options: dict[str, Any] = {}
+        if transactional:
+            options = {"transactional_id": f"{self._settings.app_id}-upstream", "transaction_timeout_ms": 10_000}
         return aiokafka.AIOKafkaProducer(
             bootstrap_servers=self._settings.kafka.bootstrap_servers,
             acks="all",
@@ -112,17 +120,20 @@ class Traffic:
 
     async def _tick(self, producer: Any, transactional: bool) -> None:
         started = time.monotonic()
+        is_calm = not self.habits.rate
         messages = [self._message() for _ in range(self._count())]
-        if transactional:
+        if transactional and messages:
             await producer.begin_transaction()
         pending = [await self._send(producer, key, value) for key, value in messages]
         await asyncio.gather(*pending)
-        if transactional and self._random.random() < 0.2:
+        if transactional and messages and self._random.random() < 0.2:
             await producer.abort_transaction()
             self.sent["aborted"] += len(messages)
-        elif transactional:
+        elif transactional and messages:
             await producer.commit_transaction()
         self.sent["events"] += len(messages)
+        if is_calm:
+            self._calm.set()
         await asyncio.sleep(max(0.0, TICK_S - (time.monotonic() - started)))
 
     def _count(self) -> int:

@@ -44,6 +44,7 @@ class Trial:
 
     def __exit__(self, *exc_info: object) -> None:
         self.fleet.close()
+        self.gatherer.close()
 
     def rest(self, timeout_s: float) -> bool:
         """Keep the workers running until nothing is left to do; False when that took longer. Traffic has stopped."""

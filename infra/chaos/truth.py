@@ -98,6 +98,16 @@ class Truth:
             assert record.key is not None
             self._apply(record, record.key, row)
 
+    def settle(self) -> None:
+        """Keep users as they are, with their last change; forget the history before it."""
+        for user in self.users.values():
+            last = user.applied_offset
+            user.history = {last: user.history[last]} if last in user.history else {}
+            user.tombstones &= {last}
+        self.changes.clear()
+        self.arrived_ms.clear()
+        self.refused.clear()
+
     def _apply(self, record: LogRecord, name: bytes, row: Row | None) -> None:
         user = self.users.setdefault(name, TrueUser(record.partition))
         changed = self._forget(user, record) if row is None else self._insert(user, row)

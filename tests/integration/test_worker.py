@@ -73,7 +73,7 @@ def send(settings: Settings, records: Sequence[Sent]) -> None:
 def traffic_for(trial: Trial, seconds: float, habits: Habits) -> Traffic:
     """Traffic that has been flowing for so long, and still does."""
     print(f"seed {SEED}")
-    traffic = Traffic(trial.stage.settings, SEED, habits=habits)
+    traffic = Traffic(trial.stage.settings, SEED, users=200, habits=habits)
     traffic.start()
     wait(trial, seconds)
     return traffic
@@ -91,7 +91,7 @@ def wait_published(trial: Trial, timeout_s: float = 30.0) -> None:
     """Let time pass until an embedding has been published."""
     until_s = time.monotonic() + timeout_s
     outputs = trial.stage.settings.topics.embeddings
-    while not trial.gatherer.peek(outputs):
+    while not trial.gatherer.read_all(outputs):
         assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
         wait(trial, 0.3)
 

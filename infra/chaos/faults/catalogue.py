@@ -1,0 +1,109 @@
+"""Every fault under its name, with what may follow from it; which two may strike together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from infra.chaos.faults import broker, changelog, disk, encoder, input, workers
+from infra.chaos.fleet import ABORTED, REFUSED
+from infra.chaos.scene import Scene, Steps
+
+
+class Group(Enum):
+    """Faults of one group never strike together: they would undo each other."""
+
+    WORKERS = "workers"
+    SCALE = "scale"
+    BROKER = "broker"
+    OUTPUT = "output"
+    DISK = "disk"
+    ENCODER = "encoder"
+    INPUT = "input"
+    ALONE = "alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault."""
+
+    name: str
+    group: Group
+    steps: Callable[[Scene], Steps]
+    exits: frozenset[int] = frozenset()
+    """Codes with which a worker may end by itself because of it."""
+    explains: bool = False
+    """Whether outputs may be stale or repeated because of it: a stopped worker wakes, acknowledgements are lost."""
+    once: bool = False
+    """Long, so it is not drawn again after its turn."""
+    rest_s: float = 60.0
+    """How long the workers may take to come to rest after it."""
+
+
+_ABORTED = frozenset({ABORTED})
+_EITHER = frozenset({ABORTED, REFUSED})
+
+CATALOGUE: tuple[Fault, ...] = (
+    Fault("worker-killed", Group.WORKERS, workers.killed),
+    Fault("worker-terminated", Group.WORKERS, workers.terminated),
+    Fault("worker-frozen-10s", Group.WORKERS, workers.frozen_10, _ABORTED, explains=True),
+    Fault("broker-killed", Group.BROKER, broker.killed, _EITHER, explains=True),
+    Fault("poison", Group.INPUT, input.poison),
+    Fault("oversized", Group.INPUT, input.oversized),
+    Fault("disorder", Group.INPUT, input.disordered),
+    Fault("transactional-upstream", Group.INPUT, input.transactional),
+    Fault("broker-bounced", Group.BROKER, broker.bounced, _EITHER, explains=True),
+    Fault("broker-frozen-30s", Group.BROKER, broker.frozen, _EITHER, explains=True),
+    Fault("sst-truncated", Group.DISK, disk.sst_truncated),
+    Fault("sst-altered", Group.DISK, disk.sst_altered, _ABORTED),
+    Fault("manifest-deleted", Group.DISK, disk.manifest_deleted),
+    Fault("lock-held", Group.DISK, disk.lock_held, _ABORTED),
+    Fault("disk-full", Group.DISK, disk.disk_full, _ABORTED),
+    Fault("output-refused", Group.OUTPUT, broker.output_refused, _ABORTED, explains=True),
+    Fault("output-recreated", Group.OUTPUT, broker.output_recreated, _EITHER, explains=True, once=True),
+    Fault("encoder-missing", Group.ENCODER, encoder.missing, _EITHER),
+    Fault("encoder-corrupt", Group.ENCODER, encoder.corrupt, _EITHER),
+    Fault("encoder-slow", Group.ENCODER, encoder.slow),
+    Fault("encoder-nan", Group.ALONE, encoder.nan, once=True, rest_s=120.0),
+    Fault("scale-1-3-1", Group.SCALE, workers.scaled_to_3),
+    Fault("scale-1-4-cold", Group.SCALE, workers.scaled_to_4_cold),
+    Fault("rebalance-in-restore", Group.SCALE, workers.rebalanced_in_restore),
+    Fault("rebalance-in-inference", Group.ALONE, workers.rebalanced_in_inference),
+    Fault("changelog-truncated", Group.ALONE, changelog.truncated, once=True),
+    Fault("changelog-emptied", Group.ALONE, changelog.emptied, once=True),
+    Fault("changelog-recreated", Group.ALONE, changelog.recreated, once=True),
+    Fault("worker-frozen-70s", Group.WORKERS, workers.frozen_70, _ABORTED, explains=True, once=True),
+    Fault("rebalances", Group.ALONE, workers.rebalanced_often, once=True),
+)
+
+BY_NAME = {fault.name: fault for fault in CATALOGUE}
+
+PAIRED: frozenset[frozenset[Group]] = frozenset(
+    frozenset(pair)
+    for pair in (
+        (Group.WORKERS, Group.BROKER),
+        (Group.WORKERS, Group.INPUT),
+        (Group.WORKERS, Group.OUTPUT),
+        (Group.WORKERS, Group.DISK),
+        (Group.WORKERS, Group.ENCODER),
+        (Group.SCALE, Group.INPUT),
+        (Group.SCALE, Group.BROKER),
+        (Group.BROKER, Group.INPUT),
+        (Group.BROKER, Group.ENCODER),
+        (Group.DISK, Group.INPUT),
+        (Group.ENCODER, Group.INPUT),
+        (Group.OUTPUT, Group.INPUT),
+    )
+)
+
+
+def pairs() -> list[tuple[Fault, Fault]]:
+    """Every two faults that may strike together."""
+    drawn = [fault for fault in CATALOGUE if not fault.once]
+    return [
+        (one, other)
+        for index, one in enumerate(drawn)
+        for other in drawn[index + 1 :]
+        if frozenset((one.group, other.group)) in PAIRED
+    ]

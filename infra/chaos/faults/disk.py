@@ -1,0 +1,101 @@
+"""Faults of a worker's disk: files cut short or gone, a lock that somebody holds, no space left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from infra.chaos.scene import TICK_S, Scene, Steps
+
+NUMBER = 0
+DISK_MB = 48
+CHUNK = b"\0" * (1 << 20)
+
+
+def sst_truncated(scene: Scene) -> Steps:
+    """A data file loses its second half while the worker is down."""
+    yield from _stopped(scene)
+    files = sorted(_databases(scene).glob("*/*.sst"), key=lambda file: file.stat().st_size)
+    if files:
+        os.truncate(files[-1], files[-1].stat().st_size // 2)
+    scene.trial.fleet.release(NUMBER)
+
+
+def sst_altered(scene: Scene) -> Steps:
+    """Bytes in the middle of a data file are changed while the worker is down: it opens, and cannot be read."""
+    yield from _stopped(scene)
+    for file in _databases(scene).glob("*/*.sst"):
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 3
+        content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+        file.write_bytes(content)
+    scene.trial.fleet.release(NUMBER)
+
+
+def manifest_deleted(scene: Scene) -> Steps:
+    """The list of data files is deleted while the worker is down."""
+    yield from _stopped(scene)
+    for file in scene.dice.sample(sorted(_databases(scene).glob("*/MANIFEST-*")), 1):
+        file.unlink()
+    scene.trial.fleet.release(NUMBER)
+
+
+def lock_held(scene: Scene) -> Steps:
+    """Another process holds the databases while the worker starts, and lets go some seconds later."""
+    yield from _stopped(scene)
+    locks = [file.open("r+b") for file in _databases(scene).glob("*/LOCK")]
+    try:
+        for lock in locks:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        scene.trial.fleet.release(NUMBER)
+        yield scene.dice.uniform(7.0, 11.0)
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def disk_full(scene: Scene) -> Steps:
+    """A worker starts on a small empty disk, which fills up; it is killed, cannot start, and space is freed."""
+    fleet, folder = scene.trial.fleet, scene.stage.data_dir(NUMBER)
+    fleet.hold(NUMBER)
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)
+    try:
+        fleet.release(NUMBER)
+        yield 7.0
+        _fill(folder / "filler")
+        yield 3.0
+        fleet.kill(NUMBER)
+        yield 8.0
+        (folder / "filler").unlink()
+        yield 7.0
+    finally:
+        fleet.hold(NUMBER)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        fleet.release(NUMBER)
+
+
+def can_mount() -> bool:
+    """Whether this process may have a small disk of its own: `disk_full` needs it."""
+    return os.geteuid() == 0
+
+
+def _fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb", buffering=0) as filler:
+        while filler.write(CHUNK):
+            pass
+
+
+def _databases(scene: Scene) -> Path:
+    return scene.stage.data_dir(NUMBER)
+
+
+def _stopped(scene: Scene) -> Steps:
+    """SIGTERM, and wait until the process has ended: what it knew is in files now."""
+    scene.trial.fleet.retire(NUMBER)
+    while not scene.trial.fleet.is_down(NUMBER):
+        yield TICK_S
+    scene.trial.fleet.tick()

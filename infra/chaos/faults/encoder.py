@@ -1,0 +1,58 @@
+"""Faults of the encoder: its release gone or altered, its answers no numbers, its speed a tenth."""
+
+from __future__ import annotations
+
+from infra.chaos.faults.workers import LAUNCHER
+from infra.chaos.fleet import WORKER
+from infra.chaos.scene import Scene, Steps
+
+
+def missing(scene: Scene) -> Steps:
+    """The release is not there when the workers start."""
+    folder = scene.stage.release_dir
+    away = folder.with_name("release-away")
+    folder.rename(away)
+    try:
+        _kill_all(scene)
+        yield scene.dice.uniform(7.0, 11.0)
+    finally:
+        away.rename(folder)
+
+
+def corrupt(scene: Scene) -> Steps:
+    """One bit of the weights is another when the workers start."""
+    weights = scene.stage.release_dir / "weights.safetensors"
+    whole = weights.read_bytes()
+    altered = bytearray(whole)
+    altered[scene.dice.randrange(len(whole) // 2, len(whole))] ^= 1
+    weights.write_bytes(altered)
+    try:
+        _kill_all(scene)
+        yield scene.dice.uniform(7.0, 11.0)
+    finally:
+        weights.write_bytes(whole)
+
+
+def nan(scene: Scene) -> Steps:
+    """Every embedding is NaN for some seconds: users wait, nothing wrong is published."""
+    yield from _launched(scene, "nan", 14.0)
+
+
+def slow(scene: Scene) -> Steps:
+    """The encoder takes ten times as long."""
+    yield from _launched(scene, "slow", 18.0)
+
+
+def _launched(scene: Scene, fault: str, seconds: float) -> Steps:
+    scene.trial.fleet.command = (*LAUNCHER, fault, *WORKER[3:])
+    try:
+        _kill_all(scene)
+        yield seconds
+    finally:
+        scene.trial.fleet.command = WORKER
+        _kill_all(scene)
+
+
+def _kill_all(scene: Scene) -> None:
+    for number in scene.trial.fleet.running():
+        scene.trial.fleet.kill(number)

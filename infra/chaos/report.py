@@ -1,0 +1,112 @@
+"""A run for people and for machines: progress lines, the table by fault, the JSON line, the report's pages."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from infra.bench.common import machine, print_table
+from infra.chaos.campaign import Outcome
+from infra.chaos.episode import Episode
+
+HEADINGS = ("fault", "alone", "paired", "seconds to resume", "p99 freshness ms", "violations")
+
+
+def episode_line(outcome: Outcome) -> str:
+    """The last episode, and where the run stands."""
+    last = outcome.episodes[-1]
+    exits = ", ".join(f"{count} x {code}" for code, count in sorted(last.exits.items())) or "none"
+    return (
+        f"          {last.seconds:.0f} s, resumed in {last.resume_seconds:.1f} s, {last.counts['events']} events so "
+        f"far, exits: {exits}; kills {outcome.worker_kills}, broker restarts {outcome.broker_restarts}, "
+        f"violations {outcome.violations}"
+    )
+
+
+def rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """One row a fault: how often, and what followed."""
+    return [_row(name, [each for each in outcome.episodes if name in each.faults]) for name in sorted(outcome.faults)]
+
+
+def _row(name: str, episodes: list[Episode]) -> tuple[str, ...]:
+    alone = sum(len(each.faults) == 1 for each in episodes)
+    resumes = sorted(each.resume_seconds for each in episodes)
+    ages = [age for each in episodes for age in each.freshness_ms.tolist()]
+    p99 = sorted(ages)[int(len(ages) * 0.99)] if ages else 0.0
+    return (
+        name,
+        str(alone),
+        str(len(episodes) - alone),
+        f"{resumes[len(resumes) // 2]:.1f} (worst {resumes[-1]:.1f})",
+        f"{p99:,.0f}",
+        str(sum(len(each.violations) for each in episodes)),
+    )
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The JSON line."""
+    memory = outcome.memory_mb
+    return {
+        "bench": "chaos",
+        "machine": machine(),
+        "seed": outcome.plan.seed,
+        "minutes": round(outcome.seconds / 60, 1),
+        "episodes": len(outcome.episodes),
+        "worker_kills": outcome.worker_kills,
+        "broker_restarts": outcome.broker_restarts,
+        "faults": dict(sorted(outcome.faults.items())),
+        "left_out": list(outcome.left_out),
+        "violations": outcome.violations,
+        "worst_resume_seconds": round(outcome.worst_resume_seconds, 1),
+        "freshness_p50_ms_under_faults": round(outcome.freshness_ms(0.5)),
+        "freshness_p99_ms_under_faults": round(outcome.freshness_ms(0.99)),
+        "freshness_worst_ms": round(outcome.freshness_ms(1.0)),
+        "longest_stall_seconds": round(outcome.longest_stall_s, 1),
+        "rebalances": outcome.rebalances,
+        "memory_mb_first": round(memory[0]) if memory else None,
+        "memory_mb_last": round(memory[-1]) if memory else None,
+    }
+
+
+def show(outcome: Outcome) -> None:
+    """The table, and every violation, for people."""
+    print_table(f"chaos, seed {outcome.plan.seed}, {outcome.seconds / 60:.0f} minutes", HEADINGS, rows(outcome))
+
+
+def write(folder: Path, outcome: Outcome) -> Path:
+    """The report as Markdown and JSON; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = summary(outcome)
+    (folder / "chaos.json").write_text(json.dumps(result, indent=2) + "\n")
+    page = folder / "chaos.md"
+    page.write_text("\n".join(_page(outcome, result)) + "\n")
+    return page
+
+
+def _page(outcome: Outcome, result: dict[str, Any]) -> list[str]:
+    events = outcome.episodes[-1].counts if outcome.episodes else Counter[str]()
+    table = ["| " + " | ".join(row) + " |" for row in (HEADINGS, ("---",) * len(HEADINGS), *rows(outcome))]
+    violations = [
+        f"- episode {each.number}, {each.name}: {one}" for each in outcome.episodes for one in each.violations
+    ]
+    figures = [f"| {name} | {value} |" for name, value in result.items() if name not in ("bench", "faults", "machine")]
+    return [
+        f"# Chaos, seed {outcome.plan.seed}",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {result['machine']['cpu']}, {result['machine']['cores']} cores. "
+        f"{events['events']:,} events, {events['users']:,} users, {events['output_records']:,} output records, "
+        f"{events['checkpoints']:,} checkpoints, all held against the truth.",
+        "",
+        *table,
+        "",
+        "| figure | |",
+        "| --- | --- |",
+        *figures,
+        "",
+        "## Violations",
+        "",
+        *(violations or ["None."]),
+    ]
