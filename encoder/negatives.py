@@ -32,6 +32,8 @@ class LossConfig:
     log_q: Literal["none", "exact", "sketch"] = "sketch"
     """Where the frequency of an item among the positives is taken from for the correction."""
     scale_initial: float = 1 / 0.07
+    equal_users: bool = True
+    """Every user of a batch weighs the same, as published; otherwise every pair does."""
 
     def __post_init__(self) -> None:
         if min(self.random_negatives, self.batch_negatives_max) < 0:

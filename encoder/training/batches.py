@@ -38,13 +38,18 @@ def epoch_chunks(starts: Ints, chunk: int, rng: np.random.Generator) -> Chunks:
     return Chunks((starts[user] + begin)[kept], (end - begin)[kept])
 
 
-def epoch_batches(starts: Ints, config: DataConfig, rng: np.random.Generator) -> Iterator[Ints]:
-    """Row matrices [B, L] of one epoch, -1 behind the end, each of at most `batch_tokens` padded tokens."""
+def epoch_batches(
+    starts: Ints, config: DataConfig, rng: np.random.Generator, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Ints]:
+    """Row matrices [B, L] of one epoch, -1 behind the end, each of at most `batch_tokens` padded tokens.
+
+    Of several processes each takes every `ranks`-th batch; what is left over at the end of an epoch is not used.
+    """
     chunks = epoch_chunks(starts, config.chunk, rng)
     padded = -(-chunks.length // LENGTH_STEP) * LENGTH_STEP
     order = np.lexsort((rng.random(len(padded)), padded))
     groups = list(_groups(padded[order], config.batch_tokens))
-    for number in rng.permutation(len(groups)):
+    for number in rng.permutation(len(groups))[rank : len(groups) // ranks * ranks : ranks]:
         members = order[groups[number]]
         at = np.arange(padded[members].max())
         yield np.where(at < chunks.length[members, None], chunks.first[members, None] + at, -1)

@@ -20,7 +20,7 @@ SPAN = 10
 SMOOTHING = 0.75
 STD = 0.1
 """Of the vectors returned."""
-OVERSAMPLED, ITERATIONS = 16, 6
+OVERSAMPLED, ITERATIONS = 16, 4
 
 
 def cooccurrence_vectors(item: Ints, user: Ints, *, items: int, dim: int, generator: torch.Generator) -> Tensor:
@@ -51,8 +51,10 @@ def _mutual_information(item: Ints, user: Ints, items: int) -> Tensor:
     value = np.log(counts / (often[first] * (context / context.sum())[second]))
     kept = value > 0
     at = torch.from_numpy(np.stack([first[kept], second[kept]]))
-    matrix: Tensor = torch.sparse_coo_tensor(at, torch.from_numpy(value[kept]).float(), (items + 1, items + 1))
-    return matrix.to_sparse_csr()
+    matrix: Tensor = torch.sparse_coo_tensor(
+        at, torch.from_numpy(value[kept]).float(), (items + 1, items + 1), check_invariants=True
+    )
+    return matrix.coalesce()
 
 
 def _factors(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:

@@ -70,6 +70,11 @@ class ActionLog:
         starts = np.concatenate([[0], np.cumsum(rows)])[self.starts]
         return ActionLog(self.users, starts, self.actions[rows], self.action_names, self.surface_names, self.item_ids)
 
+    def with_frequent_items(self, items_min: int) -> ActionLog:
+        """The actions on items that occur at least `items_min` times."""
+        _, inverse, counts = np.unique(self.actions["item"], return_inverse=True, return_counts=True)
+        return self.select(counts[inverse] >= items_min) if items_min > 1 else self
+
     def before(self, time_ms: int) -> ActionLog:
         """Actions with an event time before `time_ms`."""
         return self.select(self.actions["timestamp_ms"] < time_ms)

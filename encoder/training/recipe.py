@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from encoder.model import EncoderConfig
 from encoder.negatives import LossConfig
 from encoder.objectives import ObjectiveConfig
+from encoder.training.splits import SplitConfig
 
 
 class RecipeError(ValueError):
@@ -44,6 +45,8 @@ class DataConfig:
     """Histories are cut into pieces of this many actions, at another random phase in each epoch."""
     batch_tokens: int = 6_400
     """Padded tokens of a batch of one process."""
+    hide_seen: bool = True
+    """Items that a user has acted on are left out of rankings: right where a log never repeats one."""
     unknown_rate: float = 0.005
     """Share of the items that are hidden behind the unknown row, so that it is trained."""
 
@@ -79,6 +82,7 @@ class Recipe:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     items: ItemConfig = field(default_factory=ItemConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

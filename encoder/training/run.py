@@ -1,35 +1,34 @@
-"""One training from a log and a recipe to a release: the budget, the validation, the best weights.
+"""One training from a log and a recipe to a release: the budget, validation, early stop, and going on after a kill.
 
-The users that validate give up their last action, which is not trained on; the metric is the share of them for whom it
-is among the ten items scored highest after the action before it (HR@10, items already acted on left out).
+The metric that decides is HR@10 over the validating questions of the recipe's split.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from encoder.features import UNKNOWN, Ints, Vocabularies
-from encoder.items import ItemVectors, TrainedItems
-from encoder.ranking import hits_at, target_ranks
 from encoder.release import Release, make_release
-from encoder.training.log import ActionLog
-from encoder.training.queries import embeddings_after, items_before
-from encoder.training.recipe import Recipe, RecipeError
+from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
+from encoder.training.log import ActionLog, LogError
+from encoder.training.machine import faster_precision, faster_threads
+from encoder.training.next_item import Exam
+from encoder.training.recipe import Recipe
+from encoder.training.sources import make_items
+from encoder.training.splits import make_split
 from encoder.training.trainer import Trainer
+from encoder.training.world import World, join_world
 
-__all__ = ["Progress", "train_release"]
-
-VALIDATING_USERS = 2_000
 PROGRESS_EVERY_S = 2.0
+CHECKPOINT_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +47,6 @@ class Progress:
     """Of the last validation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """Rows of the whole log that are asked, and the item rows that should come out on top."""
-
-    log: ActionLog
-    rows: Ints
-    """[Q] the action before the last one of each validating user."""
-    targets: Ints
-    """[Q] item row of the last action."""
-
-    def hit_rate(self, trainer: Trainer, vocabularies: Vocabularies) -> float:
-        """HR@10 of the model as it stands."""
-        model, tokens = trainer.model, self.log.tokens(vocabularies)
-        with torch.inference_mode():
-            queries = embeddings_after(model, tokens, self.log.starts, self.rows)
-            items = model.item_embeddings().float().clone()
-        query, item = items_before(tokens, self.log.starts, self.rows)
-        unknown = np.arange(len(self.rows))
-        hidden = (np.concatenate([query, unknown]), np.concatenate([item, np.zeros(len(unknown), np.int64)]))
-        order = np.argsort(hidden[0], kind="stable")
-        ranks = target_ranks(queries, items, self.targets, (hidden[0][order], hidden[1][order]))
-        return float(hits_at(ranks, 10).mean())
-
-
 def train_release(
     log: ActionLog,
     recipe: Recipe,
@@ -79,96 +54,140 @@ def train_release(
     out_dir: Path,
     seconds_max: float | None = None,
     threads: int | None = None,
+    resume: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Release:
     """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
 
-    Uses all cores unless `threads` says otherwise. `progress` hears every two seconds and at the end. With the same
-    seed, machine and no time limit, the same release.
+    Uses all cores if that is faster as the machine is loaded, unless `threads` says how many. With `resume` a
+    checkpoint is kept in `out_dir` while training and, if one is there, training goes on from it, to the same weights
+    as if it had never stopped (unless a time limit ends it). `progress` hears every two seconds and at the end. The
+    same seed, machine, number of threads and no time limit give the same release. Raises `LogError`, `ItemError` or
+    `CheckpointError`.
     """
-    started = time.monotonic()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    vocabularies = log.vocabularies(items_min=recipe.data.items_min)
-    validation, trained = hold_out(log, vocabularies, recipe)
-    trainer = Trainer(trained, recipe, vocabularies, make_items(recipe, vocabularies))
-    best = _fit(trainer, recipe, validation, started, seconds_max, progress)
-    training = {
-        "recipe": asdict(recipe),
-        "tokens": trainer.tokens,
-        "seconds": round(time.monotonic() - started, 1),
-        "machine": platform.processor() or platform.machine(),
-    }
-    metrics = {} if best is None else {"validation_hr10": best}
-    release = make_release(trainer.model, vocabularies, metrics=metrics, training=training)
-    release.save(out_dir)
-    return release
+    run = Run(log, recipe, out_dir=out_dir, seconds_max=seconds_max, threads=threads, resume=resume, progress=progress)
+    run.train()
+    return run.finish()
 
 
-def hold_out(log: ActionLog, vocabularies: Vocabularies, recipe: Recipe) -> tuple[Validation, ActionLog]:
-    """Take the last action, on a known item, away from some users that a seed chooses; at least two stay with each."""
-    rng = np.random.default_rng([recipe.seed, 0])
-    last = log.starts[1:] - 1
-    item_rows = vocabularies.item_rows(log.actions["item"][np.maximum(last, 0)])
-    able = np.flatnonzero((np.diff(log.starts) >= 3) & (item_rows != UNKNOWN))
-    chosen = np.sort(rng.permutation(able)[: min(VALIDATING_USERS, len(able) // 10)])
-    kept = np.ones(len(log), np.bool_)
-    kept[last[chosen]] = False
-    return Validation(log, last[chosen] - 1, item_rows[chosen]), log.select(kept)
+class Run:
+    """A training under way, seen from outside: the clock, the metric, the files."""
+
+    def __init__(
+        self,
+        log: ActionLog,
+        recipe: Recipe,
+        *,
+        out_dir: Path,
+        seconds_max: float | None,
+        threads: int | None,
+        resume: bool,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.started = self.reported = self.saved = time.monotonic()
+        self.recipe, self.out_dir, self.seconds_max, self.resume = recipe, out_dir, seconds_max, resume
+        self.progress = progress
+        self.world = join_world()
+        torch.set_num_threads(threads or (faster_threads() if self.world.size == 1 else 1))
+        split = make_split(log, recipe.split, seed=recipe.seed)
+        self.trainer = make_trainer(split.train, recipe, self.world)
+        self.exam = Exam(split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen)
+        self.fingerprint = fingerprint(split.train, recipe)
+        self.standing = Standing(next_validation=recipe.budget.validate_tokens)
+        if resume:
+            self.standing = load_checkpoint(out_dir, self.trainer, self.fingerprint)
+        self.metric: float | None = None
+        self.losses: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        return self.standing.seconds + time.monotonic() - self.started
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is spent, by tokens or by the clock, whichever is further."""
+        by_tokens = self.trainer.tokens / self.recipe.budget.tokens_max
+        return self.world.furthest(max(by_tokens, self.seconds / self.seconds_max)) if self.seconds_max else by_tokens
+
+    def train(self) -> None:
+        """Step until the budget is spent or patience ends; the best weights are left in the model."""
+        for rows in self.trainer.batches():
+            self.losses.append(self.trainer.train_step(rows, self.fraction))
+            if self.trainer.tokens >= self.standing.next_validation:
+                self.standing.next_validation += self.recipe.budget.validate_tokens
+                self.validate()
+            fraction = self.fraction
+            if fraction >= 1 or self.standing.stale >= self.recipe.budget.patience:
+                break
+            self.tell(fraction)
+        self.validate()
+        if self.standing.best_weights:
+            self.trainer.model.load_state_dict(self.standing.best_weights)
+        self.report(1.0)
+
+    def validate(self) -> None:
+        """Measure, and remember the weights where they are the best so far."""
+        if not len(self.exam.questions):
+            return
+        self.metric = self.exam.encoder_scores(self.trainer.model).hr10
+        self.standing.stale += 1
+        if self.standing.best is None or self.metric > self.standing.best:
+            weights = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
+            self.standing.best, self.standing.best_weights, self.standing.stale = self.metric, weights, 0
+
+    def tell(self, fraction: float) -> None:
+        """Report and write a checkpoint when it is time."""
+        now = time.monotonic()
+        if now - self.reported >= PROGRESS_EVERY_S:
+            self.reported = now
+            self.report(fraction)
+        if self.resume and self.world.rank == 0 and now - self.saved >= CHECKPOINT_EVERY_S:
+            self.saved = now
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        standing = Standing(**{**vars(self.standing), "seconds": self.seconds})
+        save_checkpoint(self.out_dir, self.trainer, standing, self.fingerprint)
+
+    def report(self, fraction: float) -> None:
+        trainer, loss = self.trainer, float(np.mean(self.losses)) if self.losses else math.nan
+        self.losses.clear()
+        self.progress(Progress(trainer.epoch, trainer.step, trainer.tokens, fraction, self.seconds, loss, self.metric))
+
+    def finish(self) -> Release:
+        """Make the release, save it and remove the checkpoint."""
+        metrics = {} if self.standing.best is None else {"validation_hr10": self.standing.best}
+        release = make_release(
+            self.trainer.model, self.trainer.vocabularies, metrics=metrics, training=self.description()
+        )
+        if self.world.rank == 0:
+            release.save(self.out_dir)
+            (self.out_dir / NAME).unlink(missing_ok=True)
+        return release
+
+    def description(self) -> dict[str, Any]:
+        loss = self.recipe.loss
+        pool = "the whole catalogue" if loss.kind == "full" else "of each process and batch"
+        return {
+            "recipe": asdict(self.recipe),
+            "tokens": self.trainer.tokens,
+            "seconds": round(self.seconds, 1),
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "processes": self.world.size,
+            "precision": str(self.trainer.precision).removeprefix("torch."),
+            "negative_pool": pool,
+        }
 
 
-def make_items(recipe: Recipe, vocabularies: Vocabularies) -> ItemVectors:
-    """Item vectors as the recipe says. Raises `RecipeError` where they cannot be made."""
-    items, dim = recipe.items, recipe.encoder.item_dim
-    if items.source == "trained":
-        return TrainedItems(len(vocabularies.item_keys), dim)
-    raise RecipeError(f"items.source {items.source} is not available yet; use trained")
-
-
-def _fit(
-    trainer: Trainer,
-    recipe: Recipe,
-    validation: Validation,
-    started: float,
-    seconds_max: float | None,
-    progress: Callable[[Progress], None],
-) -> float | None:
-    """Step until the budget is spent or patience ends; leaves the best weights in the model, returns their metric."""
-    budget = recipe.budget
-    best: tuple[float, Mapping[str, Tensor]] | None = None
-    metric, stale, next_validation = None, 0, budget.validate_tokens
-    losses: list[float] = []
-    reported = started
-
-    def report(fraction: float) -> None:
-        seconds = time.monotonic() - started
-        mean = float(np.mean(losses)) if losses else float("nan")
-        progress(Progress(trainer.epoch, trainer.step, trainer.tokens, fraction, seconds, mean, metric))
-        losses.clear()
-
-    for rows in trainer.batches():
-        fraction = _spent(trainer, recipe, time.monotonic() - started, seconds_max)
-        if fraction >= 1 or stale >= budget.patience:
-            break
-        losses.append(trainer.train_step(rows, fraction))
-        if trainer.tokens >= next_validation:
-            next_validation += budget.validate_tokens
-            metric = validation.hit_rate(trainer, trainer.vocabularies)
-            stale = 0 if best is None or metric > best[0] else stale + 1
-            if stale == 0:
-                best = metric, {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        if time.monotonic() - reported >= PROGRESS_EVERY_S:
-            reported = time.monotonic()
-            report(fraction)
-    if len(validation.rows):
-        metric = validation.hit_rate(trainer, trainer.vocabularies)
-        if best is not None and best[0] > metric:
-            trainer.model.load_state_dict(best[1])
-            metric = best[0]
-    report(1.0)
-    return metric
-
-
-def _spent(trainer: Trainer, recipe: Recipe, seconds: float, seconds_max: float | None) -> float:
-    """Share of the budget that is spent, by tokens or by the clock, whichever is further."""
-    by_tokens = trainer.tokens / recipe.budget.tokens_max
-    return max(by_tokens, seconds / seconds_max) if seconds_max else by_tokens
+def make_trainer(train: ActionLog, recipe: Recipe, world: World) -> Trainer:
+    """The trainer of a recipe at its first step."""
+    vocabularies, items = make_items(train, recipe)
+    if not len(vocabularies.item_keys):
+        raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or bring a larger log")
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision) or faster_precision()
+    trainer = Trainer(train, recipe, vocabularies, items, world=world, precision=precision)
+    if not len(trainer.positives.rows):
+        raise LogError("log has no action of the types in data.positives on a known item: check their names")
+    return trainer

@@ -7,8 +7,9 @@ training that was killed goes on to the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,23 @@ from encoder.training.batches import epoch_batches
 from encoder.training.cooccurrence import cooccurrence_vectors
 from encoder.training.log import ActionLog
 from encoder.training.recipe import Recipe
+from encoder.training.world import World
 
 
 class Trainer:
     """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far."""
 
-    def __init__(self, log: ActionLog, recipe: Recipe, vocabularies: Vocabularies, items: ItemVectors) -> None:
-        self.recipe, self.vocabularies = recipe, vocabularies
+    def __init__(
+        self,
+        log: ActionLog,
+        recipe: Recipe,
+        vocabularies: Vocabularies,
+        items: ItemVectors,
+        *,
+        world: World = World(),  # noqa: B008 (frozen)
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.recipe, self.vocabularies, self.world, self.precision = recipe, vocabularies, world, precision
         self.starts, self.tokens_of_log = log.starts, log.tokens(vocabularies)
         self.user_of_row = log.user_of_row
         self.positives = find_positives(log, self.tokens_of_log, recipe.data.positives)
@@ -52,25 +63,29 @@ class Trainer:
         """Row matrices without end, from where the training stands."""
         while True:
             rng = np.random.default_rng([self.recipe.seed, self.epoch])
-            for number, rows in enumerate(epoch_batches(self.starts, self.recipe.data, rng)):
+            for number, rows in enumerate(self._epoch_batches(rng)):
                 if number >= self.step_of_epoch:
                     self.step_of_epoch = number + 1
                     yield rows
             self.epoch, self.step_of_epoch = self.epoch + 1, 0
 
+    def _epoch_batches(self, rng: np.random.Generator) -> Iterator[Ints]:
+        return epoch_batches(self.starts, self.recipe.data, rng, rank=self.world.rank, ranks=self.world.size)
+
     def train_step(self, rows: Ints, fraction: float) -> float:
         """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
-        rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step])
+        rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step, self.world.rank])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         pairs = make_pairs(rows, self.positives, self.recipe.objective, rng)
         self.step += 1
-        self.tokens += int((rows >= 0).sum())
-        if not len(pairs.target):
-            return 0.0
+        self.tokens += self.world.total(int((rows >= 0).sum()))
         set_learning_rate(self.optimizer, self.recipe, self.step, fraction)
-        loss = self.loss(rows, pairs, rng, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = torch.zeros(())
+        if len(pairs.target):
+            loss = self.loss(rows, pairs, rng, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.world.average_gradients([*self.model.parameters(), self.log_scale])
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
         return float(loss.detach())
@@ -81,8 +96,9 @@ class Trainer:
         hidden_items = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate
         features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN))
         lengths = torch.from_numpy((rows >= 0).sum(axis=1))
-        hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, generator))
-        at = hidden[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, generator))
+        at = hidden.float()[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)]
         if self.recipe.encoder.read_out:
             at = self.read_out_half(at, rows, pairs, rng)
         users = self.model.head(at) * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
@@ -105,11 +121,39 @@ class Trainer:
             users,
             table[torch.from_numpy(targets)],
             table[pool.rows],
-            equal_user_weights(user_ids),
+            self.pair_weights(user_ids),
             target_log_q=pool.target_log_q,
             pool_log_q=pool.log_q,
             hide=pool.hide,
         )
+
+    def pair_weights(self, user_ids: Ints) -> Tensor:
+        """[P] weights of the pairs, summing to 1."""
+        if self.recipe.loss.equal_users:
+            return equal_user_weights(user_ids)
+        return torch.full((len(user_ids),), 1 / len(user_ids))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs; tensors and plain values."""
+        sketch = self.sampler.sketch
+        return {
+            "model": self.model.state_dict(),
+            "log_scale": self.log_scale.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "sketch": torch.from_numpy(sketch.counts),
+            "sketch_total": sketch.total,
+            "counters": [self.epoch, self.step, self.step_of_epoch, self.tokens],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            self.log_scale.copy_(state["log_scale"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.sketch.counts[:] = state["sketch"].numpy()
+        self.sampler.sketch.total = state["sketch_total"]
+        self.epoch, self.step, self.step_of_epoch, self.tokens = state["counters"]
 
 
 def initial_items(

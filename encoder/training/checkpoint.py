@@ -1,0 +1,71 @@
+"""Where a training can go on from: its tensors and counters, tied to the recipe and the log that made them.
+
+One file, written beside and renamed. It holds tensors and plain values only and is read as such: nothing is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder.training.log import ActionLog
+from encoder.training.recipe import Recipe
+from encoder.training.trainer import Trainer
+
+NAME = "checkpoint.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this training; the text says what to do."""
+
+
+@dataclass
+class Standing:
+    """What training knows besides the trainer's own state."""
+
+    seconds: float = 0.0
+    """Spent before this process began."""
+    best: float | None = None
+    stale: int = 0
+    """Validations since the best."""
+    next_validation: int = 0
+    """Tokens at which the next one is due."""
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fingerprint(log: ActionLog, recipe: Recipe) -> str:
+    """A hash of the recipe and of the log that is trained on."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    digest.update(log.actions.tobytes())
+    digest.update(log.starts.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, standing: Standing, of: str) -> None:
+    """Write the state of a training whose fingerprint is `of`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / (NAME + ".part")
+    torch.save({"of": of, "trainer": trainer.state(), "standing": asdict(standing)}, beside)
+    beside.replace(folder / NAME)
+
+
+def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> Standing:
+    """Put a trainer where the checkpoint stood; a fresh `Standing` where there is none. Raises `CheckpointError`."""
+    path = folder / NAME
+    if not path.exists():
+        return Standing(next_validation=trainer.recipe.budget.validate_tokens)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["of"] != of:
+            raise CheckpointError(f"checkpoint is of another recipe or log: {path}; remove it or name another folder")
+        trainer.restore(state["trainer"])
+        return Standing(**state["standing"])
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint cannot be read: {path} ({detail}); remove it to begin anew") from error

@@ -1,0 +1,123 @@
+"""What is trained on, and which later actions are asked for: no action that is asked for is ever trained on.
+
+A question is "this row was the user's newest action: which item comes next?" Its answer is a later row. Three splits:
+
+- `last`: some users give up their last action to validation; everything else is trained on, nothing is tested.
+- `leave_one_out`: each user's last action is the test, the one before it validation (Kang, McAuley 2018).
+- `time`: actions before a time are trained on; each later one, in two spans, is asked for after the one before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from encoder.features import UNKNOWN, Ints, Vocabularies
+from encoder.training.log import ActionLog
+
+LAST_USERS_MAX = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class SplitConfig:
+    """Which split, and how large its parts are."""
+
+    kind: Literal["last", "leave_one_out", "time"] = "last"
+    validation: float = 0.1
+    """Share of the users ("last") or of the actions ("time") that validate."""
+    test: float = 0.1
+    """Share of the actions, the newest, that are the test of a split by "time"."""
+    items_min: int = 1
+    """Actions on items that occur less often in the whole log are dropped before anything else."""
+    questions_max: int = 20_000
+    """Questions of each part; more are sampled down by the seed."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.validation < 1 and 0 < self.test < 1 and self.validation + self.test < 1):
+            raise ValueError("split.validation and split.test must lie in (0, 1) and leave something to train on")
+        if min(self.questions_max, self.items_min) < 1:
+            raise ValueError("split.questions_max and split.items_min must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Q pairs of rows of one log, ascending."""
+
+    asked: Ints
+    """[Q] the newest action when the question is put."""
+    answer: Ints
+    """[Q] the action that came."""
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> Questions:
+        return Questions(self.asked[chosen], self.answer[chosen])
+
+    def known(self, log: ActionLog, vocabularies: Vocabularies) -> Questions:
+        """The questions whose answer is an item of the vocabulary."""
+        return self.select(vocabularies.item_rows(log.actions["item"][self.answer]) != UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A log and its parts."""
+
+    log: ActionLog
+    """Everything; questions are rows of it."""
+    train: ActionLog
+    validation: Questions
+    test: Questions
+
+
+def make_split(log: ActionLog, config: SplitConfig, *, seed: int) -> Split:
+    """The parts of a log; the same seed gives the same questions."""
+    rng = np.random.default_rng([seed, 0])
+    log = log.with_frequent_items(config.items_min)
+    if config.kind == "leave_one_out":
+        last = _rows_from_the_end(log, 1, at_least=3)
+        before = _rows_from_the_end(log, 2, at_least=3)
+        split = Split(log, _without(log, np.concatenate([last, before])), _next(before), _next(last))
+    elif config.kind == "time":
+        split = _by_time(log, config)
+    else:
+        last = _rows_from_the_end(log, 1, at_least=3)
+        users = rng.permutation(len(last))[: min(LAST_USERS_MAX, round(config.validation * len(last)))]
+        held = np.sort(last[users])
+        split = Split(log, _without(log, held), _next(held), _next(held[:0]))
+    validation, test = (_sampled(part, config.questions_max, rng) for part in (split.validation, split.test))
+    return Split(split.log, split.train, validation, test)
+
+
+def _by_time(log: ActionLog, config: SplitConfig) -> Split:
+    time_ms = log.actions["timestamp_ms"]
+    test_ms, validation_ms = (log.quantile_ms(1 - share) for share in (config.test, config.test + config.validation))
+    follows = np.ones(len(log), np.bool_)
+    follows[log.starts[:-1][np.diff(log.starts) > 0]] = False
+    validation = np.flatnonzero(follows & (time_ms >= validation_ms) & (time_ms < test_ms))
+    test = np.flatnonzero(follows & (time_ms >= test_ms))
+    return Split(log, log.before(validation_ms), _next(validation), _next(test))
+
+
+def _rows_from_the_end(log: ActionLog, place: int, *, at_least: int) -> Ints:
+    """Row `place` from the end (1 is the last) of each user with `at_least` actions."""
+    return log.starts[1:][np.diff(log.starts) >= at_least] - place
+
+
+def _next(answers: Ints) -> Questions:
+    return Questions(answers - 1, answers)
+
+
+def _without(log: ActionLog, rows: Ints) -> ActionLog:
+    kept = np.ones(len(log), np.bool_)
+    kept[rows] = False
+    return log.select(kept)
+
+
+def _sampled(questions: Questions, most: int, rng: np.random.Generator) -> Questions:
+    chosen = np.zeros(len(questions), np.bool_)
+    chosen[rng.permutation(len(questions))[:most]] = True
+    return questions.select(chosen)
