@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install bench-encoder bench-freshness bench-ingest
+.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
 	  { echo "error: the installation failed, see the lines above; check network and disk, then run make again"; exit 1; }
 	@touch $@
+
+# make simulate SEED=7 RUNS=10000: without SEED a fresh one is drawn and printed.
+simulate: $(STAMP)
+	$(BIN)/python -m infra.simulate $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000)
 
 bench-encoder: $(STAMP)
 	$(BIN)/python -m infra.bench.encoder
