@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest
+.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest chaos
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -43,6 +43,10 @@ bench-freshness: $(STAMP) .venv-peers/installed
 
 bench-ingest: $(STAMP) .venv-peers/installed
 	$(BIN)/python -m infra.bench.ingest
+
+# make chaos SEED=7 MINUTES=60; without a seed a fresh one is drawn and printed.
+chaos: $(STAMP)
+	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10)
 
 # A peer that cannot be installed is left out of the comparison, which then says so.
 .venv-peers/installed: infra/bench/peers/requirements.txt

@@ -26,7 +26,7 @@ def chaos(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long; an episode begun is ended.")] = 10.0,
     faults: Annotated[str, typer.Option(help="Only these, separated by commas; a+b is a pair.")] = "",
     keep_going: Annotated[bool, typer.Option(help="Do not stop at the first broken law.")] = False,
-    rate: Annotated[float, typer.Option(min=1, max=5_000, help="Actions a second.")] = 700.0,
+    rate: Annotated[float, typer.Option(min=1, max=5_000, help="Actions a second.")] = 500.0,
     json: Annotated[bool, typer.Option("--json", help="The JSON line alone.")] = False,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("reports/chaos"),
 ) -> None:

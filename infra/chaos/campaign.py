@@ -44,7 +44,7 @@ class Plan:
     faults: tuple[str, ...] = ()
     """Only these, one after the other, again and again; none: all of them, and pairs."""
     keep_going: bool = False
-    rate: float = 700.0
+    rate: float = 500.0
     """Actions a second."""
 
 

@@ -53,6 +53,7 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     exits_before = len(fleet.exits)
     scene.traffic.habits = habits
     fleet.scale(_workers(scene, faults))
+    _pass(scene, AFTER_S)
     resumed(scene, PATIENCE_S)
     play(scene, [fault.steps(scene) for fault in faults])
     resume_s = resumed(scene, PATIENCE_S)

@@ -60,6 +60,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "faults": dict(sorted(outcome.faults.items())),
         "left_out": list(outcome.left_out),
         "violations": outcome.violations,
+        "kinds": dict(sorted(Counter(str(one.kind) for each in outcome.episodes for one in each.violations).items())),
         "worst_resume_seconds": round(outcome.worst_resume_seconds, 1),
         "freshness_p50_ms_under_faults": round(outcome.freshness_ms(0.5)),
         "freshness_p99_ms_under_faults": round(outcome.freshness_ms(0.99)),
@@ -92,7 +93,9 @@ def _page(outcome: Outcome, result: dict[str, Any]) -> list[str]:
     violations = [
         f"- episode {each.number}, {each.name}: {one}" for each in outcome.episodes for one in each.violations
     ]
-    figures = [f"| {name} | {value} |" for name, value in result.items() if name not in ("bench", "faults", "machine")]
+    figures = [
+        f"| {name} | {value} |" for name, value in result.items() if name not in ("bench", "faults", "machine", "kinds")
+    ]
     return [
         f"# Chaos, seed {outcome.plan.seed}",
         "",

@@ -36,7 +36,7 @@ OVERSIZED_BYTES = (70_000, 400_000, 1_900_000)
 class Habits:
     """How the producer behaves; fractions are per event."""
 
-    rate: float = 700.0
+    rate: float = 500.0
     """Events a second."""
     duplicates: float = 0.01
     disorder: float = 0.02

@@ -1,0 +1,155 @@
+"""Chaos in small: a seeded run as a command, and that each part of it notices what it is there to notice."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.chaos.episode import _is_fine
+from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs
+from infra.chaos.faults.workers import rebalances_seen
+from infra.chaos.fleet import ABORTED
+from infra.chaos.scene import Scene, play
+from infra.chaos.stage import set_up
+from infra.chaos.traffic import Habits, Traffic
+from infra.chaos.trial import Trial
+from infra.chaos.violations import Kind
+from infra.chaos.watch import Watch
+from infra.kafka.broker import Broker
+
+SEED = 7
+DEADLINE_S = 170.0
+SHORT = "worker-killed+disorder,worker-terminated+poison,broker-killed"
+KEYS = {
+    "bench", "machine", "seed", "minutes", "episodes", "worker_kills", "broker_restarts", "faults", "left_out",
+    "violations", "kinds", "worst_resume_seconds", "freshness_p50_ms_under_faults", "freshness_p99_ms_under_faults",
+    "freshness_worst_ms", "longest_stall_seconds", "rebalances", "memory_mb_first", "memory_mb_last",
+}  # fmt: skip
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "infra.chaos", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_a_short_run_breaks_no_law(tmp_path: Path) -> None:
+    """Kills of workers and of the broker, disorder and poison: no law is broken, and the result says what was done.
+
+    How soon progress resumes is a matter of the machine, so that bound alone is not asked of a machine under test.
+    """
+    print(f"seed {SEED}")
+    ended = command("--seed", str(SEED), "--minutes", "0.8", "--faults", SHORT, "--keep-going", "--out", str(tmp_path))
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert set(result) == KEYS
+    assert set(result["kinds"]) <= {Kind.SLOW_RESUME}, ended.stderr
+    assert ended.returncode == (1 if result["violations"] else 0)
+    assert result["worker_kills"] >= 4
+    assert result["faults"]["worker-killed"] >= 1
+    assert f"seed {SEED}" in (tmp_path / "chaos.md").read_text()
+    assert json.loads((tmp_path / "chaos.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(("--faults", "worker-tickled"), "worker-tickled"), (("--faults", "poison+disorder"), "cannot strike together")],
+)
+def test_a_fault_that_does_not_exist_is_told(arguments: tuple[str, ...], told: str) -> None:
+    """A wrong name, or a pair that would undo itself, ends with one clear line and a code other than 0."""
+    ended = command(*arguments)
+    assert ended.returncode not in (0, 1)
+    assert told in " ".join(ended.stderr.replace("│", " ").split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_every_fault_has_a_name_of_its_own_and_most_have_partners() -> None:
+    """Names are unique, and whatever may be drawn again stands in some pair."""
+    assert len(BY_NAME) == len(CATALOGUE)
+    paired = {fault.name for pair in pairs() for fault in pair}
+    assert {fault.name for fault in CATALOGUE if not fault.once} - paired <= {"rebalance-in-inference"}
+
+
+def test_exits_are_judged_by_what_was_done_to_the_worker() -> None:
+    """A worker may end as it was told to or as a fault of the episode allows, and in no other way."""
+    poison, frozen = [BY_NAME["poison"]], [BY_NAME["worker-frozen-10s"]]
+    assert _is_fine(0, True, poison)
+    assert _is_fine(-9, True, poison)
+    assert not _is_fine(0, False, poison)
+    assert not _is_fine(ABORTED, False, poison)
+    assert _is_fine(ABORTED, False, frozen)
+    assert not _is_fine(1, False, frozen)
+
+
+def test_rebalances_are_counted_by_partitions_that_are_ready_again() -> None:
+    """Partitions of one assignment count once; one that is ready a second time belongs to the next."""
+    assert rebalances_seen("") == 0
+    log = "\n".join(f"INFO partition {number} is ready at offset 5 after 0.1 s" for number in (0, 1, 2, 1, 0, 0))
+    assert rebalances_seen(log) == 3
+
+
+class _Idle:
+    """As much of a scene as `play` touches."""
+
+    class trial:
+        class fleet:
+            ticks = 0
+
+            @classmethod
+            def tick(cls) -> None:
+                cls.ticks += 1
+
+
+def test_faults_run_side_by_side_and_heal_also_when_one_breaks() -> None:
+    """Two faults take turns by their times; when one raises, the other still heals."""
+    told: list[str] = []
+
+    def fault(name: str, wait_s: float, *, breaks: bool = False) -> Iterator[float]:
+        try:
+            told.append(f"{name} strikes")
+            yield wait_s
+            if breaks:
+                raise RuntimeError(name)
+            yield wait_s
+        finally:
+            told.append(f"{name} heals")
+
+    scene: Any = _Idle()
+    play(scene, [fault("slow", 0.4), fault("quick", 0.1)])
+    assert told == ["slow strikes", "quick strikes", "quick heals", "slow heals"]
+    told.clear()
+    with pytest.raises(RuntimeError):
+        play(scene, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
+    assert told == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_a_stall_that_no_worker_notices_is_found(broker: Broker, topic_prefix: str, tmp_path: Path) -> None:
+    """Actions arrive and nobody works on them: once the watchdog's time is over the watch names every partition."""
+    stage = set_up(tmp_path, broker.bootstrap_servers, topic_prefix)
+    with Trial(stage) as trial:
+        watch = Watch(trial)
+        watch._unseen_max_s = 3.0
+        watch._all_well = lambda: True  # type: ignore[method-assign]
+        traffic = Traffic(stage.settings, SEED, users=50, habits=Habits(rate=200))
+        with watch:
+            traffic.start()
+            scene = Scene(broker, trial, traffic, random.Random(SEED), tmp_path, 0)
+            play(scene, [iter([6.0])])
+            traffic.stop()
+        found = watch.take()
+    assert {each.kind for each in found} == {Kind.UNSEEN_STALL}
+    assert {each.partition for each in found} == set(range(stage.settings.topics.partitions))
