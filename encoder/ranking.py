@@ -18,12 +18,22 @@ CHUNK = 512
 """Queries whose scores exist at one time."""
 
 
-def target_ranks(queries: Tensor, items: Tensor, targets: Ints, hidden: tuple[Ints, Ints] | None = None) -> Ints:
-    """[Q] rank of each query's target among all items but those hidden from it.
+def target_ranks(
+    queries: Tensor,
+    items: Tensor,
+    targets: Ints,
+    hidden: tuple[Ints, Ints] | None = None,
+    candidates: Ints | None = None,
+) -> Ints:
+    """[Q] rank of each query's target among all items, or the candidates, but those hidden from it.
 
     `queries` [Q, E], `items` [I, E], `targets` [Q] rows of items; `hidden` gives pairs (query, item row), sorted by
-    query, that do not compete; a target is never hidden from itself.
+    query, that do not compete; a target is never hidden from itself. `candidates` are the only rows that compete.
     """
+    absent = None
+    if candidates is not None:
+        absent = torch.ones(len(items), dtype=torch.bool)
+        absent[torch.from_numpy(candidates)] = False
     ranks = np.empty(len(queries), np.int64)
     for start in range(0, len(queries), CHUNK):
         scores = queries[start : start + CHUNK] @ items.T
@@ -31,7 +41,9 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Ints, hidden: tuple[In
         own = scores.gather(1, target)
         if hidden is not None:
             scores[_hidden_part(hidden, start, start + len(scores))] = -torch.inf
-            scores.scatter_(1, target, own)
+        if absent is not None:
+            scores.masked_fill_(absent, -torch.inf)
+        scores.scatter_(1, target, own)
         ranks[start : start + CHUNK] = ((scores >= own).sum(dim=1) - 1).numpy()
     return ranks
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -28,12 +27,12 @@ class Mounted(TyperGroup):
     """The commands given here, then those of each mounted module."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *(name for module in _mounted() for name in _commands_of(module))]
+        return [*super().list_commands(ctx), *(name for module in MOUNTED for name in _commands_of(module))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if own := super().get_command(ctx, cmd_name):
             return own
-        candidates = (_commands_of(module).get(cmd_name) for module in _mounted())
+        candidates = (_commands_of(module).get(cmd_name) for module in MOUNTED)
         return next((command for command in candidates if command), None)
 
 
@@ -69,10 +68,6 @@ def main() -> None:
 def command_names() -> list[str]:
     """The names of all commands."""
     return get_group(app).list_commands(None)  # type: ignore[arg-type]
-
-
-def _mounted() -> list[str]:
-    return [module for module in MOUNTED if find_spec(module.rpartition(".")[0]) and find_spec(module)]
 
 
 def _commands_of(module: str) -> dict[str, Any]:

@@ -40,8 +40,10 @@ class Standing:
 
 
 def fingerprint(log: ActionLog, recipe: Recipe) -> str:
-    """A hash of the recipe and of the log that is trained on."""
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    """A hash of the recipe and of the log that is trained on, wherever the log lies."""
+    values = asdict(recipe)
+    del values["log"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     digest.update(log.actions.tobytes())
     digest.update(log.starts.tobytes())
     return digest.hexdigest()[:16]

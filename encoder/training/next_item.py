@@ -12,10 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
 from encoder.model import AnyEncoder
-from encoder.ranking import hits_at, ndcg_at, p90_coverage, target_ranks, top_items
+from encoder.ranking import hits_at, ndcg_at, target_ranks, top_items
 from encoder.training.log import DAY_MS, ActionLog
 from encoder.training.queries import embeddings_after, items_before
 from encoder.training.splits import Questions
@@ -41,27 +42,44 @@ class Scores:
 class Exam:
     """The questions of one log for any number of encoders with one vocabulary."""
 
-    def __init__(self, log: ActionLog, vocabularies: Vocabularies, questions: Questions, *, hide_seen: bool) -> None:
-        self.log, self.questions = log, questions
+    def __init__(
+        self,
+        log: ActionLog,
+        vocabularies: Vocabularies,
+        questions: Questions,
+        *,
+        hide_seen: bool,
+        candidates: Ints | None = None,
+    ) -> None:
+        """`candidates` are rows of the vocabulary's items, from 0, among which answers are ranked; None takes all."""
+        self.log, self.questions, self.candidates = log, questions, candidates
         self.tokens: Tokens = log.tokens(vocabularies)
         self.items = len(vocabularies.item_keys)
         self.answers = self.tokens.item[questions.answer]
         self.known = self.answers != UNKNOWN
         self._seen = self._hidden() if hide_seen else None
 
+    @torch.inference_mode()
+    def queries(self, model: AnyEncoder, *, time_given: bool = False) -> Tensor:
+        """[K, E]: the encoder's embedding after the asked action of each question whose answer is known."""
+        since_ms = None
+        if time_given:
+            time_ms = self.tokens.time_ms
+            since_ms = time_ms[self.questions.answer[self.known]] - time_ms[self.asked]
+        return embeddings_after(model, self.tokens, self.log.starts, self.asked, since_ms)
+
     def encoder_scores(self, model: AnyEncoder, *, time_given: bool = False) -> Scores:
         """How the encoder's embedding after each asked action ranks the answer."""
-        with torch.inference_mode():
-            queries = embeddings_after(model, self.tokens, self.log.starts, self.asked, self._since(time_given))
-            items = model.item_embeddings().float()[1:].clone()
-        return Scores.of(self._full(target_ranks(queries, items, self.answers[self.known] - 1, self._seen)))
+        return self.scores(self.queries(model, time_given=time_given), known_items(model))
 
-    def coverage(self, model: AnyEncoder) -> float:
-        """P90 coverage@10 of the recommendations after the asked actions."""
-        with torch.inference_mode():
-            queries = embeddings_after(model, self.tokens, self.log.starts, self.asked)
-            items = model.item_embeddings().float()[1:].clone()
-        return p90_coverage(top_items(queries, items, 10, self._seen), items=self.items)
+    def scores(self, queries: Tensor, items: Tensor) -> Scores:
+        """How queries [K, E] rank the answers among items [I, E]."""
+        ranks = target_ranks(queries, items, self.answers[self.known] - 1, self._seen, self.candidates)
+        return Scores.of(self._full(ranks))
+
+    def top(self, queries: Tensor, items: Tensor, k: int) -> Ints:
+        """[K, k] rows of the items that queries [K, E] rank highest, from 0."""
+        return top_items(queries, items, k, self._seen)
 
     def popularity_scores(self) -> Scores:
         """The same ranking by how often an item was acted on in the seven days before the day of the answer."""
@@ -77,21 +95,15 @@ class Exam:
             mine = np.flatnonzero(days == value)
             hidden = None if self._seen is None else _pairs_of(self._seen, mine)
             ranks[mine] = target_ranks(
-                torch.ones(len(mine), 1), torch.from_numpy(counts)[:, None], targets[mine], hidden
+                torch.ones(len(mine), 1), torch.from_numpy(counts)[:, None], targets[mine], hidden, self.candidates
             )
         return Scores.of(self._full(ranks))
 
     @property
     def asked(self) -> Ints:
+        """[K] the newest action of each question whose answer is known."""
         asked: Ints = self.questions.asked[self.known]
         return asked
-
-    def _since(self, time_given: bool) -> Ints | None:
-        if not time_given:
-            return None
-        time_ms = self.tokens.time_ms
-        since_ms: Ints = time_ms[self.questions.answer[self.known]] - time_ms[self.asked]
-        return since_ms
 
     def _full(self, ranks: Ints) -> Ints:
         all_ranks = np.full(len(self.known), MISSED)
@@ -99,8 +111,19 @@ class Exam:
         return all_ranks
 
     def _hidden(self) -> tuple[Ints, Ints]:
-        query, item = items_before(self.tokens, self.log.starts, self.asked)
-        return query[item != UNKNOWN], item[item != UNKNOWN] - 1
+        return known_pairs(items_before(self.tokens, self.log.starts, self.asked))
+
+
+def known_items(model: AnyEncoder) -> Tensor:
+    """[I, E] embeddings of the known items, without the unknown one."""
+    with torch.inference_mode():
+        return model.item_embeddings().float()[1:].clone()
+
+
+def known_pairs(pairs: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+    """The pairs (query, item row) of known items, items numbered from 0."""
+    query, item = pairs
+    return query[item != UNKNOWN], item[item != UNKNOWN] - 1
 
 
 def _pairs_of(pairs: tuple[Ints, Ints], queries: Ints) -> tuple[Ints, Ints]:

@@ -35,12 +35,16 @@ def embeddings_after(
 
 
 def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
-    """One pass over each asked user's history gives all of its positions, for what was computed never changes."""
+    """One pass over each asked user's history gives all of its positions, for what was computed never changes.
+
+    It begins as far before the first asked row as that row can see.
+    """
     user = np.searchsorted(starts, rows, side="right") - 1
     asked, inverse = np.unique(user, return_inverse=True)
-    last = np.zeros(len(asked), np.int64)
+    last, first = np.zeros(len(asked), np.int64), np.full(len(asked), np.iinfo(np.int64).max)
     np.maximum.at(last, inverse, rows)
-    first = np.maximum(starts[asked], last + 1 - np.maximum(0, last + 1 - starts[asked]))
+    np.minimum.at(first, inverse, rows)
+    first = np.maximum(starts[asked], first + 1 - model.config.receptive_field)
     order = np.argsort(last - first, kind="stable")
     place = np.empty(len(asked), np.int64)
     place[order] = np.arange(len(asked))
@@ -70,6 +74,22 @@ def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: Ints
         sizes = torch.from_numpy(lengths[members])
         out = model(tokens.features(matrix), sizes)
         hidden[torch.from_numpy(members)] = out[torch.arange(end - begin), sizes - 1]
+
+
+class NewestRows:
+    """Finds each user's newest row before a time; users and times are packed into one sorted column."""
+
+    def __init__(self, starts: Ints, time_ms: Ints) -> None:
+        self._starts, self._origin = starts, int(time_ms.min(initial=0))
+        self._span = int(time_ms.max(initial=0)) - self._origin + 2
+        user = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        self._keys = user * self._span + (time_ms - self._origin)
+
+    def before(self, user: Ints, time_ms: Ints) -> Ints:
+        """[Q] the newest row of each user with an event time below the given one, -1 where there is none."""
+        time = np.clip(time_ms - self._origin, 0, self._span - 1)
+        rows = np.searchsorted(self._keys, user * self._span + time) - 1
+        return np.where(rows >= self._starts[user], rows, -1)
 
 
 def _batches(lengths: Ints) -> list[tuple[int, int]]:

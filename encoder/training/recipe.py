@@ -13,11 +13,21 @@ from pydantic import TypeAdapter, ValidationError
 from encoder.model import EncoderConfig
 from encoder.negatives import LossConfig
 from encoder.objectives import ObjectiveConfig
+from encoder.training.log import LogColumns
 from encoder.training.splits import SplitConfig
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be trained; the text lists every problem with its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """Where the actions are."""
+
+    path: str = ""
+    """A `.parquet`, `.csv` or `.csv.gz` file, seen from the recipe's folder; a command may name another."""
+    columns: LogColumns = field(default_factory=LogColumns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,7 @@ class Recipe:
     """What a training makes, with the same seed and machine, is a function of this and of the log."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     items: ItemConfig = field(default_factory=ItemConfig)
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)

@@ -6,7 +6,6 @@ The metric that decides is HR@10 over the validating questions of the recipe's s
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from encoder.negatives import LossConfig
 from encoder.release import Release, make_release
 from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
+from encoder.training.facts import machine
 from encoder.training.log import ActionLog, LogError
 from encoder.training.machine import faster_precision, faster_threads
 from encoder.training.next_item import Exam
@@ -92,6 +93,7 @@ class Run:
         split = make_split(log, recipe.split, seed=recipe.seed)
         self.trainer = make_trainer(split.train, recipe, self.world)
         self.exam = Exam(split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen)
+        self.later_ms = split.later_ms
         self.fingerprint = fingerprint(split.train, recipe)
         self.standing = Standing(next_validation=recipe.budget.validate_tokens)
         if resume:
@@ -167,18 +169,25 @@ class Run:
         return release
 
     def description(self) -> dict[str, Any]:
-        loss = self.recipe.loss
-        pool = "the whole catalogue" if loss.kind == "full" else "of each process and batch"
         return {
             "recipe": asdict(self.recipe),
+            "later_ms": self.later_ms,
             "tokens": self.trainer.tokens,
             "seconds": round(self.seconds, 1),
-            "machine": platform.processor() or platform.machine(),
+            "machine": machine(),
             "threads": torch.get_num_threads(),
             "processes": self.world.size,
             "precision": str(self.trainer.precision).removeprefix("torch."),
-            "negative_pool": pool,
+            "negative_pool": negative_pool(self.recipe.loss, len(self.trainer.vocabularies.item_keys), self.world.size),
         }
+
+
+def negative_pool(loss: LossConfig, items: int, processes: int) -> str:
+    """What a positive is told apart from in one batch, for people and for the release."""
+    if loss.kind == "full":
+        return f"the whole catalogue of {items:,} items"
+    sampled = f"{loss.random_negatives:,} uniform items and up to {loss.batch_negatives_max:,} positives of the batch"
+    return sampled if processes == 1 else f"{sampled}, a pool of its own in each of {processes} processes"
 
 
 def make_trainer(train: ActionLog, recipe: Recipe, world: World) -> Trainer:

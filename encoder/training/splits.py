@@ -71,25 +71,28 @@ class Split:
     train: ActionLog
     validation: Questions
     test: Questions
+    later_ms: int
+    """From this event time on nothing is trained on or validated with."""
 
 
 def make_split(log: ActionLog, config: SplitConfig, *, seed: int) -> Split:
     """The parts of a log; the same seed gives the same questions."""
     rng = np.random.default_rng([seed, 0])
     log = log.with_frequent_items(config.items_min)
+    end_ms = int(log.actions["timestamp_ms"].max(initial=0)) + 1
     if config.kind == "leave_one_out":
         last = _rows_from_the_end(log, 1, at_least=3)
         before = _rows_from_the_end(log, 2, at_least=3)
-        split = Split(log, _without(log, np.concatenate([last, before])), _next(before), _next(last))
+        split = Split(log, _without(log, np.concatenate([last, before])), _next(before), _next(last), end_ms)
     elif config.kind == "time":
         split = _by_time(log, config)
     else:
         last = _rows_from_the_end(log, 1, at_least=3)
         users = rng.permutation(len(last))[: min(LAST_USERS_MAX, round(config.validation * len(last)))]
         held = np.sort(last[users])
-        split = Split(log, _without(log, held), _next(held), _next(held[:0]))
+        split = Split(log, _without(log, held), _next(held), _next(held[:0]), end_ms)
     validation, test = (_sampled(part, config.questions_max, rng) for part in (split.validation, split.test))
-    return Split(split.log, split.train, validation, test)
+    return Split(split.log, split.train, validation, test, split.later_ms)
 
 
 def _by_time(log: ActionLog, config: SplitConfig) -> Split:
@@ -99,7 +102,7 @@ def _by_time(log: ActionLog, config: SplitConfig) -> Split:
     follows[log.starts[:-1][np.diff(log.starts) > 0]] = False
     validation = np.flatnonzero(follows & (time_ms >= validation_ms) & (time_ms < test_ms))
     test = np.flatnonzero(follows & (time_ms >= test_ms))
-    return Split(log, log.before(validation_ms), _next(validation), _next(test))
+    return Split(log, log.before(validation_ms), _next(validation), _next(test), test_ms)
 
 
 def _rows_from_the_end(log: ActionLog, place: int, *, at_least: int) -> Ints:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,7 +18,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from encoder.training.facts import machine as machine
 from streams.errors import StreamformerError
+
+__all__ = [
+    "Spread",
+    "agreed_ratio",
+    "console",
+    "cpu_seconds",
+    "machine",
+    "print_result",
+    "print_table",
+    "resident_mb",
+    "run_command",
+]
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 """For people; standard output ends with the JSON line alone."""
@@ -44,20 +55,6 @@ class Spread:
         """
         digits = 0 if self.median >= 100 else 2
         return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f} to {max(self.values):,.{digits}f})"
-
-
-def machine() -> dict[str, Any]:
-    """The processor as the system names it, cores that may be used, and the instructions that decide speed."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    named = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = set(named.get("flags", "").split())
-    return {
-        "cpu": named.get("model name", "unknown"),
-        "cores": len(os.sched_getaffinity(0)),
-        "amx": "amx_tile" in flags,
-        "avx512_bf16": "avx512_bf16" in flags,
-    }
 
 
 def cpu_seconds(pid: int) -> float:
