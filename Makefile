@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest chaos
+.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest chaos bench-restore
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -47,6 +47,9 @@ bench-ingest: $(STAMP) .venv-peers/installed
 # make chaos SEED=7 MINUTES=60; without a seed a fresh one is drawn and printed.
 chaos: $(STAMP)
 	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10)
+
+bench-restore: $(STAMP)
+	$(BIN)/python -m infra.bench.restore
 
 # A peer that cannot be installed is left out of the comparison, which then says so.
 .venv-peers/installed: infra/bench/peers/requirements.txt

@@ -58,16 +58,17 @@ class Burst:
 
     def _batches(self, producer: AIOKafkaProducer) -> Iterator[tuple[int, Any]]:
         """(partition, record batch), the partitions in turn so that all of them grow together."""
-        names = [b"user-%d" % number for number in range(int(self._users.max()) + 1)]
-        partitions = np.array([(murmur2(name) & 0x7FFFFFFF) % self._partitions for name in names])
+        present, rows = np.unique(self._users, return_inverse=True)
+        names = [b"user-%d" % number for number in present.tolist()]
+        partitions = [(murmur2(name) & 0x7FFFFFFF) % self._partitions for name in names]
         open_batches = [producer.create_batch() for _ in range(self._partitions)]
-        for number, value in zip(self._users.tolist(), self._values(), strict=True):
-            partition = int(partitions[number])
+        for row, value in zip(rows.tolist(), self._values(), strict=True):
+            partition = partitions[row]
             batch = open_batches[partition]
-            if batch.append(timestamp=None, key=names[number], value=value) is None:
+            if batch.append(timestamp=None, key=names[row], value=value) is None:
                 yield partition, batch
                 batch = open_batches[partition] = producer.create_batch()
-                batch.append(timestamp=None, key=names[number], value=value)
+                batch.append(timestamp=None, key=names[row], value=value)
         yield from ((partition, batch) for partition, batch in enumerate(open_batches) if batch.record_count())
 
     def _values(self) -> Iterator[bytes]:

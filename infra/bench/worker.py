@@ -58,6 +58,8 @@ class WorkerJob:
     cache_bytes_max: int = 1 << 20
     items: int = 100
     """Known to the encoder; further ones share its unknown row."""
+    hot_users_max: int = 65_536
+    """Users of a partition in memory."""
 
 
 NO_TRIGGERS = WorkerJob()
@@ -103,7 +105,7 @@ def prepare_worker(name: str, bootstrap_servers: str, folder: Path, job: WorkerJ
             dead_letter=f"{app_id}-dead-letter",
             partitions=PARTITIONS,
         ),
-        state=StateSettings(sequence_length=job.encoder.sequence_length),
+        state=StateSettings(sequence_length=job.encoder.sequence_length, hot_users_max=job.hot_users_max),
         web=WebSettings(port=free_port()),
         encoder=EncoderSettings(release_dir=folder / "release", dtype="fp32", cache_bytes_max=job.cache_bytes_max),
         triggers=TriggersSettings(policy_file=folder / "policy.toml"),
@@ -149,6 +151,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         "TOPICS_DEAD_LETTER": settings.topics.dead_letter,
         "TOPICS_PARTITIONS": settings.topics.partitions,
         "STATE_SEQUENCE_LENGTH": settings.state.sequence_length,
+        "STATE_HOT_USERS_MAX": settings.state.hot_users_max,
         "WEB_PORT": settings.web.port,
         "WORKER_INSTANCE_ID": settings.worker.instance_id,
         "TRIGGERS_POLICY_FILE": settings.triggers.policy_file,
