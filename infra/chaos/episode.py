@@ -58,11 +58,12 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     play(scene, [fault.steps(scene) for fault in faults])
     resume_s = resumed(scene, PATIENCE_S)
     _pass(scene, AFTER_S)
-    rested = scene.traffic.calm(30) and trial.rest(max([60.0, *(fault.rest_s for fault in faults)]))
+    busy = "" if scene.traffic.calm(30) else "the producer did not end"
+    busy = busy or trial.rest(max([60.0, *(fault.rest_s for fault in faults)]))
     if any(fault.explains for fault in faults):
         trial.explain(begun_ms)
     verdict = trial.judge()
-    violations = [*verdict.violations, *scene.found, *watch.take(), *_slow(resume_s), *_unrested(rested)]
+    violations = [*verdict.violations, *scene.found, *watch.take(), *_slow(resume_s), *_unrested(busy)]
     exits = fleet.exits[exits_before:]
     violations += [
         Violation(Kind.UNEXPECTED_EXIT, None, -1, each.code, f"worker {each.number}: {each.last_words}")
@@ -129,5 +130,5 @@ def _slow(resume_s: float) -> list[Violation]:
     return [Violation(Kind.SLOW_RESUME, None, -1, -1, f"{resume_s:.1f} s after all was healed")]
 
 
-def _unrested(rested: bool) -> list[Violation]:
-    return [] if rested else [Violation(Kind.UNPROCESSED, None, -1, -1, "the workers did not come to rest")]
+def _unrested(busy: str) -> list[Violation]:
+    return [Violation(Kind.UNPROCESSED, None, -1, -1, f"no rest in time: {busy}")] if busy else []

@@ -27,8 +27,10 @@ class FaultyRuntime:
 
     def __init__(self, runtime: EncoderRuntime, fault: str) -> None:
         self._runtime, self._fault = runtime, fault
-        self.version, self.embedding_dim = runtime.version, runtime.embedding_dim
-        self.sequence_length = runtime.sequence_length
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the runtime's own."""
+        return getattr(self._runtime, name)
 
     def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
         started = time.monotonic()

@@ -46,17 +46,22 @@ class Trial:
         self.fleet.close()
         self.gatherer.close()
 
-    def rest(self, timeout_s: float) -> bool:
-        """Keep the workers running until nothing is left to do; False when that took longer. Traffic has stopped."""
+    def rest(self, timeout_s: float) -> str:
+        """Keep the workers running until nothing is left to do; what still was when that took longer, else empty.
+
+        Traffic has stopped.
+        """
         deadline_s, quiet_since_s = time.monotonic() + timeout_s, time.monotonic()
+        busy = "nobody looked"
         while time.monotonic() < deadline_s:
             self.fleet.tick()
-            if self._is_busy():
+            busy = self._busy_with()
+            if busy:
                 quiet_since_s = time.monotonic()
             elif time.monotonic() - quiet_since_s >= QUIET_S:
-                return True
+                return ""
             time.sleep(LOOK_EVERY_S)
-        return False
+        return busy or "quiet for a moment only"
 
     def explain(self, begin_ms: int) -> None:
         """From then until now a fault may have made outputs stale or repeated."""
@@ -67,14 +72,17 @@ class Trial:
         self.checker.feed(self.gatherer.gather())
         return self.checker.judge(self.gatherer.committed())
 
-    def _is_busy(self) -> bool:
-        """Whether anything was written since the last look, or is still to be."""
+    def _busy_with(self) -> str:
+        """What was written since the last look, or is still to be."""
         try:
             evidence = self.gatherer.gather()
             self.checker.feed(evidence)
             committed = self.gatherer.committed()
-        except KafkaError:
-            return True
-        ends = self.checker.truth.ends
-        is_behind = any(committed.get(partition, 0) < end for partition, end in ends.items())
-        return is_behind or self.checker.is_behind() or bool(evidence.outputs or evidence.changelog)
+        except KafkaError as error:
+            return f"the broker does not answer: {error!r}"
+        for partition, end in self.checker.truth.ends.items():
+            if committed.get(partition, 0) < end:
+                return f"partition {partition} is committed up to {committed.get(partition, 0)} of {end}"
+        if self.checker.is_behind():
+            return "users wait for their embeddings"
+        return "workers write" if evidence.outputs or evidence.changelog else ""
