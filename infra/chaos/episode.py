@@ -59,7 +59,8 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     resume_s = resumed(scene, PATIENCE_S)
     _pass(scene, AFTER_S)
     busy = "" if scene.traffic.calm(30) else "the producer did not end"
-    busy = busy or trial.rest(max([60.0, *(fault.rest_s for fault in faults)]))
+    if not busy and not trial.rest(max([60.0, *(fault.rest_s for fault in faults)])):
+        busy = trial.busy_with or "quiet for a moment only"
     if any(fault.explains for fault in faults):
         trial.explain(begun_ms)
     verdict = trial.judge()

@@ -33,6 +33,8 @@ class Trial:
         self.fleet = Fleet(stage, command)
         self.explained: list[Explained] = []
         """Add to it when a fault may make outputs stale or repeated."""
+        self.busy_with = ""
+        """What was left to do when `rest` last looked."""
         self.gatherer = Gatherer(stage.settings)
         oracle = stage.oracle()
         state, topic = stage.settings.state, stage.settings.topics.actions
@@ -46,22 +48,21 @@ class Trial:
         self.fleet.close()
         self.gatherer.close()
 
-    def rest(self, timeout_s: float) -> str:
-        """Keep the workers running until nothing is left to do; what still was when that took longer, else empty.
+    def rest(self, timeout_s: float) -> bool:
+        """Keep the workers running until nothing is left to do; False, and why in `busy_with`, when that took longer.
 
         Traffic has stopped.
         """
         deadline_s, quiet_since_s = time.monotonic() + timeout_s, time.monotonic()
-        busy = "nobody looked"
         while time.monotonic() < deadline_s:
             self.fleet.tick()
-            busy = self._busy_with()
-            if busy:
+            self.busy_with = self._busy_with()
+            if self.busy_with:
                 quiet_since_s = time.monotonic()
             elif time.monotonic() - quiet_since_s >= QUIET_S:
-                return ""
+                return True
             time.sleep(LOOK_EVERY_S)
-        return busy or "quiet for a moment only"
+        return False
 
     def explain(self, begin_ms: int) -> None:
         """From then until now a fault may have made outputs stale or repeated."""

@@ -98,8 +98,7 @@ def wait_published(trial: Trial, timeout_s: float = 30.0) -> None:
 
 def judged(trial: Trial) -> Verdict:
     """The verdict at rest, without a violation."""
-    busy = trial.rest(REST_S)
-    assert not busy, f"{busy}\n{trial.fleet.log(0)[-3_000:]}"
+    assert trial.rest(REST_S), f"{trial.busy_with}\n{trial.fleet.log(0)[-3_000:]}"
     verdict = trial.judge()
     assert [str(violation) for violation in verdict.violations] == []
     return verdict

@@ -88,7 +88,7 @@ def _outcome(scene: Scene, trial: Trial, what: str, committed: dict[int, int]) -
             if trial.gatherer.committed() != committed:
                 scene.found.append(Violation(Kind.COMMITTED_AHEAD, None, -1, -1, f"{what}: refused, yet it committed"))
             return
-        if not trial.rest(2.0):
+        if trial.rest(2.0):
             violations = trial.judge().violations
             scene.say(f"{what}: went on, {len(violations)} violations")
             scene.found += [replace(each, detail=f"{what}: {each.detail}") for each in violations]
