@@ -8,14 +8,16 @@ encoded, the previous one is being published and the next one gathers.
 The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
 output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
 
-Limits, all in `EncodeQueuePolicy`: users waiting (ingestion holds back while not `has_room`), users in a micro-batch,
-unacknowledged micro-batches, attempts.
+Limits, all in `EncodeQueuePolicy`: users waiting, users in a micro-batch, unacknowledged micro-batches, attempts.
+Ingestion holds back while not `has_room`; what one batch or the timers bring beyond the limit is shed, lowest priority
+and newest first: those users stay due in their state, which hands them over again later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from encoder.actions import SequenceBatch
 from encoder.inference import EncoderRuntime
 from streams.core.pipeline import EncodeJob
+from streams.core.triggers import Reason
 from streams.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ class EncodeQueuePolicy:
     """Micro-batches that may be unacknowledged at once."""
     attempts_max: int = 3
     retry_backoff_ms: int = 200
+    stuck_after_ms: int = 5_000
+    """A micro-batch that the encoder has not finished after this makes the worker unready."""
 
 
 class EncodeSource(Protocol):
@@ -60,35 +66,60 @@ class EncodeSource(Protocol):
     async def refuse(self, job: EncodeJob, detail: str) -> None:
         """The encoder cannot embed these users as they are: dead-letter them; their state stays intact."""
 
+    def shed(self, users: Sequence[bytes]) -> None:
+        """These users had to leave the queue; they stay due and are to be handed over again later."""
+
+
+Waiting = tuple[EncodeSource, int]
+"""Who owns a waiting user, and the `Reason` that made it due."""
+
 
 class EncodeQueue:
     """One slot per user, micro-batches, one encoder thread."""
 
     def __init__(self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, metrics: Metrics) -> None:
         self._runtime, self._policy, self._metrics = runtime, policy, metrics
-        self._waiting: dict[int, dict[bytes, EncodeSource]] = {}
+        self._waiting: dict[int, dict[bytes, Waiting]] = {}
         """Priority -> users in order of arrival; a higher priority is taken first."""
         self._priority_of: dict[bytes, int] = {}
         self._filled, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._publishing: set[asyncio.Task[None]] = set()
-        self.healthy = True
-        """False from the first failed attempt until the encoder works again: readiness follows it."""
+        self._works = True
+        """False from the first failed attempt until the encoder works again."""
+        self._encoding_since_s: float | None = None
+        """Monotonic; None while the encoder has nothing to do."""
 
     def __len__(self) -> int:
         return len(self._priority_of)
 
-    def put(self, source: EncodeSource, users: Iterable[bytes], priorities: Iterable[int]) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether anybody waits or is being encoded: `encoded_users` must rise."""
+        return bool(self._priority_of) or self._encoding_since_s is not None
+
+    @property
+    def healthy(self) -> bool:
+        """False while the encoder fails, or has sat on one micro-batch for `stuck_after_ms`: readiness follows it."""
+        since_s = self._encoding_since_s
+        is_stuck = since_s is not None and (time.monotonic() - since_s) * 1000 >= self._policy.stuck_after_ms
+        return self._works and not is_stuck
+
+    def put(
+        self, source: EncodeSource, users: Iterable[bytes], priorities: Iterable[int], reasons: Iterable[int]
+    ) -> None:
         """Queue users that are due; one that waits already keeps its slot, at the higher of both priorities."""
-        for user, priority in zip(users, priorities, strict=True):
+        for user, priority, reason in zip(users, priorities, reasons, strict=True):
             waits_at = self._priority_of.get(user)
             if waits_at is not None:
                 if waits_at >= priority:
                     continue
                 del self._waiting[waits_at][user]
             self._priority_of[user] = priority
-            self._waiting.setdefault(priority, {})[user] = source
+            self._waiting.setdefault(priority, {})[user] = source, reason
+        if len(self) > self._policy.users_max:
+            self._shed(len(self) - self._policy.users_max)
         self._update_flag()
 
     @property
@@ -99,7 +130,7 @@ class EncodeQueue:
     def drop(self, source: EncodeSource) -> None:
         """Forget the users of a partition that is given back; they stay due in its state."""
         for users in self._waiting.values():
-            for user in [user for user, owner in users.items() if owner is source]:
+            for user in [user for user, (owner, _) in users.items() if owner is source]:
                 del users[user]
                 del self._priority_of[user]
         self._update_flag()
@@ -144,7 +175,7 @@ class EncodeQueue:
         for priority in sorted(self._waiting, reverse=True):
             users = self._waiting[priority]
             for user in list(islice(users, room)):
-                source = users.pop(user)
+                source, _ = users.pop(user)
                 del self._priority_of[user]
                 by_source.setdefault(id(source), (source, []))[1].append(user)
                 room -= 1
@@ -160,9 +191,29 @@ class EncodeQueue:
         else:
             self._filled.clear()
 
+    def _shed(self, excess: int) -> None:
+        """Take the newest users of the lowest priorities out, and give them back to their sources."""
+        by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}
+        for priority in sorted(self._waiting):
+            users = self._waiting[priority]
+            for user in list(islice(reversed(users), excess)):
+                source, reason = users.pop(user)
+                del self._priority_of[user]
+                by_source.setdefault(id(source), (source, []))[1].append(user)
+                self._metrics.shed.inc(reason=Reason(reason).label)
+                excess -= 1
+            if not excess:
+                break
+        for source, shed in by_source.values():
+            source.shed(shed)
+
     async def _encode(self, jobs: list[tuple[EncodeSource, EncodeJob]]) -> None:
-        for source, job in jobs:
-            embeddings = await self._embed(job)
+        """Encode the jobs of all partitions in one call, for a call costs more than the few users of a small batch."""
+        if not jobs:
+            return
+        all_embeddings = await self._embed(merged([job for _, job in jobs]))
+        ends = np.cumsum([len(job) for _, job in jobs])
+        for (source, job), embeddings in zip(jobs, np.split(all_embeddings, ends[:-1]), strict=True):
             good = np.isfinite(embeddings).all(axis=1)
             if not good.all():
                 bad = job.select(np.flatnonzero(~good))
@@ -180,19 +231,21 @@ class EncodeQueue:
         """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
         loop = asyncio.get_running_loop()
         for attempt in range(1, self._policy.attempts_max + 1):
-            started = loop.time()
+            self._encoding_since_s = started_s = time.monotonic()
             try:
                 embeddings = await loop.run_in_executor(self._thread, self._runtime.embed, job.sequences)
             except Exception:
-                self.healthy = False
+                self._works = False
                 self._metrics.encode_failures.inc()
                 logger.exception("encoder failed on %d users, attempt %d", len(job), attempt)
                 await loop.run_in_executor(self._thread, self._runtime.clear)
                 await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
             else:
-                self.healthy = True
-                self._count(len(embeddings), loop.time() - started)
+                self._works = True
+                self._count(len(embeddings), time.monotonic() - started_s)
                 return embeddings
+            finally:
+                self._encoding_since_s = None
         return await self._embed_halves(job)
 
     async def _embed_halves(self, job: EncodeJob) -> Embeddings:
@@ -202,7 +255,31 @@ class EncodeQueue:
         return np.concatenate([await self._embed(job.select(rows)) for rows in halves])
 
     def _count(self, users: int, seconds: float) -> None:
-        self._metrics.encode_batches.inc()
-        self._metrics.encoded_users.inc(users)
-        self._metrics.encode_seconds.observe(seconds)
-        self._metrics.encode_batch_users.observe(users)
+        metrics, runtime = self._metrics, self._runtime
+        metrics.encode_batches.inc()
+        metrics.encoded_users.inc(users)
+        metrics.encode_seconds.observe(seconds)
+        metrics.encode_batch_users.observe(users)
+        metrics.cache_hits.inc(runtime.extensions - metrics.cache_hits.value())
+        metrics.cache_prefills.inc(runtime.prefills - metrics.cache_prefills.value())
+
+
+def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
+    """One job of all users of some jobs, in order; no user is in two of them."""
+    if len(jobs) == 1:
+        return jobs[0]
+    batches = [job.sequences for job in jobs]
+    lengths = np.concatenate([np.diff(batch.starts) for batch in batches])
+    sequences = SequenceBatch(
+        users=[user for batch in batches for user in batch.users],
+        actions=np.concatenate([batch.actions for batch in batches]),
+        starts=np.concatenate(([0], np.cumsum(lengths))),
+        counts=np.concatenate([batch.counts for batch in batches]),
+        revisions=np.concatenate([batch.revisions for batch in batches]),
+    )
+    return EncodeJob(
+        sequences,
+        np.concatenate([job.offsets for job in jobs]),
+        np.concatenate([job.newest_event_ms for job in jobs]),
+        np.concatenate([job.reasons for job in jobs]),
+    )

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_RETRY_MS = 500
 """When embeddings could not be published, their users are due again after this."""
+SHED_RETRY_MS = 1_000
+"""Users for whom the queue had no room are due again after this."""
 REFUSED_RETRY_MS = 60_000
 """When the encoder cannot embed a user, it is tried again after this, or at the next action after it."""
 
@@ -79,6 +81,10 @@ class PartitionSource:
             except KafkaError as error:
                 logger.warning("a dead letter of the encoder could not be sent: %r", error)
         state.defer(job.sequences.users, self._now_ms(), REFUSED_RETRY_MS)
+
+    def shed(self, users: Sequence[bytes]) -> None:
+        """Due again after a while; until then they wait in their state."""
+        self._owned.state.shed(users, self._now_ms(), SHED_RETRY_MS)
 
     def _batch(self, job: EncodeJob, embeddings: Embeddings) -> EmbeddingBatch:
         sequences = job.sequences

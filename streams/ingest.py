@@ -136,7 +136,7 @@ class Ingest:
         source = self._sources.get(owned)
         if source is None:
             return
-        self._queue.put(source, effects.due, effects.priorities.tolist())
+        self._queue.put(source, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
         for reason in Reason:
             fired = int((effects.reasons == reason).sum())
             if fired:

@@ -171,7 +171,6 @@ class Metrics:
         )
         # State.
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
-        self.pending_users = Gauge("streamformer_pending_users", "Users with a timer or an embedding outstanding.")
         self.corrupt_users = Counter(
             "streamformer_corrupt_users_total", "Users whose stored state failed its checksum: quarantined."
         )

@@ -214,7 +214,7 @@ class QueueSettings(Group):
     """The encode queue."""
 
     users_max: Positive = 100_000
-    """Users waiting; ingestion pauses at this limit."""
+    """Users waiting; ingestion pauses at this limit, and whoever comes beyond it is shed, lowest priority first."""
     batch_users_max: Positive = 256
     """Users encoded at once."""
     wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0
@@ -225,6 +225,8 @@ class QueueSettings(Group):
     """Attempts to encode a batch before its users are tried one by one."""
     retry_backoff_ms: Positive = 200
     """Between two attempts."""
+    stuck_after_ms: Positive = 5_000
+    """A batch that the encoder has not finished after this makes the worker unready."""
 
 
 class OutputSettings(Group):

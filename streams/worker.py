@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Coroutine, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ class Worker:
             limits=DecodeLimits(**settings.decode.model_dump()),
             checkpoint_events_max=settings.checkpoint.events_max,
             now_ms=now_ms,
+        )
+        self.metrics.info.set(
+            1, version=version("streamformer"), encoder_version=self._runtime.version, dtype=self._runtime.dtype
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked_at = time.monotonic()
@@ -259,12 +263,13 @@ class Worker:
             self._gauge()
 
     def _progress(self) -> dict[str, Progress]:
-        waiting = INFINITY if len(self._queue) else 0
+        waiting = INFINITY if self._queue.is_busy else 0
         encode_queue = Progress(int(self.metrics.encoded_users.value()), waiting)
         return {"encode queue": encode_queue, **self._partitions.progress()}
 
     def _gauge(self) -> None:
         metrics, ready = self.metrics, self._partitions.ready
+        self._forget_gauges()
         metrics.queue_users.set(len(self._queue))
         metrics.hot_users.set(sum(owned.state.hot_users for owned in ready.values()))
         metrics.partitions.set(len(ready), state="ready")
@@ -273,6 +278,19 @@ class Worker:
             end = self.app.consumer.highwater(owned.tp) or owned.next_offset
             metrics.processed_offset.set(owned.next_offset, partition=number)
             metrics.consumer_lag.set(max(0, end - owned.next_offset), partition=number)
+
+    def _forget_gauges(self) -> None:
+        """Partitions that have gone to another worker are reported by that one alone."""
+        metrics, mine = self.metrics, {str(number) for number in self._partitions.assigned}
+        for gauge in (
+            metrics.processed_offset,
+            metrics.committed_offset,
+            metrics.consumer_lag,
+            metrics.restore_remaining,
+        ):
+            for (number,) in gauge.samples():
+                if number not in mine:
+                    gauge.remove(partition=number)
 
     def _livez(self) -> str | None:
         silent_s = time.monotonic() - self._ticked_at
@@ -286,7 +304,7 @@ class Worker:
         restoring = len(self._partitions.assigned) - len(self._partitions.ready)
         if restoring:
             return f"{restoring} partitions are being restored"
-        return None if self._queue.healthy else "the encoder fails"
+        return None if self._queue.healthy else "the encoder fails or is stuck"
 
 
 def load_policy(settings: Settings) -> TriggerPolicy:

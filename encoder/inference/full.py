@@ -29,8 +29,11 @@ FULL_USERS_MAX = 128
 class _FullRuntime:
     """What both full runtimes share: cutting a batch into parts."""
 
-    def __init__(self, release: Release, reach: int, users_max: int) -> None:
+    def __init__(self, release: Release, reach: int, users_max: int, dtype: str) -> None:
         self.version = release.version
+        self.dtype = dtype
+        self.extensions = 0
+        self.prefills = 0
         self.embedding_dim = release.config.embedding_dim
         self.sequence_length = release.config.sequence_length
         self._reach = reach
@@ -43,6 +46,7 @@ class _FullRuntime:
         lengths = np.minimum(np.diff(batch.starts), self._reach)
         for part in bounded(lengths, 2 * TOKENS_MAX, self._users_max):
             embeddings[part] = self._pass(batch, part, lengths[part])
+        self.prefills += len(batch)
         return embeddings
 
     def forget(self, users: Sequence[bytes]) -> None:
@@ -59,7 +63,7 @@ class FullStreamingRuntime(_FullRuntime):
     """Full passes of a `StreamingEncoder`; the kernel of `steps` has `slots` slots."""
 
     def __init__(self, release: Release, steps: Steps, slots: int) -> None:
-        super().__init__(release, release.config.receptive_field, slots)
+        super().__init__(release, release.config.receptive_field, slots, steps.dtype)
         self._steps = steps
 
     def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> Floats:
@@ -71,7 +75,7 @@ class FullWindowRuntime(_FullRuntime):
     """Full passes of a `WindowEncoder`, float32."""
 
     def __init__(self, release: Release) -> None:
-        super().__init__(release, release.config.sequence_length, FULL_USERS_MAX)
+        super().__init__(release, release.config.sequence_length, FULL_USERS_MAX, "float32")
         assert isinstance(release.model, WindowEncoder)
         self._model = release.model
         self._tokenizer = release.tokenizer

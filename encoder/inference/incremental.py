@@ -29,6 +29,7 @@ class IncrementalRuntime:
         self.version = version
         self.embedding_dim = config.embedding_dim
         self.sequence_length = config.sequence_length
+        self.dtype = steps.dtype
         self.prefills = 0
         """Users computed from their kept actions because no slot fitted."""
         self.extensions = 0

@@ -37,6 +37,12 @@ class EncoderRuntime(Protocol):
     embedding_dim: int
     sequence_length: int
     """Rows of history that can matter, M; callers pass at most that many newest rows of each user."""
+    dtype: str
+    """Of the matrix products: `float32` or `bfloat16`."""
+    extensions: int
+    """Embeddings so far that were computed from what was kept and the new actions alone."""
+    prefills: int
+    """Embeddings so far for which a sequence was computed from its start."""
 
     def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
         """Embeddings [U, E] of length one; each user occurs once and has at least one row, else `ValueError`."""

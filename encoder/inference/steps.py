@@ -30,6 +30,7 @@ class Steps:
         if not isinstance(model, StreamingEncoder):
             raise TypeError("a window encoder computes nothing that could be kept; load it with kind full")
         self.windows = model.config.windows
+        self.dtype = str(dtype).removeprefix("torch.")
         self._tokenizer = release.tokenizer
         self._model = model
         self._kernel = kernel
