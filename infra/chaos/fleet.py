@@ -61,6 +61,7 @@ class Slot:
     ended_at: float = 0.0
     log_begin: int = 0
     """Where in its log the present process began."""
+    port: int | None = None
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Fleet:
 
     def running(self) -> list[int]:
         """Numbers of the workers whose process runs and is wanted."""
-        return [slot.number for slot in self.slots.values() if slot.process is not None and slot.wanted]
+        return [slot.number for slot in list(self.slots.values()) if slot.process is not None and slot.wanted]
 
     def kill(self, number: int) -> None:
         """SIGKILL; the supervisor starts it again."""
@@ -154,8 +155,10 @@ class Fleet:
 
     def port(self, number: int) -> int | None:
         """Where the worker's present process answers `/livez`; None before it does."""
-        found = PORT.findall(self.said(number))
-        return int(found[-1]) if found else None
+        slot = self.slots[number]
+        if slot.port is None and (found := PORT.search(self.said(number))):
+            slot.port = int(found[1])
+        return slot.port
 
     def said(self, number: int) -> str:
         """What the worker's present, or last, process has written."""
@@ -210,7 +213,7 @@ class Fleet:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        slot.doomed = False
+        slot.doomed, slot.port = False, None
 
     def _signal(self, slot: Slot, number: signal.Signals) -> None:
         if slot.process is None:

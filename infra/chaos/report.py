@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from infra.bench.common import machine, print_table
 from infra.chaos.campaign import Outcome
 from infra.chaos.episode import Episode
@@ -34,14 +36,13 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
 def _row(name: str, episodes: list[Episode]) -> tuple[str, ...]:
     alone = sum(len(each.faults) == 1 for each in episodes)
     resumes = sorted(each.resume_seconds for each in episodes)
-    ages = [age for each in episodes for age in each.freshness_ms.tolist()]
-    p99 = sorted(ages)[int(len(ages) * 0.99)] if ages else 0.0
+    ages = np.concatenate([each.freshness_ms for each in episodes])
     return (
         name,
         str(alone),
         str(len(episodes) - alone),
         f"{resumes[len(resumes) // 2]:.1f} (worst {resumes[-1]:.1f})",
-        f"{p99:,.0f}",
+        f"{np.quantile(ages, 0.99):,.0f}" if len(ages) else "-",
         str(sum(len(each.violations) for each in episodes)),
     )
 

@@ -35,6 +35,7 @@ class Watch:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._found: list[Violation] = []
+        self._failure: BaseException | None = None
         self.longest_stall_s = 0.0
 
     def __enter__(self) -> Watch:
@@ -47,11 +48,19 @@ class Watch:
         self._gatherer.close()
 
     def take(self) -> list[Violation]:
-        """Stalls that went unseen since the last call."""
+        """Stalls that went unseen since the last call; raises what ended the watch, if anything did."""
+        if self._failure is not None:
+            raise self._failure
         found, self._found = self._found, []
         return found
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:
+            self._failure = error
+
+    def _watch(self) -> None:
         while not self._stopping.wait(LOOK_EVERY_S):
             if not self._all_well():
                 self._seen_s = time.monotonic()

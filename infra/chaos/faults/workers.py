@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 
 from infra.chaos.fleet import WORKER
 from infra.chaos.scene import Scene, Steps
 
 LAUNCHER = (sys.executable, "-m", "infra.chaos.launcher")
+JOIN_MAX_S = 20.0
 HELPERS_FROM = 10
 """Numbers of workers that come and go only to cause rebalances."""
 
@@ -118,7 +120,7 @@ def rebalanced_often(scene: Scene) -> Steps:
     try:
         while seen < scene.rebalances_wanted and helper - HELPERS_FROM < scene.rebalances_wanted:
             fleet.release(helper)
-            yield 4.5
+            yield from _joined(scene, helper)
             seen = rebalances_seen(fleet.said(0))
             if seen >= spared:
                 scene.memory_mb.append(fleet.memory_mb(0))
@@ -129,6 +131,13 @@ def rebalanced_often(scene: Scene) -> Steps:
         scene.rebalances = max(scene.rebalances, seen)
         if helper in fleet.slots:
             _let_go(scene, helper)
+
+
+def _joined(scene: Scene, helper: int) -> Steps:
+    """Until a helper has got partitions, or has had the time to."""
+    until_s = time.monotonic() + JOIN_MAX_S
+    while time.monotonic() < until_s and not rebalances_seen(scene.trial.fleet.said(helper)):
+        yield 0.3
 
 
 def _let_go(scene: Scene, helper: int) -> None:
