@@ -145,7 +145,8 @@ class Outputs:
         newest: dict[bytes, int] = {}
         try:
             await reader.open()
-            async for records in reader.batches(max(offset, reader.begin), records_max=10_000):
+            start = offset if reader.begin <= offset <= reader.end else reader.begin  # the topic was created anew
+            async for records in reader.batches(start, records_max=10_000):
                 for record in records:
                     source_offset = _source_offset(record, encoder_version)
                     if record.key is not None and source_offset is not None:
