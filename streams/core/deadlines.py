@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from streams.core.layout import Ints
+from streams.core.layout import Ints, run_starts
 
 BUCKET_MS = 100
 
@@ -75,6 +75,6 @@ def _by_bucket(due_ms: Ints) -> Iterable[tuple[int, Ints]]:
     """Rows by bucket: the first whose beginning is at or after the deadline."""
     buckets = -(-np.maximum(due_ms, 0) // BUCKET_MS)
     order = np.argsort(buckets, kind="stable")
-    starts = np.flatnonzero(np.diff(buckets[order], prepend=-1))
+    starts = run_starts(buckets[order])
     for rows in np.split(order, starts[1:]) if len(order) else []:
         yield int(buckets[rows[0]]), rows

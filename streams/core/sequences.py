@@ -32,6 +32,8 @@ from streams.core.layout import (
     Ints,
     StateLimits,
     StoredSequences,
+    run_lengths,
+    run_starts,
     spans,
     starts_of,
 )
@@ -222,7 +224,7 @@ class SequenceState:
         by_user = rows[np.argsort(slots[rows], kind="stable")]
         before = np.empty(len(by_user), np.int64)
         before[1:] = times[by_user[:-1]]
-        first = _firsts(slots[by_user])
+        first = run_starts(slots[by_user])
         before[first] = self.live["newest_ms"][slots[by_user[first]]]
         late: Ints = by_user[times[by_user] < before]
         return late
@@ -255,9 +257,9 @@ class SequenceState:
         """Append events, grouped by user and in order within each."""
         if not len(rows):
             return
-        starts = _firsts(slots[rows])
+        starts = run_starts(slots[rows])
         users = slots[rows[starts]]
-        lengths = np.diff(starts, append=len(rows))
+        lengths = run_lengths(starts, len(rows))
         newest = rows[starts + lengths - 1]
         headers, live = self.columns(users)
         self._write_rows(users, headers["count"], lengths, batch.actions.take(rows))
@@ -270,7 +272,7 @@ class SequenceState:
     def _merge(self, batch: ActionBatch, slots: Ints, outcomes: Outcomes, rows: Ints) -> None:
         """Apply the events of each user one by one."""
         by_user = rows[np.argsort(slots[rows], kind="stable")]
-        for events in np.split(by_user, _firsts(slots[by_user])[1:]):
+        for events in np.split(by_user, run_starts(slots[by_user])[1:]):
             outcomes[events] = self._merge_user(int(slots[events[0]]), batch, events)
 
     def _merge_user(self, slot: int, batch: ActionBatch, events: Ints) -> list[Outcome]:
@@ -318,11 +320,6 @@ class SequenceState:
         length = self.limits.sequence_length
         cells: Ints = slots * length + positions % length
         return cells
-
-
-def _firsts(groups: Ints) -> Ints:
-    """Where each run of equal values begins."""
-    return np.flatnonzero(np.diff(groups, prepend=-1))
 
 
 def _fingerprint(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
