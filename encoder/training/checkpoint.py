@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,6 +69,6 @@ def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> Standing:
             raise CheckpointError(f"checkpoint is of another recipe or log: {path}; remove it or name another folder")
         trainer.restore(state["trainer"])
         return Standing(**state["standing"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint cannot be read: {path} ({detail}); remove it to begin anew") from error

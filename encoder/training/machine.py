@@ -33,12 +33,19 @@ def faster_threads() -> int:
 
 
 def faster_precision() -> torch.dtype:
-    """Of the encoder's products: bfloat16 where it pays, else float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(2_048, 256, dtype=dtype), torch.ones(256, 1_024, dtype=dtype)
-        seconds[dtype] = median(_seconds(lambda a=a, b=b: a @ b) for _ in range(ROUNDS))  # type: ignore[misc]
-    return torch.bfloat16 if seconds[torch.bfloat16] * WORTH < seconds[torch.float32] else torch.float32
+    """Of the encoder's products: bfloat16 where it pays, else float32.
+
+    Where bfloat16 is emulated a product can take a hundred times as long, so the first one may already decide.
+    """
+
+    def taken(dtype: torch.dtype, rounds: int) -> float:
+        a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
+        return min(_seconds(lambda: a @ b) for _ in range(rounds))
+
+    whole = taken(torch.float32, ROUNDS)
+    if taken(torch.bfloat16, 1) > 5 * whole:
+        return torch.float32
+    return torch.bfloat16 if taken(torch.bfloat16, ROUNDS) * WORTH < whole else torch.float32
 
 
 def _small_step() -> None:

@@ -56,6 +56,7 @@ def train_release(
     seconds_max: float | None = None,
     threads: int | None = None,
     resume: bool = False,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Release:
     """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
@@ -66,7 +67,16 @@ def train_release(
     same seed, machine, number of threads and no time limit give the same release. Raises `LogError`, `ItemError` or
     `CheckpointError`.
     """
-    run = Run(log, recipe, out_dir=out_dir, seconds_max=seconds_max, threads=threads, resume=resume, progress=progress)
+    run = Run(
+        log,
+        recipe,
+        out_dir=out_dir,
+        seconds_max=seconds_max,
+        threads=threads,
+        resume=resume,
+        checkpoint_every_s=checkpoint_every_s,
+        progress=progress,
+    )
     run.train()
     return run.finish()
 
@@ -83,11 +93,12 @@ class Run:
         seconds_max: float | None,
         threads: int | None,
         resume: bool,
+        checkpoint_every_s: float,
         progress: Callable[[Progress], None],
     ) -> None:
         self.started = self.reported = self.saved = time.monotonic()
         self.recipe, self.out_dir, self.seconds_max, self.resume = recipe, out_dir, seconds_max, resume
-        self.progress = progress
+        self.progress, self.checkpoint_every_s = progress, checkpoint_every_s
         self.world = join_world()
         torch.set_num_threads(threads or (faster_threads() if self.world.size == 1 else 1))
         split = make_split(log, recipe.split, seed=recipe.seed)
@@ -143,7 +154,7 @@ class Run:
         if now - self.reported >= PROGRESS_EVERY_S:
             self.reported = now
             self.report(fraction)
-        if self.resume and self.world.rank == 0 and now - self.saved >= CHECKPOINT_EVERY_S:
+        if self.resume and self.world.rank == 0 and now - self.saved >= self.checkpoint_every_s:
             self.saved = now
             self.save()
 

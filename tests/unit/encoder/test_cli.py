@@ -1,0 +1,96 @@
+"""The commands of the encoder, from a file to a release to its figures, and what they say about bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from infra import cli
+from tests.unit.encoder.walks import walks_table
+
+SEED = 20_260_604
+RECIPE = """
+[encoder]
+d_model = 32
+heads = 4
+windows = [8, 8]
+sequence_length = 20
+embedding_dim = 32
+item_dim = 32
+item_tower = "identity"
+normalize_items = false
+[log]
+path = "actions.parquet"
+[data]
+items_min = 1
+chunk = 20
+batch_tokens = 400
+hide_seen = false
+[split]
+kind = "time"
+[budget]
+tokens_max = 2_000
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a log and a recipe for it."""
+    pyarrow.parquet.write_table(
+        walks_table(SEED, users=20, items=20, length=20, follows=0.9), tmp_path / "actions.parquet"
+    )
+    (tmp_path / "run.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of `streamformer` with the arguments."""
+    monkeypatch.setattr(sys, "argv", ["streamformer", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_from_a_log_to_its_figures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train writes a release beside no checkpoint; evaluate and freshness print one JSON line each about it."""
+    assert run(monkeypatch, "train", "run.toml", "--threads", "1", "--seed", "3") == 0
+    trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert sorted(path.name for path in (folder / "releases" / "run").iterdir()) == [
+        "release.json",
+        "weights.safetensors",
+    ]
+    assert run(monkeypatch, "evaluate", "releases/run", "actions.parquet", "--json", "--spans", "2") == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["version"] == trained["version"]
+    assert len(evaluated["parts"]) == 2
+    assert all(0 <= part["time_blind"]["hr10"] <= 1 and part["time_given"] is None for part in evaluated["parts"])
+    assert run(monkeypatch, "freshness", "releases/run", "actions.parquet") == 0
+    printed = capsys.readouterr().out
+    assert "every action" in printed
+    assert json.loads(printed.splitlines()[-1])["bench"] == "freshness"
+    assert (folder / "reports" / "freshness.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "absent.toml"], "recipe cannot be read"),
+        (["train", "run.toml", "--log", "absent.csv"], "event log cannot be read"),
+        (["evaluate", "absent", "actions.parquet"], "release cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    """A file that is not there gives exit code 1 and one line that says so."""
+    assert run(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert len(error.splitlines()) == 1

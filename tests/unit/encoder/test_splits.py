@@ -1,0 +1,118 @@
+"""Splits and batches: what is asked for is never trained on, and everything else is."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from encoder.training.batches import epoch_batches
+from encoder.training.evaluate import rolling
+from encoder.training.log import ActionLog
+from encoder.training.recipe import DataConfig
+from encoder.training.splits import Questions, Split, SplitConfig, make_split
+from tests.unit.encoder.walks import START_MS, walks
+
+SEED = 20_260_601
+
+
+def identities(log: ActionLog, rows: np.ndarray) -> set[tuple[str, int, int]]:
+    """(user, time, item) of rows; unique in these logs, for a user's times differ."""
+    users = log.users[log.user_of_row[rows]]
+    return set(zip(users.tolist(), log.actions["timestamp_ms"][rows].tolist(), log.actions["item"][rows].tolist()))  # noqa: B905
+
+
+@pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
+def test_no_answer_is_trained_on(kind: str) -> None:
+    """The answers of validation and test are no rows of the part that is trained on, and nothing else is missing."""
+    log = walks(SEED)
+    split = make_split(log, SplitConfig(kind), seed=1)  # type: ignore[arg-type]
+    trained = identities(split.train, np.arange(len(split.train)))
+    answers = identities(split.log, np.concatenate([split.validation.answer, split.test.answer]))
+    assert len(answers) > 3
+    assert not trained & answers
+    everything = identities(split.log, np.arange(len(split.log)))
+    if kind != "time":
+        assert trained | answers == everything
+
+
+def test_leave_one_out_asks_for_the_last_and_the_one_before() -> None:
+    """Each user's last action is the test, the one before it validation, each asked after the action before it."""
+    log = walks(SEED)
+    split = make_split(log, SplitConfig("leave_one_out"), seed=1)
+    assert split.test.answer.tolist() == (log.starts[1:] - 1).tolist()
+    assert split.validation.answer.tolist() == (log.starts[1:] - 2).tolist()
+    assert (split.test.asked == split.test.answer - 1).all()
+
+
+def test_a_split_by_time_trains_on_nothing_as_late_as_a_question() -> None:
+    """Every trained action is older than every validating answer, and those are older than every test answer."""
+    log = walks(SEED)
+    split = make_split(log, SplitConfig("time"), seed=1)
+    time_ms = split.log.actions["timestamp_ms"]
+    assert split.train.actions["timestamp_ms"].max() < time_ms[split.validation.answer].min()
+    assert time_ms[split.validation.answer].max() < split.later_ms <= time_ms[split.test.answer].min()
+
+
+def test_rare_items_are_dropped_before_the_split() -> None:
+    """With `items_min` no question and no trained action is on an item that occurs less often in the whole log."""
+    log = walks(SEED, follows=0.5)
+    keys, counts = np.unique(log.actions["item"], return_counts=True)
+    least = int(np.median(counts))
+    split = make_split(log, SplitConfig("leave_one_out", items_min=least), seed=1)
+    assert set(split.log.actions["item"].tolist()) == set(keys[counts >= least].tolist())
+
+
+def test_rolling_questions_see_nothing_of_their_own_second() -> None:
+    """A rolling question is asked after an action strictly older than its answer, of the same user, in its span."""
+    log = walks(SEED)
+    same = log.actions.copy()
+    same["timestamp_ms"] = same["timestamp_ms"] // 3_600_000 * 3_600_000  # many actions of one user share a time
+    burst = ActionLog(log.users, log.starts, same, log.action_names, log.surface_names, log.item_ids)
+    parts = rolling(burst, from_ms=START_MS + 86_400_000, spans=3, questions_max=10_000, seed=1)
+    time_ms, user = burst.actions["timestamp_ms"], burst.user_of_row
+    assert len(parts) == 3
+    for _, asked in parts:
+        assert (time_ms[asked.asked] < time_ms[asked.answer]).all()
+        assert (user[asked.asked] == user[asked.answer]).all()
+        between = [time_ms[a + 1 : b].tolist() for a, b in zip(asked.asked, asked.answer, strict=True)]
+        assert all(value == time_ms[b] for values, b in zip(between, asked.answer, strict=True) for value in values)
+    ends = [time_ms[part.answer] for _, part in parts]
+    assert all(earlier.max() < later.min() for earlier, later in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_reads_every_action_once(ranks: int) -> None:
+    """The batches of one epoch hold each row once; those of two processes share nothing and miss little."""
+    log = walks(SEED)
+    config = DataConfig(chunk=20, batch_tokens=400)
+    rows: list[int] = []
+    for rank in range(ranks):
+        rng = np.random.default_rng([SEED, 3])
+        for matrix in epoch_batches(log.starts, config, rng, rank=rank, ranks=ranks):
+            assert matrix.size <= 400 + 20 * 16
+            rows += matrix[matrix >= 0].tolist()
+    assert len(rows) == len(set(rows))
+    assert len(rows) == len(log) if ranks == 1 else len(rows) >= len(log) - 400
+
+
+def test_a_select_keeps_each_user_s_rows() -> None:
+    """Selecting rows keeps users and order: the same as filtering every user's list."""
+    log = walks(SEED, users=5, length=8)
+    chosen = np.random.default_rng(SEED).random(len(log)) < 0.5
+    kept = log.select(chosen)
+    for user, (first, last) in enumerate(itertools.pairwise(log.starts.tolist())):
+        mine = log.actions[first:last][chosen[first:last]]
+        assert np.array_equal(kept.actions[kept.starts[user] : kept.starts[user + 1]], mine)
+
+
+def test_questions_about_unknown_items_are_told() -> None:
+    """`known` keeps the questions whose answer is in the vocabulary."""
+    log = walks(SEED, users=6, length=6)
+    vocabularies = log.vocabularies()
+    split: Split = make_split(log, SplitConfig("leave_one_out"), seed=1)
+    fewer = type(vocabularies)(vocabularies.item_keys[:10], vocabularies.actions, vocabularies.surfaces)
+    known: Questions = split.test.known(log, fewer)
+    assert set(log.actions["item"][known.answer].tolist()) <= set(fewer.item_keys.tolist())
+    assert len(known) < len(split.test)

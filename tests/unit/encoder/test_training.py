@@ -1,0 +1,191 @@
+"""Training from a log to a release: it learns, it repeats itself, it goes on after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from encoder.features import UNKNOWN
+from encoder.release import load_release
+from encoder.training.checkpoint import NAME, CheckpointError
+from encoder.training.cooccurrence import cooccurrence_vectors
+from encoder.training.log import ActionLog
+from encoder.training.machine import faster_precision
+from encoder.training.recipe import Recipe, RecipeError, parse_recipe
+from encoder.training.run import Progress, make_trainer, train_release
+from encoder.training.splits import make_split
+from encoder.training.world import World
+from tests.unit.encoder.walks import small_recipe, walks
+
+SEED = 20_260_602
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def losses(log: ActionLog, recipe: Recipe, steps: int) -> list[float]:
+    trainer = make_trainer(log, recipe, World())
+    batches = trainer.batches()
+    return [trainer.train_step(next(batches), 0.0) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_one_batch_is_learned_by_heart(kind: str) -> None:
+    """Fifty steps on a single batch bring the loss from chance to a hundredth of it."""
+    loss = {"kind": kind, "random_negatives": 20, "batch_negatives_max": 20, "equal_users": False}
+    recipe = small_recipe(loss=loss, optimizer={"warmup_steps": 1}, data={"unknown_rate": 0.0})
+    trainer = make_trainer(walks(SEED, users=8, length=12), recipe, World())
+    rows = next(trainer.batches())
+    values = [trainer.train_step(rows, 0.0) for _ in range(50)]
+    assert values[0] > 2
+    assert values[-1] < 0.05
+
+
+@pytest.mark.parametrize("objective", ["next_action", "sasrec", "all_action", "dense_all_action"])
+def test_the_same_seed_gives_the_same_losses(objective: str) -> None:
+    """Two trainings of one recipe are equal to the last bit, dropout and sampling included; another seed is not."""
+    log = walks(SEED, users=12, length=20)
+    recipe = small_recipe(
+        objective={"shares": {objective: 1.0}, "positions_max": 4},
+        loss={"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8},
+        optimizer={"dropout": 0.2},
+    )
+    first = losses(log, recipe, 5)
+    assert losses(log, recipe, 5) == first
+    assert losses(log, replace(recipe, seed=2), 5) != first
+
+
+def test_a_walk_is_learned_and_saved(tmp_path: Path) -> None:
+    """On a circle walked with probability .9 the release finds the next item, and the saved folder is that release."""
+    log = walks(SEED)
+    heard: list[Progress] = []
+    release = train_release(log, small_recipe(), out_dir=tmp_path, threads=1, progress=heard.append)
+    assert release.metrics["validation_hr10"] > 0.8
+    assert load_release(tmp_path).version == release.version
+    assert heard[-1].fraction == 1.0
+    assert release.training["negative_pool"] == "the whole catalogue of 30 items"
+    assert release.training["later_ms"] == make_split(log, small_recipe().split, seed=1).later_ms
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from encoder.training.run import train_release
+from tests.unit.encoder.test_training import LONGER, SEED
+from tests.unit.encoder.walks import walks
+train_release(walks(SEED), LONGER, out_dir=Path(sys.argv[1]), threads=1, resume=True, checkpoint_every_s=0.2)
+"""
+LONGER = small_recipe(
+    budget={"tokens_max": 12_000, "validate_tokens": 4_000, "patience": 100},
+    loss={"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8, "log_q": "sketch"},
+    optimizer={"dropout": 0.1},
+)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle and begun again, training makes the release that it makes undisturbed."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (killed / NAME).exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (killed / NAME).exists()
+    undisturbed = train_release(walks(SEED), LONGER, out_dir=whole, threads=1)
+    steps: list[Progress] = []
+    resumed = train_release(walks(SEED), LONGER, out_dir=killed, threads=1, resume=True, progress=steps.append)
+    assert resumed.version == undisturbed.version
+    assert resumed.metrics == undisturbed.metrics
+    assert not (killed / NAME).exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    """A folder with the checkpoint of another recipe is not gone on with, and one that is damaged says so."""
+    log = walks(SEED, users=8, length=12)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(_: Progress) -> None:
+        raise Stopped
+
+    recipe = small_recipe(budget={"tokens_max": 2_000})
+    with pytest.raises(Stopped):
+        train_release(log, recipe, out_dir=tmp_path, threads=1, resume=True, checkpoint_every_s=0.0, progress=stop)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train_release(log, replace(recipe, seed=9), out_dir=tmp_path, threads=1, resume=True)
+    (tmp_path / NAME).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train_release(log, recipe, out_dir=tmp_path, threads=1, resume=True)
+
+
+def test_training_stops_early_and_releases_the_best(tmp_path: Path) -> None:
+    """When validation no longer improves training ends before its budget, and the best weights are what is released."""
+    recipe = small_recipe(budget={"tokens_max": 400_000, "validate_tokens": 3_000, "patience": 2})
+    heard: list[Progress] = []
+    release = train_release(walks(SEED), recipe, out_dir=tmp_path, threads=1, progress=heard.append)
+    assert heard[-1].tokens < 200_000
+    assert heard[-1].metric is not None
+    assert release.metrics["validation_hr10"] >= heard[-1].metric
+
+
+def test_cold_items_are_read_and_never_offered() -> None:
+    """An item below `items_min` shares the unknown row, still gives a finite loss, and is nobody's target."""
+    log = walks(SEED, users=10, length=20, follows=0.3)
+    _, counts = np.unique(log.actions["item"], return_counts=True)
+    recipe = small_recipe(data={"items_min": int(np.median(counts)) + 1})
+    trainer = make_trainer(log, recipe, World())
+    assert (trainer.tokens_of_log.item == UNKNOWN).any()
+    assert not (trainer.tokens_of_log.item[trainer.positives.rows] == UNKNOWN).any()
+    assert np.isfinite(trainer.train_step(next(trainer.batches()), 0.0))
+
+
+def test_cooccurrence_brings_neighbours_together() -> None:
+    """Vectors of items that follow each other are more alike than those of items far apart, and a seed repeats them."""
+    log = walks(SEED, users=200, items=60, length=30, follows=1.0)
+    vocabularies = log.vocabularies()
+    rows = vocabularies.item_rows(log.actions["item"])
+    made = [
+        cooccurrence_vectors(rows, log.user_of_row, items=60, dim=16, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    assert torch.equal(*made)
+    unit = torch.nn.functional.normalize(made[0], dim=-1)
+    walked = rows[log.starts[0] : log.starts[1]]
+    near = (unit[walked[:-1]] * unit[walked[1:]]).sum(-1).mean()
+    far = (unit[walked[:5]] * unit[walked[20:25]]).sum(-1).mean()
+    assert near > far + 0.2
+
+
+def test_the_precision_is_one_of_two() -> None:
+    """What is measured is a dtype that training knows; "auto" in a recipe stands for it."""
+    assert faster_precision() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"encodr": {}}, "unknown key encodr"),
+        ({"encoder": {"d_modl": 3}}, "unknown key encoder.d_modl"),
+        ({"encoder": {"heads": 3}}, "multiple of twice the heads"),
+        ({"loss": {"kind": "hinge"}}, "loss.kind"),
+        ({"data": {"chunk": 500, "batch_tokens": 100}}, "at least one chunk"),
+        ({"split": {"validation": 0.7, "test": 0.7}}, "leave something to train on"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(values: dict[str, object], says: str) -> None:
+    """Unknown keys and impossible values are refused with their name."""
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(values)
