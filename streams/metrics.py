@@ -7,7 +7,7 @@ docs/metrics.md is made from this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from threading import Lock
@@ -238,3 +238,11 @@ class Metrics:
     def __iter__(self) -> Iterator[Counter | Gauge | Histogram]:
         """Every instrument, in the order of the catalogue."""
         return iter(vars(self).values())
+
+    def keep_partitions(self, mine: Collection[int]) -> None:
+        """Report no gauges of other partitions than `mine`: the workers that have them now do."""
+        for gauge in self:
+            if isinstance(gauge, Gauge) and gauge.labels == ("partition",):
+                for (number,) in gauge.samples():
+                    if int(number) not in mine:
+                        gauge.remove(partition=number)

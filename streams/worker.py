@@ -275,7 +275,7 @@ class Worker:
 
     def _gauge(self) -> None:
         metrics, ready = self.metrics, self._partitions.ready
-        self._forget_gauges()
+        metrics.keep_partitions(self._partitions.assigned)
         metrics.queue_users.set(len(self._queue))
         metrics.hot_users.set(sum(owned.state.hot_users for owned in ready.values()))
         metrics.partitions.set(len(ready), state="ready")
@@ -284,19 +284,6 @@ class Worker:
             end = self.app.consumer.highwater(owned.tp) or owned.next_offset
             metrics.processed_offset.set(owned.next_offset, partition=number)
             metrics.consumer_lag.set(max(0, end - owned.next_offset), partition=number)
-
-    def _forget_gauges(self) -> None:
-        """Partitions that have gone to another worker are reported by that one alone."""
-        metrics, mine = self.metrics, {str(number) for number in self._partitions.assigned}
-        for gauge in (
-            metrics.processed_offset,
-            metrics.committed_offset,
-            metrics.consumer_lag,
-            metrics.restore_remaining,
-        ):
-            for (number,) in gauge.samples():
-                if number not in mine:
-                    gauge.remove(partition=number)
 
     def _livez(self) -> str | None:
         silent_s = time.monotonic() - self._ticked_at

@@ -164,3 +164,17 @@ def test_a_taken_port_is_told_in_one_line(metrics: Metrics, health: dict[str, st
     with pytest.raises(StreamformerError, match=rf"127.0.0.1:{port}.*web.port") as caught:
         HealthServer(metrics, host="127.0.0.1", port=port, livez=lambda: None, readyz=lambda: None)
     assert "\n" not in str(caught.value)
+
+
+def test_gauges_of_partitions_that_have_gone_disappear() -> None:
+    """After `keep_partitions` only its partitions are reported, in every gauge that is told by partition alone."""
+    metrics = Metrics()
+    by_partition = [each for each in metrics if isinstance(each, Gauge) and each.labels == ("partition",)]
+    assert {metrics.consumer_lag, metrics.processed_offset, metrics.committed_offset} <= set(by_partition)
+    metrics.hot_users.set(5)
+    for gauge in by_partition:
+        for partition in range(12):
+            gauge.set(7, partition=partition)
+    metrics.keep_partitions({1, 11})
+    assert {frozenset(gauge.samples()) for gauge in by_partition} == {frozenset([("1",), ("11",)])}
+    assert metrics.hot_users.value() == 5
