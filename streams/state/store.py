@@ -7,6 +7,9 @@ A store holds the changelog's records under their own keys, and beside them
   there writes the same records again, and nothing is read from the store before that has been done.
 - `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
 
+Files that cannot be read are noticed at once or in the middle of work. Then a file named `DAMAGED` is left beside them:
+the worker ends, and its successor's `open` finds the mark and has the store rebuilt.
+
 There is no write-ahead log. After a crash RocksDB returns to what was last flushed, a prefix of the batches, and with
 it to an older changelog offset; the changelog has the rest, at most two write buffers of it.
 
@@ -17,10 +20,10 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rocksdict import (
     BlockBasedOptions,
@@ -41,6 +44,7 @@ RECORDS_PER_WRITE = 1_000
 """A write batch holds the GIL: 1,000 records are about 3 ms."""
 SCAN_USERS = 10_000
 OFFSET_KEY = b"o"
+DAMAGED = "DAMAGED"
 _I64 = struct.Struct("<q")
 
 Record = tuple[bytes, bytes | None]
@@ -90,7 +94,7 @@ class PartitionStore:
         self._db = db
         self._write_options = WriteOptions()
         self._write_options.disable_wal = True
-        value = db.get(OFFSET_KEY)
+        value = self._reading(lambda: db.get(OFFSET_KEY))
         self._changelog_offset = None if value is None else _I64.unpack(value)[0]
 
     @classmethod
@@ -110,11 +114,15 @@ class PartitionStore:
         options = _options(cache or Cache(8 << 20), write_buffer_bytes)
         if write_buffers is not None:
             options.set_write_buffer_manager(write_buffers)
+        if (path / DAMAGED).exists():
+            raise StoreDamaged(f"store {path.name} could not be read before; rebuild it from the changelog")
         try:
             return cls(Rdict(str(path), options))
+        except StoreDamaged:
+            raise
         except Exception as error:
             # rocksdict raises plain exceptions; RocksDB's text is all there is to tell them apart.
-            if "lock" in str(error).lower():
+            if "/LOCK: " in str(error):
                 raise StoreLocked(f"store {path.name} is in use: {error}; wait until its process has ended") from error
             if "no space" in str(error).lower():
                 raise StoreFailed(f"store {path.name} cannot be opened: {error}; free disk space") from error
@@ -130,17 +138,12 @@ class PartitionStore:
         return self._changelog_offset
 
     def mark(self) -> CheckpointMark | None:
-        value = self._db.get(MARK_KEY)
+        value = self._reading(lambda: self._db.get(MARK_KEY))
         return None if value is None else decode_mark(value)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        if not keys:
-            return []
-        try:
-            values: list[bytes | None] = self._db.get(list(keys))
-        except Exception as error:
-            raise StoreDamaged(f"store cannot be read: {error}; rebuild it from the changelog") from error
-        return values
+        """As `Store.get_many`; raises `StoreDamaged` when files cannot be read, and leaves the mark that says so."""
+        return self._reading(lambda: self._db.get(list(keys))) if keys else []
 
     def write(self, records: Sequence[Record], changelog_offset: int) -> None:
         """Write all records and the offset up to which they reach."""
@@ -197,7 +200,19 @@ class PartitionStore:
         while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
             page.append((rows.key(), rows.value()))
             rows.next()
+        self._reading(rows.status)  # an iterator that meets an unreadable block only looks as if it were at the end
         return page
+
+    def _reading(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns; a failure marks the files as damaged."""
+        try:
+            return read()
+        except DbClosedError:
+            raise
+        except Exception as error:
+            with suppress(OSError):
+                Path(self._db.path(), DAMAGED).touch()
+            raise StoreDamaged(f"store cannot be read: {error}; rebuild it from the changelog") from error
 
 
 class MemoryStore:

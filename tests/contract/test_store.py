@@ -192,6 +192,28 @@ for checkpoint in range(10**6):
 """
 
 
+def test_altered_block_is_damage_and_never_a_short_scan(tmp_path: Path) -> None:
+    """A block with a wrong checksum ends a scan with an error, not as its end; the next open says damage too."""
+    path = tmp_path / "store"
+    store = PartitionStore.open(path)
+    rng = np.random.default_rng(3)
+    store.write([head(b"%06d" % number, due_ms=int(rng.integers(1, 2**40))) for number in range(20_000)], 5)
+    store.close()
+    (file,) = path.glob("*.sst")
+    content = bytearray(file.read_bytes())
+    at = len(content) // 3
+    content[at : at + 64] = bytes(byte ^ 0xFF for byte in content[at : at + 64])
+    file.write_bytes(content)
+    store = PartitionStore.open(path)
+    with pytest.raises(StoreDamaged, match="rebuild it from the changelog"):
+        list(store.pending()) + list(store.heads())
+    store.close()
+    with pytest.raises(StoreDamaged, match="could not be read before"):
+        PartitionStore.open(path)
+    PartitionStore.destroy(path)
+    assert PartitionStore.open(path).changelog_offset is None
+
+
 def test_kill_leaves_a_store_no_older_than_its_offset(tmp_path: Path) -> None:
     """After kill -9 a store opens, and every record is at least as new as the offset says."""
     path = tmp_path / "store"
