@@ -47,7 +47,7 @@ class Episode:
 
 
 def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault], habits: Habits) -> Episode:
-    """Strike, heal, rest and judge; the scene is at rest afterwards, and the checker has settled."""
+    """Strike, heal, rest and judge; afterwards the scene is at rest and the checker has settled."""
     begun_s, begun_ms = time.monotonic(), time.time_ns() // 1_000_000
     fleet, trial = scene.trial.fleet, scene.trial
     exits_before = len(fleet.exits)
@@ -73,7 +73,8 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     ]
     freshness_ms = np.array(verdict.freshness_ms, np.float32)
     scene.found.clear()
-    trial.checker.settle()
+    if not busy:
+        trial.checker.settle()
     return Episode(
         number,
         tuple(fault.name for fault in faults),
