@@ -85,6 +85,8 @@ class Start:
     """Until it has its assignment."""
     restore_s: float
     """From then until all partitions are ready."""
+    restore_cpu_s: float
+    """CPU seconds of the worker in that time, all threads."""
 
 
 @dataclass(slots=True)
@@ -165,7 +167,7 @@ class Bench:
         """Wait until the worker has its assignment, then until it is ready."""
         task = self.progress.add_task(what, total=PARTITIONS)
         running.wait_until(lambda: _readiness(worker) is not None, "an assignment", READY_S)
-        assigned_s = time.monotonic()
+        assigned_s, assigned_cpu_s = time.monotonic(), running.cpu_s
         last = 0
 
         def is_ready() -> bool:
@@ -175,7 +177,8 @@ class Bench:
             return last == PARTITIONS
 
         running.wait_until(is_ready, "all partitions ready", READY_S)
-        return Start(assigned_s - running.started_s, time.monotonic() - assigned_s)
+        restore_s, restore_cpu_s = time.monotonic() - assigned_s, running.cpu_s - assigned_cpu_s
+        return Start(assigned_s - running.started_s, restore_s, restore_cpu_s)
 
     async def _flow(self, worker: MeasuredWorker, running: Running, memory: Memory) -> None:
         """Append bursts of random users, one when the last is applied, and read the worker's memory all the while."""
@@ -230,10 +233,13 @@ def _progress() -> Iterator[Progress]:
 
 def _report(plan: Plan, cold: Start, warm: Start, memories: list[Memory]) -> None:
     restored = plan.restored
-    rows = [(what, f"{start.restore_s:.1f}", f"{start.process_s:.1f}") for what, start in _named(cold, warm)]
+    rows = [
+        (what, f"{start.restore_s:.1f}", f"{start.restore_cpu_s:.1f}", f"{start.process_s:.1f}")
+        for what, start in (("empty disk", cold), ("its own disk", warm))
+    ]
     print_table(
         f"{restored.users:,} users of {restored.actions} actions, in seconds",
-        ("", "assignment to ready", "process to assignment"),
+        ("", "assignment to ready", "CPU in that time", "process to assignment"),
         rows,
     )
     print_table(
@@ -250,16 +256,13 @@ def _report(plan: Plan, cold: Start, warm: Start, memories: list[Memory]) -> Non
             "machine": machine(),
             "users": restored.users,
             "restore_seconds": round(cold.restore_s, 2),
+            "restore_cpu_seconds": round(cold.restore_cpu_s, 2),
             "warm_restart_seconds": round(warm.restore_s, 2),
             "start_seconds": round(warm.process_s, 2),
             "rss_mb_1m": round(few.flowing_mb),
             "rss_mb_5m": round(many.flowing_mb),
         }
     )
-
-
-def _named(cold: Start, warm: Start) -> list[tuple[str, Start]]:
-    return [("empty disk", cold), ("its own disk", warm)]
 
 
 if __name__ == "__main__":
