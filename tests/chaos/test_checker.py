@@ -273,3 +273,21 @@ def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRunt
     headers = tuple((name, b"4" if name == "source-offset" else value) for name, value in letter.headers)
     needless = with_letters(letter, replace(letter, headers=headers))
     assert needless.judge(encoder).kinds() == {Kind.DEAD_LETTER_WRONG: 1}
+
+
+def test_what_was_judged_is_forgotten_and_what_follows_is_still_found(encoder: EncoderRuntime) -> None:
+    """After `settle` a second judgement is clean and small; later trouble is named, measured against the same users."""
+    run = faithful(encoder)
+    rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC)
+    checker = Checker(rules, encoder)
+    checker.feed(run.evidence)
+    assert not checker.judge({0: run.committed}).violations
+    checker.settle()
+    again = checker.judge({0: run.committed})
+    assert (again.violations, len(again.freshness_ms), len(checker.truth.changes)) == ([], 0, 0)
+    last = [record for record in run.evidence.outputs if record.key == b"ann"][-1]
+    event = {"user_id": "bob", "item_id": "x", "action": "save", "timestamp_ms": NOW_MS + 990}
+    unread = LogRecord(0, run.committed, NOW_MS + 1_000, b"bob", json.dumps(event).encode())
+    checker.feed(Evidence(inputs=[unread], outputs=[last]))
+    kinds = set(checker.judge({0: run.committed}).kinds())
+    assert {Kind.REPEATED, Kind.UNPROCESSED, Kind.UNPUBLISHED, Kind.LOST} <= kinds
