@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.actions import item_key, name_code
-from streams.wire.actions import Decoded, DecodeLimits, RefusalReason, decode_actions
+from streams.wire import actions
+from streams.wire.actions import NAMES_KEPT_MAX, Decoded, DecodeLimits, RefusalReason, decode_actions
 
 NOW_MS = 1_700_000_000_000
 LIMITS = DecodeLimits()
@@ -299,3 +300,12 @@ def test_columns_do_not_share_memory_with_the_records() -> None:
     decoded = decode(record_of(GOOD))
     decoded.actions.actions["item"][0] = np.uint64(3)
     assert decoded.actions.actions["item"][0] == 3
+
+
+def test_more_names_than_are_kept_still_have_their_codes() -> None:
+    """Names beyond the bound of those kept change no code and do not pile up."""
+    names = [f"name-{number}" for number in range(NAMES_KEPT_MAX + 10)]
+    for _ in range(2):
+        decoded = decode(*(record_of({**GOOD, "action": name}) for name in names))
+        assert decoded.actions.actions["action"].tolist() == [name_code(name) for name in names]
+    assert len(actions._CODES) <= NAMES_KEPT_MAX
