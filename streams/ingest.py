@@ -19,6 +19,7 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
 from streams.engine.partitions import OwnedPartition, Partitions
 from streams.metrics import Metrics
+from streams.state.store import StoreDamaged
 from streams.state.users import read_users
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
@@ -114,7 +115,12 @@ class Ingest:
                 return False
             cold = state.missing(users)
             state.evict(len(cold))
-        read = read_users(owned.store, cold, state.limits)
+        try:
+            read = read_users(owned.store, cold, state.limits)
+        except StoreDamaged as damage:
+            logger.error("%s: %s", owned.tp, damage)
+            await self._partitions.rebuild(owned)
+            return False
         if read.corrupt and not await self._quarantine(owned, read.corrupt):
             return False
         state.load(cold, read.stored)
