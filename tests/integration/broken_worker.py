@@ -1,0 +1,214 @@
+"""`python -m tests.integration.broken_worker FAULT FOLDER [OPTIONS]`: the real worker with one fault put in on purpose.
+
+Some faults are trouble that a whole worker must bear (`TROUBLE`); the others break what bears it (`BROKEN`). What is to
+happen once in all starts of a worker leaves a file in FOLDER.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoder.actions import ActionBatch
+from infra.cli import main
+from streams import ingest as ingest_module
+from streams.core.sequences import Applied, SequenceState
+from streams.engine import partitions as partitions_module
+from streams.engine.changelog import ChangelogProducer, LogReader
+from streams.engine.delivery import RecordBatch
+from streams.engine.partitions import Joint, OwnedPartition, Partitions
+from streams.ingest import Ingest
+from streams.state.codec import encode, encode_mark
+from streams.state.store import OFFSET_KEY, PartitionStore, Record
+
+CRASHED = 9
+RESTORE_S = 4.0
+LOST_BATCHES = (3, 4)
+FOLDER = Path()
+"""Set by `run`."""
+
+
+def crash_once() -> None:
+    """End the process as kill -9 would, at the first call of all."""
+    if not (mark := FOLDER / "crashed").exists():
+        mark.touch()
+        os._exit(CRASHED)
+
+
+# -- trouble that a worker must bear
+
+
+def crashes_before_commit() -> None:
+    commit = ChangelogProducer.commit
+
+    async def crashing(self: ChangelogProducer) -> None:
+        crash_once()
+        await commit(self)
+
+    ChangelogProducer.commit = crashing  # type: ignore[method-assign]
+
+
+def crashes_after_commit() -> None:
+    commit = ChangelogProducer.commit
+
+    async def crashing(self: ChangelogProducer) -> None:
+        await commit(self)
+        crash_once()
+
+    ChangelogProducer.commit = crashing  # type: ignore[method-assign]
+
+
+def delivers_twice() -> None:
+    on_batch = Ingest.on_batch
+
+    async def twice(self: Ingest, batch: RecordBatch) -> None:
+        owned = self._partitions.ready.get(batch.tp.partition)
+        before = owned.next_offset if owned else 0
+        await on_batch(self, batch)
+        if owned is not None and owned.next_offset > before:
+            owned.next_offset = before
+            await on_batch(self, batch)
+
+    Ingest.on_batch = twice  # type: ignore[method-assign]
+
+
+def loses_batches() -> None:
+    on_batch, count = Ingest.on_batch, iter(range(1, 1 << 30))
+
+    async def losing(self: Ingest, batch: RecordBatch) -> None:
+        if next(count) not in LOST_BATCHES:
+            await on_batch(self, batch)
+
+    Ingest.on_batch = losing  # type: ignore[method-assign]
+
+
+# -- what bears it, broken
+
+
+def no_dedupe_by_offset() -> None:
+    delivers_twice()
+    apply = SequenceState.apply
+
+    def forgetful(self: SequenceState, batch: ActionBatch) -> Applied:
+        self.headers["applied_offset"][self.slots(batch.users)] = -1
+        return apply(self, batch)
+
+    SequenceState.apply = forgetful  # type: ignore[method-assign]
+
+
+def no_position_guard() -> None:
+    loses_batches()
+    OwnedPartition.joint = lambda self, batch: Joint.FITS  # type: ignore[method-assign]
+
+
+def store_before_commit() -> None:
+    async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
+        snapshot = state.take_dirty()
+        records = [*encode(snapshot, state.limits), encode_mark(mark)]
+        await outputs.acknowledged()
+        await changelog.begin()
+        store.write(records, await changelog.append(records))
+        store.flush()
+        crash_once()
+        await changelog.send_source_offset(mark.source_offset)
+        await changelog.commit()
+        state.settle(snapshot)
+        return len(records)
+
+    partitions_module.checkpoint = checkpoint
+
+
+def offset_before_records() -> None:
+    write_steps = PartitionStore.write_steps
+
+    def hasty(self: PartitionStore, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
+        self._db.put(OFFSET_KEY, changelog_offset.to_bytes(8, "little"))
+        self.flush()
+        crash_once()
+        return write_steps(self, records, changelog_offset)
+
+    PartitionStore.write_steps = hasty  # type: ignore[method-assign]
+
+
+def restore_ends_at_a_silence() -> None:
+    async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
+        self._consumer.seek(self.tp, start)
+        while records := (await self._consumer.getmany(self.tp, timeout_ms=0, max_records=records_max)).get(self.tp):
+            yield records
+
+    LogReader.batches = batches  # type: ignore[method-assign, assignment]
+
+
+# -- slowness and standstill, for the life cycle
+
+
+def restores_slowly() -> None:
+    restore = partitions_module.restore
+
+    async def slow(*args: Any, **kwargs: Any) -> PartitionStore:
+        await asyncio.sleep(RESTORE_S)
+        return await restore(*args, **kwargs)
+
+    partitions_module.restore = slow
+
+
+def stops_for_ever() -> None:
+    release = Partitions.release
+
+    async def endless(self: Partitions) -> None:
+        if self.ready:
+            await asyncio.Event().wait()
+        await release(self)
+
+    Partitions.release = endless  # type: ignore[method-assign]
+
+
+def processes_nothing() -> None:
+    async def waiting(self: Ingest, batch: RecordBatch) -> None:
+        await asyncio.Event().wait()
+
+    Ingest.on_batch = waiting  # type: ignore[method-assign]
+
+
+def blocks_the_loop() -> None:
+    decode = ingest_module.decode_actions
+
+    def blocking(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(RESTORE_S)
+        return decode(*args, **kwargs)
+
+    ingest_module.decode_actions = blocking
+
+
+Fault = Callable[[], None]
+TROUBLE: tuple[Fault, ...] = (crashes_before_commit, crashes_after_commit, delivers_twice, loses_batches)
+BROKEN: tuple[Fault, ...] = (
+    no_dedupe_by_offset,
+    no_position_guard,
+    store_before_commit,
+    offset_before_records,
+    restore_ends_at_a_silence,
+)
+LIFE: tuple[Fault, ...] = (restores_slowly, stops_for_ever, processes_nothing, blocks_the_loop)
+
+
+def command(fault: Fault, folder: Path) -> tuple[str, ...]:
+    """What starts a worker with the fault in it; options may follow."""
+    return sys.executable, "-m", "tests.integration.broken_worker", fault.__name__, str(folder)
+
+
+def run(name: str, folder: str, *options: str) -> None:
+    global FOLDER
+    FOLDER = Path(folder)
+    {fault.__name__: fault for fault in (*TROUBLE, *BROKEN, *LIFE)}[name]()
+    sys.argv = ["streamformer", "worker", *options]
+    main()
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -1,0 +1,101 @@
+"""Real workers with one fault put in on purpose: trouble is borne, and what bears it is missed when it is broken.
+
+The simulation does this for sixteen faults of core, codec and checkpoint (`tests/simulation/test_mutations.py`). Here
+are those that need a broker, a disk or a process: dedupe by offset behind a delivery that repeats, the position guard
+behind one that loses, the order of a checkpoint and the changelog offset in the last write of a store around a crash,
+and the end of a restore. A broken end and a missing fence are also counted start by start in `test_cold_starts.py`.
+
+A fault is noticed when the checker finds a violation, or when the worker itself refuses to begin.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.chaos.fleet import ABORTED
+from infra.chaos.stage import Stage, set_up
+from infra.chaos.trial import Trial
+from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, restore_ends_at_a_silence
+from tests.integration.test_worker import Sent, action, send
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow]
+ROUNDS = 5
+ROUND_S = 0.6
+"""Enough for the worker to have read one round before the next is sent."""
+ACTIONS = 10
+EVENTS = ROUNDS * ACTIONS * 20
+EARLY, LATE = [f"early-{number}" for number in range(20)], [f"late-{number}" for number in range(20)]
+REST_S = 60.0
+BROKEN_REST_S = 6.0
+"""With a fault there may be no rest: an embedding that the truth demands never comes."""
+
+
+@pytest.fixture
+def stage(broker: Any, topic_prefix: str, tmp_path: Path) -> Stage:
+    return set_up(tmp_path, broker.bootstrap_servers, topic_prefix, {"topics": {"partitions": 2}})
+
+
+def history(users: list[str], round_: int) -> list[Sent]:
+    """Ten actions of each user, more than a chunk, and without event ids: only offsets tell a repetition."""
+    return [action(user, round_ * ACTIONS + number, event_id=None) for number in range(ACTIONS) for user in users]
+
+
+def lived_through(stage: Stage, fault: Fault) -> Iterator[Trial]:
+    """Early users act, then late ones, in rounds; the worker is started again whenever it ends."""
+    with Trial(stage, command(fault, stage.folder)) as trial:
+        send(stage.settings, history(EARLY, 0))
+        trial.fleet.scale(1)
+        tended(trial, lambda: bool(trial.gatherer.committed() or refusals(trial)))
+        if fault is restore_ends_at_a_silence:
+            trial.fleet.hold(0)
+            shutil.rmtree(stage.data_dir(0))
+            trial.fleet.release(0)
+        for round_ in range(1, ROUNDS):
+            send(stage.settings, history(LATE, round_))
+            trial.rest(ROUND_S)
+        yield trial
+
+
+def tended(trial: Trial, condition: Callable[[], bool]) -> None:
+    """Keep the worker running until the condition holds."""
+    until_s = time.monotonic() + REST_S
+    while not condition():
+        assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
+        trial.fleet.tick()
+        time.sleep(0.2)
+
+
+def refusals(trial: Trial) -> list[str]:
+    """What the worker said when it would not go on."""
+    return [end.last_words for end in trial.fleet.exits if end.code == ABORTED]
+
+
+def found(trial: Trial, rest_s: float) -> list[str]:
+    """Violations once every event is committed, or what the worker said when it refused to begin."""
+    tended(trial, lambda: sum(trial.gatherer.committed().values()) == EVENTS or bool(refusals(trial)))
+    if refused := refusals(trial):
+        return refused
+    trial.rest(rest_s)
+    return [str(violation) for violation in trial.judge().violations]
+
+
+@pytest.mark.parametrize("fault", TROUBLE, ids=lambda fault: fault.__name__)
+def test_trouble_is_borne(stage: Stage, fault: Fault) -> None:
+    """A crash on either side of a commit, a delivery that repeats and one that loses break no law."""
+    for trial in lived_through(stage, fault):
+        assert found(trial, REST_S) == []
+
+
+@pytest.mark.parametrize("fault", BROKEN, ids=lambda fault: fault.__name__)
+def test_fault_is_noticed(stage: Stage, fault: Fault) -> None:
+    """With this broken the checker finds a violation, or the worker refuses to begin."""
+    for trial in lived_through(stage, fault):
+        noticed = found(trial, BROKEN_REST_S)
+        print(noticed[:3])
+        assert noticed
