@@ -27,6 +27,7 @@ PR_SET_PDEATHSIG = 1
 RESTART_AFTER_S = 0.3
 STOP_S = 25.0
 PORT = re.compile(r"metrics at http://[^:]+:(\d+)/metrics")
+READY = " is ready at offset "
 _LIBC = ctypes.CDLL(None)
 
 WORKER = (sys.executable, "-m", "infra.cli", "worker")
@@ -159,6 +160,10 @@ class Fleet:
         if slot.port is None and (found := PORT.search(self.said(number))):
             slot.port = int(found[1])
         return slot.port
+
+    def is_ready(self, number: int) -> bool:
+        """Whether the worker's present process has had a partition ready."""
+        return not self.is_down(number) and READY in self.said(number)
 
     def said(self, number: int) -> str:
         """What the worker's present, or last, process has written."""

@@ -23,6 +23,8 @@ from infra.chaos.violations import Violation
 from infra.kafka.broker import Broker
 
 TICK_S = 0.05
+STARTED_S = 1.0
+READY_MAX_S = 40.0
 Steps = Iterator[float]
 
 
@@ -53,6 +55,13 @@ class Scene:
         """A running worker, by the dice."""
         running = self.trial.fleet.running()
         return self.dice.choice(running) if running else None
+
+    def until_ready(self, number: int) -> Steps:
+        """Until a worker that was just started, or killed, works; it may take its time, but not for ever."""
+        yield STARTED_S
+        until_s = time.monotonic() + READY_MAX_S
+        while time.monotonic() < until_s and not self.trial.fleet.is_ready(number):
+            yield TICK_S
 
     def restart_broker(self) -> Steps:
         """Start the broker again while time goes on; ends when it answers."""

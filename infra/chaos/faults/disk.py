@@ -65,13 +65,14 @@ def disk_full(scene: Scene) -> Steps:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)
     try:
         fleet.release(NUMBER)
-        yield 7.0
+        yield from scene.until_ready(NUMBER)
+        yield 1.0
         _fill(folder / "filler")
         yield 3.0
         fleet.kill(NUMBER)
         yield 8.0
         (folder / "filler").unlink()
-        yield 7.0
+        yield from scene.until_ready(NUMBER)
     finally:
         fleet.hold(NUMBER)
         subprocess.run(["umount", "-l", str(folder)], check=True)

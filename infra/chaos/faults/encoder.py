@@ -35,18 +35,19 @@ def corrupt(scene: Scene) -> Steps:
 
 def nan(scene: Scene) -> Steps:
     """Every embedding is NaN for some seconds: users wait, nothing wrong is published."""
-    yield from _launched(scene, "nan", 14.0)
+    yield from _launched(scene, "nan", 8.0)
 
 
 def slow(scene: Scene) -> Steps:
     """The encoder takes ten times as long."""
-    yield from _launched(scene, "slow", 18.0)
+    yield from _launched(scene, "slow", 12.0)
 
 
 def _launched(scene: Scene, fault: str, seconds: float) -> Steps:
     scene.trial.fleet.command = (*LAUNCHER, fault, *WORKER[3:])
     try:
         _kill_all(scene)
+        yield from scene.until_ready(0)
         yield seconds
     finally:
         scene.trial.fleet.command = WORKER

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 
-from infra.chaos.fleet import WORKER
+from infra.chaos.fleet import READY, WORKER
 from infra.chaos.scene import Scene, Steps
 
 LAUNCHER = (sys.executable, "-m", "infra.chaos.launcher")
-JOIN_MAX_S = 20.0
 HELPERS_FROM = 10
 """Numbers of workers that come and go only to cause rebalances."""
 
@@ -73,7 +71,8 @@ def _scaled(scene: Scene, count: int, *, cold: bool) -> Steps:
     try:
         yield 1.0
         fleet.scale(count, cold=cold)
-        yield scene.dice.uniform(12.0, 16.0)
+        yield from scene.until_ready(count - 1)
+        yield scene.dice.uniform(6.0, 10.0)
     finally:
         fleet.scale(1)
 
@@ -99,9 +98,10 @@ def rebalanced_in_inference(scene: Scene) -> Steps:
     try:
         for number in fleet.running():
             fleet.kill(number)
-        yield 6.0
+        yield from scene.until_ready(0)
         fleet.scale(2)
-        yield scene.dice.uniform(7.0, 10.0)
+        yield from scene.until_ready(1)
+        yield scene.dice.uniform(2.0, 4.0)
         fleet.scale(1)
         yield 8.0
     finally:
@@ -120,7 +120,7 @@ def rebalanced_often(scene: Scene) -> Steps:
     try:
         while seen < scene.rebalances_wanted and helper - HELPERS_FROM < scene.rebalances_wanted:
             fleet.release(helper)
-            yield from _joined(scene, helper)
+            yield from scene.until_ready(helper)
             seen = rebalances_seen(fleet.said(0))
             if seen >= spared:
                 scene.memory_mb.append(fleet.memory_mb(0))
@@ -131,13 +131,6 @@ def rebalanced_often(scene: Scene) -> Steps:
         scene.rebalances = max(scene.rebalances, seen)
         if helper in fleet.slots:
             _let_go(scene, helper)
-
-
-def _joined(scene: Scene, helper: int) -> Steps:
-    """Until a helper has got partitions, or has had the time to."""
-    until_s = time.monotonic() + JOIN_MAX_S
-    while time.monotonic() < until_s and not rebalances_seen(scene.trial.fleet.said(helper)):
-        yield 0.3
 
 
 def _let_go(scene: Scene, helper: int) -> None:
@@ -151,7 +144,7 @@ def rebalances_seen(log: str) -> int:
     """How often a worker got partitions, at least: a partition that is ready again began a new assignment."""
     count, ready = 0, set[str]()
     for line in log.splitlines():
-        if " is ready at offset " not in line:
+        if READY not in line:
             continue
         partition = line.split("partition ", 1)[1].split(" ", 1)[0]
         if partition in ready or not ready:
