@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest chaos bench-restore
+.PHONY: demo test lint install simulate bench-encoder bench-freshness bench-ingest chaos bench-restore evaluate-ml1m bench-train
 
 demo: $(STAMP)
 	@$(BIN)/streamformer demo
@@ -51,6 +51,13 @@ chaos: $(STAMP)
 bench-restore: $(STAMP)
 	$(BIN)/python -m infra.bench.restore
 
+# make evaluate-ml1m SEEDS=1,2,3 MINUTES=60; without minutes a training ends with its recipe's budget.
+evaluate-ml1m: $(STAMP)
+	$(BIN)/python -m infra.bench.ml1m --seeds $(or $(SEEDS),1) --minutes $(or $(MINUTES),0)
+
+bench-train: $(STAMP) .venv-peers/rectools
+	$(BIN)/python -m infra.bench.train
+
 # A peer that cannot be installed is left out of the comparison, which then says so.
 .venv-peers/installed: infra/bench/peers/requirements.txt
 	@echo "installing the peers into .venv-peers"
@@ -58,4 +65,10 @@ bench-restore: $(STAMP)
 	@grep -v '^#' $< | while read -r peer; do \
 	  .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check "$$peer" || echo "not installed: $$peer"; \
 	done
+	@touch $@
+
+.venv-peers/rectools: infra/bench/peers/rectools.txt
+	@echo "installing RecTools into .venv-peers (about 5 GB, for it brings its own torch)"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $< || echo "not installed: RecTools"
 	@touch $@
