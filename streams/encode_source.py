@@ -20,6 +20,7 @@ from streams.wire.embeddings import EmbeddingBatch
 
 logger = logging.getLogger(__name__)
 
+LABELS = {int(reason): reason.label for reason in Reason}
 PUBLISH_RETRY_MS = 500
 """When embeddings could not be published, their users are due again after this."""
 SHED_RETRY_MS = 1_000
@@ -93,7 +94,7 @@ class PartitionSource:
             vectors=embeddings,
             event_times_ms=job.newest_event_ms,
             sequence_lengths=np.diff(sequences.starts),
-            reasons=[Reason(reason).label for reason in job.reasons.tolist()],
+            reasons=[LABELS[reason] for reason in job.reasons.tolist()],
             source_offsets=job.offsets,
             encoder_version=self._encoder_version,
             encoded_at_ms=self._now_ms(),

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from streams.core.pipeline import Effects, Outcome
 from streams.core.triggers import Reason
 from streams.encode_queue import EncodeQueue
@@ -143,10 +145,9 @@ class Ingest:
         if source is None:
             return
         self._queue.put(source, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
-        for reason in Reason:
-            fired = int((effects.reasons == reason).sum())
+        for reason, fired in enumerate(np.bincount(effects.reasons).tolist()):
             if fired:
-                self._metrics.triggers.inc(fired, reason=reason.label)
+                self._metrics.triggers.inc(fired, reason=Reason(reason).label)
         if effects.forgotten:
             offsets = effects.forgotten_offsets.tolist()
             tombstones = [encode_tombstone(*each) for each in zip(effects.forgotten, offsets, strict=True)]
@@ -168,13 +169,14 @@ class Ingest:
     def _count(self, owned: OwnedPartition, events: int, effects: Effects) -> None:
         metrics = self._metrics
         metrics.events.inc(events)
-        for outcome, counter in (
-            (Outcome.DUPLICATE, metrics.duplicates),
-            (Outcome.LATE, metrics.late_inserted),
-            (Outcome.TOO_OLD, metrics.late_dropped),
-            (Outcome.FORGOTTEN, metrics.forgotten_dropped),
-            (Outcome.TOMBSTONE, metrics.tombstones),
-        ):
-            counter.inc(effects.count(outcome))
+        if effects.outcomes.any():  # most batches are small and hold nothing but APPLIED
+            for outcome, counter in (
+                (Outcome.DUPLICATE, metrics.duplicates),
+                (Outcome.LATE, metrics.late_inserted),
+                (Outcome.TOO_OLD, metrics.late_dropped),
+                (Outcome.FORGOTTEN, metrics.forgotten_dropped),
+                (Outcome.TOMBSTONE, metrics.tombstones),
+            ):
+                counter.inc(effects.count(outcome))
         if owned.next_offset - owned.committed_offset >= self._checkpoint_events_max:
             self._partitions.checkpoint_soon(owned)
