@@ -80,3 +80,30 @@ def test_bench_freshness_serves_every_event(
     assert 500 < result["embeddings_per_cpu_second"] < 1_000_000
     assert result["ratio_faust"] is result["ratio_quix"] is None
     assert (tmp_path / "reports" / "freshness.png").stat().st_size > 10_000
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_bench_restore_ends_with_plausible_figures(
+    broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The quick restore benchmark prints as its last line all keys, and a warm start is no slower than a cold one."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    ended = subprocess.run(
+        [sys.executable, "-m", "infra.bench.restore", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=QUICK_S + 60,
+        check=False,
+        cwd=tmp_path,  # where its picture goes
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert (result["bench"], result["users"]) == ("restore", 10_000)
+    assert set(result["machine"]) == {"cpu", "cores", "amx", "avx512_bf16"}
+    assert 0 < result["warm_restart_seconds"] < result["restore_seconds"] < 60
+    assert 0 < result["restore_cpu_seconds"] < 60
+    assert 100 < result["rss_mb_1m"] < 4_000
+    assert 100 < result["rss_mb_5m"] < 4_000
+    assert (tmp_path / "reports" / "restore-memory.png").stat().st_size > 10_000
