@@ -59,6 +59,7 @@ class Outcome:
     broker_restarts: int = 0
     rebalances: int = 0
     memory_mb: Sequence[float] = ()
+    start_seconds: Sequence[float] = ()
     longest_stall_s: float = 0.0
     left_out: Sequence[str] = ()
 
@@ -95,6 +96,7 @@ def run(plan: Plan, say: Callable[[str], None], on_episode: Callable[[Outcome], 
             outcome.seconds = time.monotonic() - begun_s
             outcome.worker_kills, outcome.broker_restarts = scene.trial.fleet.kills, scene.broker_restarts
             outcome.rebalances, outcome.memory_mb = scene.rebalances, tuple(scene.memory_mb)
+            outcome.start_seconds = tuple(scene.trial.fleet.start_seconds)
             outcome.longest_stall_s = watch.longest_stall_s
             on_episode(outcome)
             if outcome.violations and not plan.keep_going:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,8 @@ from infra.chaos.stage import Stage
 PR_SET_PDEATHSIG = 1
 RESTART_AFTER_S = 0.3
 STOP_S = 25.0
-PORT = re.compile(r"metrics at http://[^:]+:(\d+)/metrics")
+PORT = re.compile(r"^(\S+ \S+) .*metrics at http://[^:]+:(\d+)/metrics", re.MULTILINE)
+LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
 READY = " is ready at offset "
 _LIBC = ctypes.CDLL(None)
 
@@ -59,6 +61,7 @@ class Slot:
     wanted: bool = False
     doomed: bool = False
     """It was told to end or killed: its end is no news."""
+    started_at: float = 0.0
     ended_at: float = 0.0
     log_begin: int = 0
     """Where in its log the present process began."""
@@ -73,6 +76,8 @@ class Fleet:
     command: Sequence[str] = WORKER
     slots: dict[int, Slot] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
+    start_seconds: list[float] = field(default_factory=list)
+    """From a process's start until its worker begins: what the machine makes of importing the program."""
     kills: int = 0
     """Processes ended by SIGKILL so far."""
 
@@ -158,7 +163,9 @@ class Fleet:
         """Where the worker's present process answers `/livez`; None before it does."""
         slot = self.slots[number]
         if slot.port is None and (found := PORT.search(self.said(number))):
-            slot.port = int(found[1])
+            slot.port = int(found[2])
+            begun = datetime.strptime(found[1], LOG_TIME).timestamp()
+            self.start_seconds.append(begun - slot.started_at)
         return slot.port
 
     def is_ready(self, number: int) -> bool:
@@ -207,6 +214,7 @@ class Fleet:
         return self.stage.folder / f"worker-{number}.log"
 
     def _start(self, slot: Slot) -> None:
+        started_at = time.time()
         with self._log_path(slot.number).open("ab") as log:
             slot.log_begin = log.tell()
             slot.process = subprocess.Popen(
@@ -218,7 +226,7 @@ class Fleet:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        slot.doomed, slot.port = False, None
+        slot.doomed, slot.port, slot.started_at = False, None, started_at
 
     def _signal(self, slot: Slot, number: signal.Signals) -> None:
         if slot.process is None:

@@ -49,7 +49,7 @@ def _row(name: str, episodes: list[Episode]) -> tuple[str, ...]:
 
 def summary(outcome: Outcome) -> dict[str, Any]:
     """The JSON line."""
-    memory = outcome.memory_mb
+    memory, starts = outcome.memory_mb, sorted(outcome.start_seconds)
     return {
         "bench": "chaos",
         "machine": machine(),
@@ -63,6 +63,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "violations": outcome.violations,
         "kinds": dict(sorted(Counter(str(one.kind) for each in outcome.episodes for one in each.violations).items())),
         "worst_resume_seconds": round(outcome.worst_resume_seconds, 1),
+        "start_seconds_median": round(starts[len(starts) // 2], 1) if starts else None,
         "freshness_p50_ms_under_faults": round(outcome.freshness_ms(0.5)),
         "freshness_p99_ms_under_faults": round(outcome.freshness_ms(0.99)),
         "freshness_worst_ms": round(outcome.freshness_ms(1.0)),
