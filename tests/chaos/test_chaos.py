@@ -30,7 +30,8 @@ SHORT = "worker-killed+disorder,worker-terminated+poison,broker-killed"
 KEYS = {
     "bench", "machine", "seed", "minutes", "episodes", "worker_kills", "broker_restarts", "faults", "left_out",
     "violations", "kinds", "worst_resume_seconds", "start_seconds_median", "freshness_p50_ms_under_faults",
-    "freshness_p99_ms_under_faults", "freshness_worst_ms", "longest_stall_seconds", "rebalances", "memory_mb_first", "memory_mb_last",
+    "freshness_p99_ms_under_faults", "freshness_worst_ms", "longest_stall_seconds", "rebalances",
+    "memory_mb_first", "memory_mb_last",
 }  # fmt: skip
 
 
