@@ -32,8 +32,8 @@ IDLE_S = 1.5
 UNFAIR = """What is not equal, before any figure:
 - for the peers: they embed one event at a time by a full pass over the sequence, as a first version would; the worker
   keeps keys and values, which saves it a factor of the sequence's length by construction, and takes users in batches.
-- for the worker: nn.TransformerEncoder has no rotation, windows or time bias and leaves them out; the peers' bursts are of
-  200 users, whose state stays in caches; the peers do not order events, drop repeated ones or write headers."""
+- for the worker: nn.TransformerEncoder has no rotation, windows or time bias and leaves them out; the peers' bursts are
+  of 200 users, whose state stays in caches; the peers do not order events, drop repeated ones or write headers."""
 
 
 @dataclass(slots=True)
