@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka.errors import KafkaError
 
 from infra.chaos.fleet import ABORTED
 from infra.chaos.stage import Stage, set_up
@@ -51,7 +52,7 @@ def lived_through(stage: Stage, fault: Fault) -> Iterator[Trial]:
     with Trial(stage, command(fault, stage.folder)) as trial:
         send(stage.settings, history(EARLY, 0))
         trial.fleet.scale(1)
-        tended(trial, lambda: bool(trial.gatherer.committed() or refusals(trial)))
+        tended(trial, lambda: committed_events(trial) > 0 or bool(refusals(trial)))
         if fault is restore_ends_at_a_silence:
             trial.fleet.hold(0)
             shutil.rmtree(stage.data_dir(0))
@@ -71,6 +72,14 @@ def tended(trial: Trial, condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def committed_events(trial: Trial) -> int:
+    """0 also while the broker has no coordinator for the group yet."""
+    try:
+        return sum(trial.gatherer.committed().values())
+    except KafkaError:
+        return 0
+
+
 def refusals(trial: Trial) -> list[str]:
     """What the worker said when it would not go on."""
     return [end.last_words for end in trial.fleet.exits if end.code == ABORTED]
@@ -78,7 +87,7 @@ def refusals(trial: Trial) -> list[str]:
 
 def found(trial: Trial, rest_s: float) -> list[str]:
     """Violations once every event is committed, or what the worker said when it refused to begin."""
-    tended(trial, lambda: sum(trial.gatherer.committed().values()) == EVENTS or bool(refusals(trial)))
+    tended(trial, lambda: committed_events(trial) == EVENTS or bool(refusals(trial)))
     if refused := refusals(trial):
         return refused
     trial.rest(rest_s)
