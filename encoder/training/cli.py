@@ -23,6 +23,7 @@ from encoder.training.log import ActionLog, LogColumns, LogError, read_log
 from encoder.training.recipe import Recipe, RecipeError, parse_recipe, read_recipe
 from encoder.training.run import train_release
 from encoder.training.show import TrainingScreen
+from encoder.training.world import is_first
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -45,7 +46,7 @@ class Protocol(StrEnum):
 @app.command()
 def train(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, like encoder/runs/demo.toml.")],
-    log: Annotated[Path | None, typer.Option(help="Actions, in place of the recipe's log.path.")] = None,
+    actions: Annotated[Path | None, typer.Option(help="The log, in place of the recipe's log.path.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the release; default: releases/ and the name.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="At most so long, whatever the budget.")] = None,
@@ -54,12 +55,12 @@ def train(
     """Train a release; a training that was killed goes on where it stood when the command is given again."""
     recipe = read_recipe(recipe_file)
     recipe = recipe if seed is None else replace(recipe, seed=seed)
-    actions = read_log(_log_path(recipe, recipe_file, log), recipe.log.columns)
+    log = read_log(_log_path(recipe, recipe_file, actions), recipe.log.columns)
     folder = out or Path("releases") / recipe_file.stem
-    with TrainingScreen(console) as screen:
-        screen.line(f"{len(actions):,} actions of {len(actions.users):,} users; the release goes to {folder}")
+    with TrainingScreen(console if is_first() else Console(quiet=True)) as screen:
+        screen.line(f"{len(log):,} actions of {len(log.users):,} users; the release goes to {folder}")
         release = train_release(
-            actions,
+            log,
             recipe,
             out_dir=folder,
             seconds_max=None if minutes is None else minutes * 60,
@@ -67,8 +68,9 @@ def train(
             resume=True,
             progress=screen.show,
         )
-    console.print(f"positives were told apart from {release.training['negative_pool']}")
-    report.print_json("train", report.training_values(release, folder))
+    if is_first():
+        console.print(f"positives were told apart from {release.training['negative_pool']}")
+        report.print_json("train", report.training_values(release, folder))
 
 
 @app.command()
@@ -140,10 +142,10 @@ def freshness(
     report.print_json("freshness", report.freshness_values(release, table))
 
 
-def _log_path(recipe: Recipe, recipe_file: Path, log: Path | None) -> Path:
-    if log is None and not recipe.log.path:
-        raise RecipeError(f"no log to train on: give --log, or log.path in {recipe_file}")
-    return log or recipe_file.parent / recipe.log.path
+def _log_path(recipe: Recipe, recipe_file: Path, named: Path | None) -> Path:
+    if named is None and not recipe.log.path:
+        raise RecipeError(f"no log to train on: give --actions, or log.path in {recipe_file}")
+    return named or recipe_file.parent / recipe.log.path
 
 
 def _opened(release_dir: Path, log_file: Path, recipe_file: Path | None) -> tuple[Release, Recipe, ActionLog]:

@@ -30,7 +30,10 @@ from encoder.training.world import World
 
 
 class Trainer:
-    """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far."""
+    """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far.
+
+    `targets` counts what this process has predicted since it began, for rates.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.log_scale, recipe)
         counts = np.bincount(self.tokens_of_log.item[self.positives.rows], minlength=known + 1)
         self.sampler = NegativeSampler(recipe.loss, counts, seed=recipe.seed)
-        self.epoch = self.step = self.tokens = self.step_of_epoch = 0
+        self.epoch = self.step = self.tokens = self.step_of_epoch = self.targets = 0
 
     def batches(self) -> Iterator[Ints]:
         """Row matrices without end, from where the training stands."""
@@ -78,6 +81,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         pairs = make_pairs(rows, self.positives, self.recipe.objective, rng)
         self.step += 1
+        self.targets += len(pairs.target)
         self.tokens += self.world.total(int((rows >= 0).sum()))
         set_learning_rate(self.optimizer, self.recipe, self.step, fraction)
         self.optimizer.zero_grad(set_to_none=True)

@@ -49,6 +49,11 @@ class World:
         return float(tensor)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_world() -> World:
     """Join the processes of torchrun, if it started this one."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:

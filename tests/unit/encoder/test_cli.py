@@ -82,7 +82,7 @@ def test_from_a_log_to_its_figures(
     ("arguments", "says"),
     [
         (["train", "absent.toml"], "recipe cannot be read"),
-        (["train", "run.toml", "--log", "absent.csv"], "event log cannot be read"),
+        (["train", "run.toml", "--actions", "absent.csv"], "event log cannot be read"),
         (["evaluate", "absent", "actions.parquet"], "release cannot be read"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ from encoder.training.recipe import Recipe, RecipeError, parse_recipe
 from encoder.training.run import Progress, make_trainer, train_release
 from encoder.training.splits import make_split
 from encoder.training.world import World
-from tests.unit.encoder.walks import small_recipe, walks
+from tests.unit.encoder.walks import small_recipe, walks, walks_table
 
 SEED = 20_260_602
 
@@ -109,6 +111,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert resumed.version == undisturbed.version
     assert resumed.metrics == undisturbed.metrics
     assert not (killed / NAME).exists()
+
+
+def test_two_processes_train_one_release(tmp_path: Path) -> None:
+    """Under torchrun two processes read different batches, end with equal weights, and one of them speaks."""
+    table = walks_table(SEED, users=40, items=30, length=40, follows=0.9)
+    pyarrow.parquet.write_table(table, tmp_path / "actions.parquet")
+    (tmp_path / "run.toml").write_text(
+        "[encoder]\nd_model = 32\nheads = 4\nwindows = [8, 8]\nsequence_length = 20\nembedding_dim = 32\n"
+        'item_dim = 32\nitem_tower = "identity"\n[data]\nchunk = 20\nbatch_tokens = 400\nhide_seen = false\n'
+        "[budget]\ntokens_max = 4_000\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    arguments = ["train", "run.toml", "--actions", "actions.parquet", "--out", "release"]
+    done = subprocess.run(
+        [*torchrun, "infra.cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    [line] = done.stdout.splitlines()
+    assert json.loads(line)["processes"] == 2
+    assert load_release(tmp_path / "release").training["tokens"] >= 4_000
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
