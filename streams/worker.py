@@ -153,6 +153,7 @@ class Worker:
 
     async def _on_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
         await self._partitions.release()
+        gc.collect()  # what was given back stands in cycles, which the collector would not look at for a long time
 
     # -- what partitions need (PartitionHost)
 
@@ -310,7 +311,7 @@ def open_runtime(settings: Settings) -> EncoderRuntime:
     """The encoder of the settings, on one thread: more cores are more workers."""
     encoder = settings.encoder
     if encoder.release_dir is None:
-        remedy = "`encoder.training.run.train_release` makes one, `make demo` shows how"
+        remedy = "`streamformer train` makes one, `make demo` shows how"
         raise SettingsError([f"encoder.release_dir: is needed by the worker; {remedy}"])
     return load_runtime(
         encoder.release_dir,
