@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,14 @@ from infra.chaos.faults.catalogue import Fault, Group
 from infra.chaos.fleet import FORCED, STOPPED
 from infra.chaos.scene import Scene, play
 from infra.chaos.traffic import Habits
-from infra.chaos.violations import Kind, Violation
+from infra.chaos.violations import Explained, Kind, Violation
 from infra.chaos.watch import Watch
 
 RESUME_MAX_S = 15.0
 PATIENCE_S = 60.0
 AFTER_S = 1.5
 LOOK_S = 0.1
+EPISODE_MAX_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,11 @@ class Episode:
 
 def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault], habits: Habits) -> Episode:
     """Strike, heal, rest and judge; afterwards the scene is at rest and the checker has settled."""
-    begun_s, begun_ms = time.monotonic(), time.time_ns() // 1_000_000
+    begun_s, begun_ms = time.monotonic(), _now_ms()
     fleet, trial = scene.trial.fleet, scene.trial
     exits_before = len(fleet.exits)
+    if any(fault.explains for fault in faults):
+        trial.explained.append(Explained(begun_ms, begun_ms + EPISODE_MAX_MS))
     scene.traffic.habits = habits
     fleet.scale(_workers(scene, faults))
     _pass(scene, AFTER_S)
@@ -61,9 +64,8 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     busy = "" if scene.traffic.calm(30) else "the producer did not end"
     if not busy and not trial.rest(max([60.0, *(fault.rest_s for fault in faults)])):
         busy = trial.busy_with or "quiet for a moment only"
-    if any(fault.explains for fault in faults):
-        trial.explain(begun_ms)
     verdict = trial.judge()
+    trial.explained[:] = [replace(span, end_ms=min(span.end_ms, _now_ms())) for span in trial.explained]
     violations = [*verdict.violations, *scene.found, *watch.take(), *_slow(resume_s), *_unrested(busy)]
     exits = fleet.exits[exits_before:]
     violations += [
@@ -101,6 +103,10 @@ def resumed(scene: Scene, patience_s: float) -> float:
             return time.monotonic() - started_s
         time.sleep(LOOK_S)
     return float("inf")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _workers(scene: Scene, faults: Sequence[Fault]) -> int:
