@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from infra.chaos.faults.workers import LAUNCHER
-from infra.chaos.fleet import WORKER
+from infra.chaos.fleet import REFUSED, WORKER
 from infra.chaos.scene import Scene, Steps
+
+LOOK_S, REFUSED_MAX_S = 0.2, 60.0
 
 
 def missing(scene: Scene) -> Steps:
@@ -13,8 +17,7 @@ def missing(scene: Scene) -> Steps:
     away = folder.with_name("release-away")
     folder.rename(away)
     try:
-        _kill_all(scene)
-        yield scene.dice.uniform(7.0, 11.0)
+        yield from _refused(scene)
     finally:
         away.rename(folder)
 
@@ -27,8 +30,7 @@ def corrupt(scene: Scene) -> Steps:
     altered[scene.dice.randrange(len(whole) // 2, len(whole))] ^= 1
     weights.write_bytes(altered)
     try:
-        _kill_all(scene)
-        yield scene.dice.uniform(7.0, 11.0)
+        yield from _refused(scene)
     finally:
         weights.write_bytes(whole)
 
@@ -52,6 +54,15 @@ def _launched(scene: Scene, fault: str, seconds: float) -> Steps:
     finally:
         scene.trial.fleet.command = WORKER
         _kill_all(scene)
+
+
+def _refused(scene: Scene) -> Steps:
+    """Kill all, and wait until one that was started again has refused to begin twice, or had the time to."""
+    exits = scene.trial.fleet.exits
+    before, until_s = len(exits), time.monotonic() + REFUSED_MAX_S
+    _kill_all(scene)
+    while time.monotonic() < until_s and sum(each.code == REFUSED for each in exits[before:]) < 2:
+        yield LOOK_S
 
 
 def _kill_all(scene: Scene) -> None:
