@@ -127,8 +127,8 @@ def test_newest_rows_equal_a_search() -> None:
 
 def test_sessions_begin_after_a_gap() -> None:
     """A session begins with a user and after every silence of the gap or longer, and nowhere else."""
-    starts, time_ms = np.array([0, 4, 4, 6]), np.array([0, 5, 20, 29, 30, 31])
-    assert session_starts_ms(starts, time_ms, 10).tolist() == [0, 0, 20, 20, 30, 30]
+    starts, time_ms = np.array([0, 4, 4, 6]), np.array([0, 5, 15, 24, 30, 31])
+    assert session_starts_ms(starts, time_ms, 10).tolist() == [0, 0, 15, 15, 30, 30]
 
 
 def test_freshness_is_worth_something_where_the_next_item_follows_the_last(tmp_path: object) -> None:

@@ -22,6 +22,7 @@ from encoder.training.checkpoint import NAME, CheckpointError
 from encoder.training.cooccurrence import cooccurrence_vectors
 from encoder.training.log import ActionLog
 from encoder.training.machine import faster_precision
+from encoder.training.next_item import Exam
 from encoder.training.recipe import Recipe, RecipeError, parse_recipe
 from encoder.training.run import Progress, make_trainer, train_release
 from encoder.training.splits import make_split
@@ -159,13 +160,20 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_stops_early_and_releases_the_best(tmp_path: Path) -> None:
-    """When validation no longer improves training ends before its budget, and the best weights are what is released."""
-    recipe = small_recipe(budget={"tokens_max": 400_000, "validate_tokens": 3_000, "patience": 2})
+    """When validation no longer improves training ends before its budget; what is released scores as the best did."""
+    recipe = small_recipe(
+        budget={"tokens_max": 400_000, "validate_tokens": 1_500, "patience": 2}, optimizer={"lr": 0.05}
+    )
+    log = walks(SEED, follows=0.6)
     heard: list[Progress] = []
-    release = train_release(walks(SEED), recipe, out_dir=tmp_path, threads=1, progress=heard.append)
+    release = train_release(log, recipe, out_dir=tmp_path, threads=1, progress=heard.append)
+    best = release.metrics["validation_hr10"]
     assert heard[-1].tokens < 200_000
     assert heard[-1].metric is not None
-    assert release.metrics["validation_hr10"] >= heard[-1].metric
+    assert heard[-1].metric < best
+    split = make_split(log, recipe.split, seed=recipe.seed)
+    exam = Exam(split.log, release.vocabularies, split.validation, hide_seen=False)
+    assert exam.encoder_scores(release.model).hr10 == best
 
 
 def test_cold_items_are_read_and_never_offered() -> None:
