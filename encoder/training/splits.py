@@ -30,6 +30,8 @@ class SplitConfig:
     """Share of the users ("last") or of the actions ("time") that validate."""
     test: float = 0.1
     """Share of the actions, the newest, that are the test of a split by "time"."""
+    held_users: float = 0.0
+    """Share of the users who are asked and of whom nothing is trained on, as published; 0 asks everybody."""
     items_min: int = 1
     """Actions on items that occur less often in the whole log are dropped before anything else."""
     questions_max: int = 20_000
@@ -38,6 +40,8 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if not (0 < self.validation < 1 and 0 < self.test < 1 and self.validation + self.test < 1):
             raise ValueError("split.validation and split.test must lie in (0, 1) and leave something to train on")
+        if not 0 <= self.held_users < 1:
+            raise ValueError("split.held_users must lie in [0, 1)")
         if min(self.questions_max, self.items_min) < 1:
             raise ValueError("split.questions_max and split.items_min must be at least 1")
 
@@ -91,6 +95,8 @@ def make_split(log: ActionLog, config: SplitConfig, *, seed: int) -> Split:
         users = rng.permutation(len(last))[: min(LAST_USERS_MAX, round(config.validation * len(last)))]
         held = np.sort(last[users])
         split = Split(log, _without(log, held), _next(held), _next(held[:0]), end_ms)
+    if config.held_users:
+        split = _of_held_users(split, rng.random(len(log.users)) < config.held_users)
     validation, test = (_sampled(part, config.questions_max, rng) for part in (split.validation, split.test))
     return Split(split.log, split.train, validation, test, split.later_ms)
 
@@ -103,6 +109,13 @@ def _by_time(log: ActionLog, config: SplitConfig) -> Split:
     validation = np.flatnonzero(follows & (time_ms >= validation_ms) & (time_ms < test_ms))
     test = np.flatnonzero(follows & (time_ms >= test_ms))
     return Split(log, log.before(validation_ms), _next(validation), _next(test), test_ms)
+
+
+def _of_held_users(split: Split, held: npt.NDArray[np.bool_]) -> Split:
+    """The questions of the users [U] that are True, and the training without them."""
+    user = split.log.user_of_row
+    validation, test = (part.select(held[user[part.answer]]) for part in (split.validation, split.test))
+    return Split(split.log, split.train.select(~held[split.train.user_of_row]), validation, test, split.later_ms)
 
 
 def _rows_from_the_end(log: ActionLog, place: int, *, at_least: int) -> Ints:

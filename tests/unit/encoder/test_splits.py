@@ -55,6 +55,19 @@ def test_a_split_by_time_trains_on_nothing_as_late_as_a_question() -> None:
     assert time_ms[split.validation.answer].max() < split.later_ms <= time_ms[split.test.answer].min()
 
 
+@pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
+def test_of_held_users_nothing_is_trained_on(kind: str) -> None:
+    """With `held_users` the users asked about and the users trained on are different people, and both are there."""
+    log = walks(SEED, users=60)
+    split = make_split(log, SplitConfig(kind, validation=0.3, held_users=0.3), seed=1)  # type: ignore[arg-type]
+    user = split.log.user_of_row
+    asked = set(user[np.concatenate([split.validation.answer, split.test.answer])].tolist())
+    trained = set(split.train.user_of_row.tolist())
+    assert len(asked) > 3
+    assert len(trained) > 30
+    assert not asked & trained
+
+
 def test_rare_items_are_dropped_before_the_split() -> None:
     """With `items_min` no question and no trained action is on an item that occurs less often in the whole log."""
     log = walks(SEED, follows=0.5)
