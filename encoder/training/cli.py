@@ -145,7 +145,7 @@ def freshness(
 def _log_path(recipe: Recipe, recipe_file: Path, named: Path | None) -> Path:
     if named is None and not recipe.log.path:
         raise RecipeError(f"no log to train on: give --actions, or log.path in {recipe_file}")
-    return named or recipe_file.parent / recipe.log.path
+    return named or Path(recipe.log.path)
 
 
 def _opened(release_dir: Path, log_file: Path, recipe_file: Path | None) -> tuple[Release, Recipe, ActionLog]:

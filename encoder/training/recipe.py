@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -26,7 +26,7 @@ class LogConfig:
     """Where the actions are."""
 
     path: str = ""
-    """A `.parquet`, `.csv` or `.csv.gz` file, seen from the recipe's folder; a command may name another."""
+    """A `.parquet`, `.csv` or `.csv.gz` file, in a recipe's file seen from its folder; a command may name another."""
     columns: LogColumns = field(default_factory=LogColumns)
 
 
@@ -38,7 +38,7 @@ class ItemConfig:
     initial: Literal["random", "cooccurrence"] = "random"
     """How trained vectors begin: "cooccurrence" factorises what is acted on together, worth several epochs."""
     path: str = ""
-    """Vectors (see `encoder.items.read_vectors`), or a CSV of texts with the columns below."""
+    """Vectors (see `encoder.items.read_vectors`), or a CSV of texts with the columns below; like `log.path`."""
     id_column: str = "item_id"
     text_columns: tuple[str, ...] = ()
 
@@ -118,9 +118,11 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, ValueError) as error:
         raise RecipeError(f"recipe cannot be read: {path} ({error})") from error
     try:
-        return parse_recipe(values)
+        recipe = parse_recipe(values)
     except RecipeError as error:
         raise RecipeError(f"{error}; mend {path}") from None
+    parts = {name: part for name in ("log", "items") if (part := getattr(recipe, name)).path}
+    return replace(recipe, **{name: replace(part, path=str(path.parent / part.path)) for name, part in parts.items()})
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
