@@ -82,15 +82,18 @@ class Ingest:
         while True:
             await asyncio.sleep(WAKE_EVERY_S)
             for owned in list(self._sources):
-                deadline_ms = owned.state.next_deadline_ms
-                if deadline_ms is not None and deadline_ms <= self._now_ms():
-                    await self._wake(owned)
+                await self._wake(owned, self._now_ms())
 
-    async def _wake(self, owned: OwnedPartition) -> None:
-        effects = owned.state.wake(self._now_ms())
-        self._perform(owned, effects)
-        if effects.to_load and await self._load(owned, effects.to_load):
-            self._perform(owned, owned.state.wake(self._now_ms()))
+    async def _wake(self, owned: OwnedPartition, until_ms: int) -> None:
+        """Fire what falls due until then, in portions; the cold ones among the users fire once they are loaded."""
+        while (deadline_ms := owned.state.next_deadline_ms) is not None and deadline_ms <= until_ms:
+            effects = owned.state.wake(until_ms)
+            self._perform(owned, effects)
+            if not await self._load(owned, effects.to_load):
+                return
+            await asyncio.sleep(0)
+            if not self._is_mine(owned):
+                return
 
     def _is_mine(self, owned: OwnedPartition) -> bool:
         return self._partitions.ready.get(owned.tp.partition) is owned

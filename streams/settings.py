@@ -277,6 +277,14 @@ class Settings(BaseSettings):
     output: OutputSettings = OutputSettings()
     web: WebSettings = WebSettings()
 
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.kafka.poll_records_max > self.state.hot_users_max:
+            raise ValueError("kafka.poll_records_max must be at most state.hot_users_max: a batch's users are all hot")
+        if self.checkpoint.interval_ms >= self.worker.watchdog_timeout_ms:
+            raise ValueError("checkpoint.interval_ms must be below worker.watchdog_timeout_ms, which watches it")
+        return self
+
     @property
     def changelog_topic(self) -> str:
         return f"{self.app_id}-user-sequences-changelog"
@@ -391,6 +399,8 @@ def _toml(config_file: Path | None, problems: list[str]) -> dict[str, Any]:
 def _problem(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     text = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(text)
     if key not in set(keys()):
         return f"{key}: {'unknown key' if error['type'] == 'extra_forbidden' else text}"
     got = "" if _is_secret(key) else f", got {str(error['input'])[:60]!r}"

@@ -74,7 +74,7 @@ class Worker:
             sequence_length=settings.state.sequence_length,
             chunk_length=settings.state.chunk_length,
             hot_users_max=settings.state.hot_users_max,
-            wake_users_max=settings.state.wake_users_max,
+            wake_users_max=min(settings.state.wake_users_max, settings.state.hot_users_max),
         )
         self._runtime = open_runtime(settings)
         self._cache = Cache(settings.checkpoint.store_cache_bytes)

@@ -279,6 +279,27 @@ def test_a_timer_fires_with_no_further_event(timed: Trial, how: str) -> None:
         assert 1_400 <= last.timestamp_ms - arrived_ms <= 2_500
 
 
+@pytest.fixture
+def crowded(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Trial]:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[triggers]\nevery_n = 100\nmax_staleness_ms = 3000\n")
+    limits = {"state": {"hot_users_max": 256}, "kafka": {"poll_records_max": 200}}
+    with Trial(
+        set_up(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}, **limits})
+    ) as trial:
+        yield trial
+
+
+def test_more_timers_fall_due_than_users_fit_into_memory(crowded: Trial) -> None:
+    """Each of many users that wait on disk gets its embedding when its timer fires, though they come in portions."""
+    users = [f"user-{number}" for number in range(3_000)]
+    send(crowded.stage.settings, [action(user, 1) for user in users])
+    crowded.fleet.scale(1)
+    judged(crowded)
+    published = {each.key for each in crowded.gatherer.read_all(crowded.stage.settings.topics.embeddings)}
+    assert published == {user.encode() for user in users}
+
+
 def ends_with_one_line(trial: Trial) -> str:
     """What a worker says that cannot start: its last line, the exit code not 0, no traceback."""
     trial.fleet.scale(1)

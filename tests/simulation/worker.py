@@ -159,9 +159,9 @@ class Worker:
             if due_ms is None or due_ms > self.now_ms:
                 return
             effects = self.state.wake(self.now_ms)
+            self._perform(effects)
             for user in effects.to_load:
                 self.load([user])
-            self._perform(effects)
         raise Violation("waking does not come to an end")
 
     def _perform(self, effects: Effects) -> None:

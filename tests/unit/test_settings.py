@@ -185,3 +185,15 @@ def test_defaults_are_those_of_the_parts() -> None:
 def test_secrets_are_known_by_their_type() -> None:
     """The keys that have a `_FILE` twin are the two passwords."""
     assert secret_keys() == ["kafka.sasl_password", "kafka.ssl_key_password"]
+
+
+def test_settings_that_fit_only_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with more users than may be hot would wait for ever, a checkpoint rarer than the watchdog looks dead."""
+    monkeypatch.setenv("STREAMFORMER_STATE_HOT_USERS_MAX", "100")
+    assert [problem.split(":")[0] for problem in problems_of()] == [
+        "kafka.poll_records_max must be at most state.hot_users_max"
+    ]
+    monkeypatch.setenv("STREAMFORMER_KAFKA_POLL_RECORDS_MAX", "100")
+    assert load_settings().state.hot_users_max == 100
+    monkeypatch.setenv("STREAMFORMER_CHECKPOINT_INTERVAL_MS", "30000")
+    assert [problem.split(" ")[0] for problem in problems_of()] == ["checkpoint.interval_ms"]
