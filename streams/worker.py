@@ -38,6 +38,7 @@ from streams.errors import SettingsError
 from streams.ingest import Ingest
 from streams.metrics import Metrics
 from streams.prometheus import HealthServer
+from streams.repeats import RepeatFilter
 from streams.settings import Settings
 from streams.state.store import PartitionStore
 from streams.watchdog import Progress, Watchdog
@@ -365,7 +366,9 @@ def faust_credentials(settings: Settings) -> Any:
 
 
 def log_to_stderr(level: str) -> None:
-    """Plain lines with time and level; Faust and aiokafka only from warnings on."""
+    """Plain lines with time and level; Faust and aiokafka only from warnings on, and each of theirs once a second."""
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for library in ("faust", "aiokafka", "mode"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RepeatFilter(exempt="streams"))
