@@ -115,6 +115,23 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Late(4, 40), h.Poll(30)),
         ],
     ),
+    "users that a timer made due leave memory before the cold ones come in": (
+        TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, cooldown_ms=300, spread_ms=400),
+        [
+            *(h.Act(1), h.Late(0, 5_000), h.Act(1), h.Late(2, 5_000), h.Act(2), h.Act(3), h.Act(3, True), h.Poll(1)),
+            *(
+                h.Tombstone(1),
+                h.Poison(3),
+                h.Shed(500),
+                h.Late(5, 0),
+                h.Poll(1),
+                h.Checkpoint(),
+                h.Rebalance(True, False),
+            ),
+            *(h.Act(4), h.Poll(1), h.Poll(5), h.Late(4, 40), h.Act(2, True), h.Act(1), h.Act(4), h.Poll(30)),
+            *(h.Act(3), h.Poll(1), h.ClockJump(3_000)),
+        ],
+    ),
 }
 
 
