@@ -99,7 +99,7 @@ def ended(trial: Trial, number: int = 0) -> int:
 def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
     """SIGTERM checkpoints all that was processed and ends with 0 in time; the next start has nothing to read."""
     trial = enter(
-        checkpoint={"interval_ms": 600_000}, worker={"watchdog_timeout_ms": 600_000, "shutdown_timeout_ms": 15_000}
+        checkpoint={"interval_ms": 600_000}, worker={"watchdog_timeout_ms": 700_000, "shutdown_timeout_ms": 15_000}
     )
     send(trial.stage.settings, some(300))
     trial.fleet.scale(1)

@@ -204,7 +204,7 @@ def test_a_forgotten_user_stays_forgotten(application: Application) -> None:
 def test_sigterm_checkpoints_what_was_processed(application: Application) -> None:
     """A worker told to stop leaves at once with exit code 0, and its successor has nothing to replay."""
     application.send(numbered(0, 500))
-    with application.worker(**{"checkpoint.interval_ms": 60_000}) as worker:
+    with application.worker(**{"checkpoint.interval_ms": 25_000}) as worker:
         eventually(lambda: application.embedded() == application.last_offsets())
         assert not application.counts()
         worker.stop()
