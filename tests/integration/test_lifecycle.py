@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -24,14 +22,13 @@ from tests.integration.broken_worker import (
     restores_slowly,
     stops_for_ever,
 )
-from tests.integration.test_worker import Sent, action, send
+from tests.integration.trials import SOON_S, Sent, action, asked, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 PARTITIONS = 2
 SESSION_MS = 6_000
 HEARTBEAT_S = 2.0
 """A session counts from the last heartbeat, which comes each second."""
-SOON_S = 60.0
 SLACK_S = 10.0
 """What a busy machine may add to a bound."""
 Enter = Callable[..., Trial]
@@ -53,31 +50,6 @@ def enter(broker: Any, topic_prefix: str, tmp_path: Any) -> Any:
 
 def some(count: int) -> list[Sent]:
     return [action(f"user-{number}", number) for number in range(count)]
-
-
-def until(condition: Callable[[], bool], trial: Trial, timeout_s: float = SOON_S) -> float:
-    """Wait until the condition holds; the seconds that took."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < timeout_s, trial.fleet.log(0)[-2_000:]
-        time.sleep(0.05)
-    return time.monotonic() - began_s
-
-
-def asked(trial: Trial, path: str, number: int = 0) -> tuple[int, str]:
-    """Status and text of a worker's page; (0, "") while nobody answers. Its last start counts."""
-    ports = re.findall(r"metrics at http://127\.0\.0\.1:(\d+)/", trial.fleet.log(number))
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except (OSError, IndexError):
-        return 0, ""
-
-
-def is_ready(trial: Trial, number: int = 0) -> bool:
-    return asked(trial, "/readyz", number)[0] == 200
 
 
 def metric(trial: Trial, name: str, number: int = 0) -> float:

@@ -23,7 +23,7 @@ from infra.chaos.fleet import ABORTED
 from infra.chaos.stage import Stage, set_up
 from infra.chaos.trial import Trial
 from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, restore_ends_at_a_silence
-from tests.integration.test_worker import Sent, action, send
+from tests.integration.trials import Sent, action, send
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 ROUNDS = 5

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiokafka
 import pytest
-from aiokafka.partitioner import murmur2
 
 from infra.chaos.checker import Verdict
 from infra.chaos.fleet import ABORTED, STOPPED
@@ -20,13 +16,12 @@ from infra.chaos.stage import Stage, set_up
 from infra.chaos.traffic import Habits, Traffic
 from infra.chaos.trial import Trial
 from infra.chaos.truth import LogRecord
-from streams.settings import Settings
 from streams.wire.actions import RefusalReason
+from tests.integration.trials import Sent, action, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SEED = 20_240
 REST_S = 60.0
-Sent = tuple[bytes | None, bytes | None]
 
 
 @pytest.fixture
@@ -38,36 +33,6 @@ def stage(broker: Any, topic_prefix: str, tmp_path: Path) -> Stage:
 def trial(stage: Stage) -> Iterator[Trial]:
     with Trial(stage) as trial:
         yield trial
-
-
-def action(user: str, number: int, **fields: Any) -> Sent:
-    """Action `number` of a user, one a second in event time."""
-    event = {
-        "user_id": user,
-        "item_id": f"item-{number}",
-        "action": "click",
-        "timestamp_ms": (time.time_ns() // 1_000_000_000 - 1_000 + number) * 1_000,
-        "duration_ms": number,
-        "event_id": f"{user}/{number}",
-        **fields,
-    }
-    return user.encode(), json.dumps(event).encode()
-
-
-def send(settings: Settings, records: Sequence[Sent]) -> None:
-    """Produce records in order and wait for all."""
-
-    async def produce() -> None:
-        producer = aiokafka.AIOKafkaProducer(
-            bootstrap_servers=settings.kafka.bootstrap_servers, max_request_size=2 << 20, enable_idempotence=True
-        )
-        async with producer:
-            for key, value in records:
-                partition = (murmur2(key or b"") & 0x7FFFFFFF) % settings.topics.partitions
-                await producer.send(settings.topics.actions, value, key=key, partition=partition)
-            await producer.flush()
-
-    asyncio.run(produce())
 
 
 def traffic_for(trial: Trial, seconds: float, habits: Habits) -> Traffic:
@@ -92,6 +57,14 @@ def wait_published(trial: Trial, timeout_s: float = 30.0) -> None:
     until_s = time.monotonic() + timeout_s
     outputs = trial.stage.settings.topics.embeddings
     while not trial.gatherer.read_all(outputs):
+        assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
+        wait(trial, 0.3)
+
+
+def wait_opened(trial: Trial, timeout_s: float = 30.0) -> None:
+    """Let time pass until worker 0 has a local database."""
+    until_s = time.monotonic() + timeout_s
+    while not trial.stage.data_dir(0).exists():
         assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
         wait(trial, 0.3)
 
@@ -129,6 +102,7 @@ def test_a_killed_worker_goes_on_where_its_checkpoint_ended(trial: Trial, disk: 
     traffic = traffic_for(trial, 1, Habits(rate=500, tombstones=0.005))
     for _ in range(2):
         wait_published(trial)
+        wait_opened(trial)
         wait(trial, 1.2)
         if disk == "empty":
             trial.fleet.hold(0)
@@ -149,6 +123,8 @@ def test_a_terminated_worker_leaves_nothing_to_repeat(trial: Trial) -> None:
     traffic.stop()
     assert trial.fleet.stop() == {STOPPED: 1}
     trial.fleet.scale(1)
+    wait(trial, 1)
+    until(lambda: is_ready(trial), trial)
     judged(trial)
     outputs = len(trial.gatherer.read_all(trial.stage.settings.topics.embeddings))
     assert trial.fleet.stop() == {STOPPED: 1}
