@@ -1,0 +1,59 @@
+"""Dead letters of every size reach a real broker, or say what they had to leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiokafka
+import pytest
+from kafka.admin import KafkaAdminClient, NewTopic
+
+from streams.engine.outputs import VALUE_OMITTED, Outputs, OutputsConfig
+from streams.wire.embeddings import EmbeddingCodec
+
+pytestmark = pytest.mark.broker
+TOPIC_BYTES_MAX = 1_500_000
+
+
+@pytest.fixture
+def config(broker: Any, topic_prefix: str) -> OutputsConfig:
+    embeddings, dead_letter = f"{topic_prefix}-out", f"{topic_prefix}-dead"
+    admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+    limit = {"max.message.bytes": str(TOPIC_BYTES_MAX)}
+    admin.create_topics([NewTopic(embeddings, 1, 1), NewTopic(dead_letter, 1, 1, topic_configs=limit)])
+    admin.close()
+    client = {"bootstrap_servers": broker.bootstrap_servers}
+    return OutputsConfig(embeddings, dead_letter, EmbeddingCodec.FLOAT32, client, request_timeout_ms=20_000)
+
+
+async def sent_and_read(config: OutputsConfig, value: bytes) -> Any:
+    outputs = Outputs(config)
+    await outputs.start()
+    try:
+        await outputs.dead_letter(0, b"ann", value, [("error-reason", b"value-too-large")])
+    finally:
+        await outputs.stop()
+    consumer = aiokafka.AIOKafkaConsumer(
+        config.dead_letter_topic, **config.client, auto_offset_reset="earliest", max_partition_fetch_bytes=4 << 20
+    )
+    await consumer.start()
+    try:
+        return await asyncio.wait_for(consumer.getone(), 20)
+    finally:
+        await consumer.stop()
+
+
+def test_a_dead_letter_above_the_clients_megabyte_arrives_whole(config: OutputsConfig) -> None:
+    """What the broker takes is not refused by the client before: 1.2 MB arrive untouched."""
+    value = b"x" * 1_200_000
+    record = asyncio.run(sent_and_read(config, value))
+    assert record.value == value
+    assert VALUE_OMITTED not in dict(record.headers)
+
+
+def test_a_dead_letter_too_large_for_its_topic_arrives_without_its_value(config: OutputsConfig) -> None:
+    """The broker's refusal stops nothing: key and headers arrive, one of which tells how long the value was."""
+    record = asyncio.run(sent_and_read(config, b"x" * 2_000_000))
+    assert (record.key, record.value) == (b"ann", None)
+    assert dict(record.headers) == {"error-reason": b"value-too-large", VALUE_OMITTED: b"2000000"}
