@@ -138,7 +138,15 @@ class Metrics:
     """One worker's instruments."""
 
     def __init__(self) -> None:
-        # Ingestion.
+        self._ingestion()
+        self._encoding()
+        self._publishing()
+        self._partitions()
+        self.info = Gauge(
+            "streamformer_info", "Always 1; its labels say what runs.", "version", "encoder_version", "dtype"
+        )
+
+    def _ingestion(self) -> None:
         self.events = Counter("streamformer_events_total", "Records read from the action topic, good or bad.")
         self.refused = Counter(
             "streamformer_refused_total", "Records sent to the dead-letter topic, by reason.", "reason"
@@ -169,18 +177,17 @@ class Metrics:
         self.committed_offset = Gauge(
             "streamformer_committed_offset", "Offset committed by the last checkpoint.", "partition"
         )
-        # State.
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
         self.corrupt_users = Counter(
             "streamformer_corrupt_users_total", "Users whose stored state failed its checksum: quarantined."
         )
-        # Triggers and the encode queue.
+
+    def _encoding(self) -> None:
         self.triggers = Counter("streamformer_triggers_total", "Users found due, by reason.", "reason")
         self.queue_users = Gauge("streamformer_queue_users", "Users waiting in the encode queue.")
         self.shed = Counter(
             "streamformer_shed_total", "Due users left out for want of room, by reason; they stay due.", "reason"
         )
-        # Encoder.
         self.encode_batches = Counter("streamformer_encode_batches_total", "Batches that the encoder ran.")
         self.encoded_users = Counter("streamformer_encoded_users_total", "Embeddings computed.")
         self.encode_seconds = Histogram(
@@ -196,7 +203,8 @@ class Metrics:
         self.cache_prefills = Counter(
             "streamformer_cache_prefills_total", "Embeddings for which a sequence was computed from its start."
         )
-        # Output.
+
+    def _publishing(self) -> None:
         self.embeddings_published = Counter(
             "streamformer_embeddings_published_total", "Embeddings acknowledged by the output topic."
         )
@@ -208,7 +216,8 @@ class Metrics:
             "Publish time minus event time of the newest action inside.",
             bounds=LATENCY_BOUNDS_SECONDS,
         )
-        # Checkpoints and partitions.
+
+    def _partitions(self) -> None:
         self.checkpoint_seconds = Histogram(
             "streamformer_checkpoint_seconds", "Time of one partition's checkpoint.", bounds=WORK_BOUNDS_SECONDS
         )
@@ -229,10 +238,6 @@ class Metrics:
         )
         self.fenced = Counter(
             "streamformer_fenced_total", "Partitions lost because another worker fenced this one at the broker."
-        )
-        # The process.
-        self.info = Gauge(
-            "streamformer_info", "Always 1; its labels say what runs.", "version", "encoder_version", "dtype"
         )
 
     def __iter__(self) -> Iterator[Counter | Gauge | Histogram]:

@@ -43,8 +43,8 @@ class Products:
         return BATCH_USERS
 
 
-def transformer_encoder(config: EncoderConfig, users: int) -> Callable[[], int]:
-    """A full pass of torch's own encoder over full sequences, float32, causal."""
+def torch_encoder(config: EncoderConfig) -> nn.TransformerEncoder:
+    """Torch's own encoder of the size of `config`, pre-norm, without dropout."""
     layer = nn.TransformerEncoderLayer(
         config.d_model,
         config.heads,
@@ -54,7 +54,12 @@ def transformer_encoder(config: EncoderConfig, users: int) -> Callable[[], int]:
         batch_first=True,
         norm_first=True,
     )
-    encoder = nn.TransformerEncoder(layer, len(config.windows), enable_nested_tensor=False).eval()
+    return nn.TransformerEncoder(layer, len(config.windows), enable_nested_tensor=False).eval()
+
+
+def transformer_encoder(config: EncoderConfig, users: int) -> Callable[[], int]:
+    """A full pass of torch's own encoder over full sequences, float32, causal."""
+    encoder = torch_encoder(config)
     x = torch.randn(users, config.sequence_length, config.d_model)
     mask = nn.Transformer.generate_square_subsequent_mask(config.sequence_length)
 

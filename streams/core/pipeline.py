@@ -38,9 +38,19 @@ import numpy as np
 import numpy.typing as npt
 
 from encoder.actions import ActionBatch, SequenceBatch
-from streams.core import layout, snapshots
+from streams.core import snapshots
 from streams.core.deadlines import Deadlines
-from streams.core.layout import NEVER, Columns, Ints, Snapshot, StateLimits, StoredSequences, run_starts, spans
+from streams.core.layout import (
+    NEVER,
+    Columns,
+    Ints,
+    Snapshot,
+    StateLimits,
+    StoredSequences,
+    run_lengths,
+    run_starts,
+    spans,
+)
 from streams.core.merge import Outcome
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Reason, Touched, TriggerPolicy, Triggers
@@ -302,7 +312,7 @@ class PartitionState:
     def _fire(self, batch: ActionBatch, slots: Ints, rows: Ints, now_ms: int) -> Ints:
         """Fire the triggers of applied `rows`, which are grouped by slot; return the slots to hand over."""
         starts = run_starts(slots)
-        users, events = slots[starts], layout.run_lengths(starts, len(rows))
+        users, events = slots[starts], run_lengths(starts, len(rows))
         headers, live = self._sequences.columns(users)
         fresh = batch.offsets[rows] > np.repeat(headers["encoded_offset"], events)
         strong = fresh & self._triggers.strong_codes[batch.actions["action"][rows]]

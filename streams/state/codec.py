@@ -144,10 +144,7 @@ def seal(key: bytes, body: bytes) -> bytes:
 
 def body_of(key: bytes, value: bytes) -> bytes | None:
     """A value without its checksum, None unless checksum and version are right."""
-    body = value[:-_CHECKSUM_BYTES]
-    if crc32(body, crc32(key)) != int.from_bytes(value[-_CHECKSUM_BYTES:], "little"):
-        return None
-    return body if body[:1] == _VERSION_BYTE else None
+    return value[:-_CHECKSUM_BYTES] if _is_whole(key, value) and value[:1] == _VERSION_BYTE else None
 
 
 def unseal(key: bytes, value: bytes) -> bytes:
@@ -155,9 +152,15 @@ def unseal(key: bytes, value: bytes) -> bytes:
     body = body_of(key, value)
     if body is not None:
         return body
-    if crc32(value[:-_CHECKSUM_BYTES], crc32(key)) != int.from_bytes(value[-_CHECKSUM_BYTES:], "little") or not value:
+    if not _is_whole(key, value):
         raise CorruptValue(key, "the checksum does not match")
     raise CorruptValue(key, f"version {value[0]} is unknown, this release reads {STATE_VERSION}")
+
+
+def _is_whole(key: bytes, value: bytes) -> bool:
+    """Whether there is a body and the checksum is its own."""
+    body = value[:-_CHECKSUM_BYTES]
+    return bool(body) and crc32(body, crc32(key)) == int.from_bytes(value[-_CHECKSUM_BYTES:], "little")
 
 
 def chunk_dtype(limits: StateLimits) -> np.dtype[np.void]:

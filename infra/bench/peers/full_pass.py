@@ -14,6 +14,7 @@ from torch import nn
 from encoder.actions import ACTION_DTYPE, item_key, name_code
 from encoder.features import padded_rows, sequence_positions
 from encoder.release import load_release
+from infra.bench.encoder_rivals import torch_encoder
 
 torch.set_num_threads(1)
 
@@ -24,16 +25,7 @@ class FullPass:
     def __init__(self):
         self.release = load_release(Path(os.environ["RELEASE"]))
         config, model = self.release.config, self.release.model
-        layer = nn.TransformerEncoderLayer(
-            config.d_model,
-            config.heads,
-            4 * config.d_model,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.encoder = nn.TransformerEncoder(layer, len(config.windows), enable_nested_tensor=False).eval()
+        self.encoder = torch_encoder(config)
         for mine, theirs in zip(self.encoder.layers, model.layers, strict=True):
             take(mine, theirs)
         self.mask = nn.Transformer.generate_square_subsequent_mask(config.sequence_length)
