@@ -9,7 +9,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from streams.metrics import Histogram, Metrics
-from streams.settings import CONFIG_VARIABLE, Group, Settings, secret_keys, variable
+from streams.setting_groups import Group
+from streams.settings import CONFIG_VARIABLE, Settings, secret_keys, variable
 
 DOCS = Path(__file__).parent
 
@@ -23,7 +24,7 @@ def _settings() -> str:
     secrets = " and ".join(f"`{variable(key)}_FILE`" for key in secret_keys())
     head = f"""# Settings
 
-Made from `streams/settings.py` by `python docs/generate.py`.
+Made from `streams/setting_groups.py` and `settings.py` by `python docs/generate.py`.
 
 A value comes from its environment variable, else from the TOML file that `--config` or `{CONFIG_VARIABLE}` names, else
 it is the default. A key `kafka.poll_records_max` stands in the file as `poll_records_max` under `[kafka]`, and its

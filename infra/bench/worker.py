@@ -22,16 +22,16 @@ from encoder.model import EncoderConfig, build_encoder, initialize
 from encoder.release import make_release
 from infra.bench.contestants import Contestant, committed, free_port, sample, scrape
 from infra.topics import ensure_topics
-from streams.settings import (
+from streams.setting_groups import (
     EncoderSettings,
     KafkaSettings,
-    Settings,
     StateSettings,
     TopicsSettings,
     TriggersSettings,
     WebSettings,
     WorkerSettings,
 )
+from streams.settings import Settings
 
 PARTITIONS = 4
 SEQUENCE_LENGTH = 64

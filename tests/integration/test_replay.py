@@ -22,7 +22,8 @@ from infra.generator import GeneratorPolicy, generate
 from infra.kafka.broker import Broker
 from infra.replay import Acknowledged, Pace, ReplayFailed, replay
 from infra.topics import ensure_topics
-from streams.settings import KafkaSettings, Settings, TopicsSettings
+from streams.setting_groups import KafkaSettings, TopicsSettings
+from streams.settings import Settings
 
 pytestmark = pytest.mark.broker
 

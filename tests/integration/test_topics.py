@@ -11,7 +11,8 @@ import pytest
 from infra.errors import InfraError
 from infra.kafka.broker import BrokerFailed
 from infra.topics import Topic, TopicMismatch, delete_topics, ensure_topics, topics_of, verify_topics
-from streams.settings import KafkaSettings, Settings, TopicsSettings
+from streams.setting_groups import KafkaSettings, TopicsSettings
+from streams.settings import Settings
 
 pytestmark = pytest.mark.broker
 
