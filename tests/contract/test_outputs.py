@@ -1,4 +1,4 @@
-"""Dead letters of every size reach a real broker, or say what they had to leave behind."""
+"""What the outputs promise on a real broker: dead letters of every size, and an honest look at what was published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from kafka.admin import KafkaAdminClient, NewTopic
 
 from streams.engine.outputs import VALUE_OMITTED, Outputs, OutputsConfig
-from streams.wire.embeddings import EmbeddingCodec
+from streams.wire.embeddings import EmbeddingCodec, encode_tombstone
 
 pytestmark = pytest.mark.broker
 TOPIC_BYTES_MAX = 1_500_000
@@ -57,3 +57,21 @@ def test_a_dead_letter_too_large_for_its_topic_arrives_without_its_value(config:
     record = asyncio.run(sent_and_read(config, b"x" * 2_000_000))
     assert (record.key, record.value) == (b"ann", None)
     assert dict(record.headers) == {"error-reason": b"value-too-large", VALUE_OMITTED: b"2000000"}
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"), [(0, [b"ann", b"ben"]), (1, [b"ben"]), (2, []), (1_000, [b"ann", b"ben"])]
+)
+def test_published_since_an_offset(config: OutputsConfig, offset: int, expected: list[bytes]) -> None:
+    """From an offset within the topic on; an offset beyond its end is of a topic that was there before: all is read."""
+
+    async def published() -> list[bytes]:
+        outputs = Outputs(config)
+        await outputs.start()
+        try:
+            assert await outputs.publish_tombstones(0, [encode_tombstone(b"ann", 7), encode_tombstone(b"ben", 9)]) == 2
+            return (await outputs.published_since(0, offset, "any")).users
+        finally:
+            await outputs.stop()
+
+    assert asyncio.run(published()) == expected
