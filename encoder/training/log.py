@@ -79,12 +79,6 @@ class ActionLog:
         """Actions with an event time before `time_ms`."""
         return self.select(self.actions["timestamp_ms"] < time_ms)
 
-    def of_users(self, chosen: npt.NDArray[np.bool_]) -> ActionLog:
-        """The log of the users [U] that are True, without the others."""
-        kept = self.select(chosen[self.user_of_row])
-        starts = np.concatenate([[0], np.cumsum(np.diff(kept.starts)[chosen])])
-        return ActionLog(self.users[chosen], starts, kept.actions, self.action_names, self.surface_names, self.item_ids)
-
     def quantile_ms(self, fraction: float) -> int:
         """The event time before which `fraction` of the actions lie."""
         return int(np.quantile(self.actions["timestamp_ms"], fraction))

@@ -215,9 +215,9 @@ class Partitions(Service):
                 store.close()
             await producer.stop()
             raise
-        logger.info(
-            "partition %d is ready at offset %d after %.2f s", number, owned.next_offset, time.monotonic() - started
-        )
+        seconds = time.monotonic() - started
+        self._metrics.restore_seconds.observe(seconds)
+        logger.info("partition %d is ready at offset %d after %.2f s", number, owned.next_offset, seconds)
 
     def _new_producer(self, number: int) -> ChangelogProducer:
         config = self._config

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+import streams
 from streams.errors import StreamformerError
 from streams.metrics import Counter, Gauge, Histogram, Kind, Metrics
 from streams.prometheus import HealthServer
@@ -63,6 +65,13 @@ def test_names_follow_the_conventions(metrics: Metrics) -> None:
 def test_labels_come_from_a_known_set(metrics: Metrics) -> None:
     """No instrument has a label that could hold a user."""
     assert {label for instrument in metrics for label in instrument.labels} <= LABELS
+
+
+def test_every_instrument_is_fed(metrics: Metrics) -> None:
+    """Nothing stands in the catalogue, and on a dashboard, that no code ever counts, observes or sets."""
+    files = [path for path in Path(streams.__file__).parent.rglob("*.py") if path.name != "metrics.py"]
+    code = "\n".join(path.read_text() for path in files)
+    assert [name for name in vars(metrics) if not re.search(rf"metrics\.{name}\b", code)] == []
 
 
 def test_what_is_counted_is_served(metrics: Metrics, health: dict[str, str | None]) -> None:
