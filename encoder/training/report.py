@@ -13,8 +13,8 @@ from rich.table import Table
 
 from encoder.release import Release
 from encoder.training.evaluate import Column, Part, day
-from encoder.training.facts import machine
 from encoder.training.freshness import FreshnessTable
+from encoder.training.machine import machine
 
 WIDTH = 120
 """Without a terminal."""

@@ -18,9 +18,8 @@ import torch
 from encoder.negatives import LossConfig
 from encoder.release import Release, make_release
 from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
-from encoder.training.facts import machine
 from encoder.training.log import ActionLog, LogError
-from encoder.training.machine import faster_precision, faster_threads
+from encoder.training.machine import faster_precision, faster_threads, machine
 from encoder.training.next_item import Exam
 from encoder.training.recipe import Recipe
 from encoder.training.sources import make_items

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from encoder.training.facts import machine as machine
+from encoder.training.machine import machine as machine
 from streams.errors import StreamformerError
 
 __all__ = [
