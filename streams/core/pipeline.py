@@ -245,7 +245,15 @@ class PartitionState:
         return rows[~is_outdated]
 
     def encoded(self, users: Sequence[bytes], offsets: Ints, now_ms: int) -> None:
-        """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets."""
+        """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets.
+
+        Who has left memory meanwhile (a later job of the user ended first) is noted as by `note_published`.
+        """
+        rows = self._hot_rows(users)
+        if len(rows) < len(users):
+            cold = np.delete(np.arange(len(users)), rows)
+            self.note_published([users[row] for row in cold.tolist()], offsets[cold])
+            users, offsets = [users[row] for row in rows.tolist()], offsets[rows]
         slots = self._sequences.slots(users)
         self._end_job(slots, offsets)
         headers, live = self._sequences.columns(slots)

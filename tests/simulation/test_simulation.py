@@ -132,6 +132,13 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Act(3), h.Poll(1), h.ClockJump(3_000)),
         ],
     ),
+    "an acknowledgement comes after a later job of a forgotten user ended and the user left memory": (
+        TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, spread_ms=400),
+        [
+            *(h.Act(4), h.Act(1), h.Poll(5), h.Encode(30), h.Late(4, 300), h.Act(2), h.Tombstone(4), h.Poll(2)),
+            *(h.Publish(), h.Encode(30), h.Poll(5), h.Act(3, True), h.Late(0, 300), h.Publish()),
+        ],
+    ),
 }
 
 
