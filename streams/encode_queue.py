@@ -27,9 +27,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import SequenceBatch
 from encoder.inference import EncoderRuntime
-from streams.core.pipeline import EncodeJob
+from streams.core.effects import EncodeJob, merged
 from streams.core.triggers import Reason
 from streams.metrics import Metrics
 
@@ -262,24 +261,3 @@ class EncodeQueue:
         metrics.encode_batch_users.observe(users)
         metrics.cache_hits.inc(runtime.extensions - metrics.cache_hits.value())
         metrics.cache_prefills.inc(runtime.prefills - metrics.cache_prefills.value())
-
-
-def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
-    """One job of all users of some jobs, in order; no user is in two of them."""
-    if len(jobs) == 1:
-        return jobs[0]
-    batches = [job.sequences for job in jobs]
-    lengths = np.concatenate([np.diff(batch.starts) for batch in batches])
-    sequences = SequenceBatch(
-        users=[user for batch in batches for user in batch.users],
-        actions=np.concatenate([batch.actions for batch in batches]),
-        starts=np.concatenate(([0], np.cumsum(lengths))),
-        counts=np.concatenate([batch.counts for batch in batches]),
-        revisions=np.concatenate([batch.revisions for batch in batches]),
-    )
-    return EncodeJob(
-        sequences,
-        np.concatenate([job.offsets for job in jobs]),
-        np.concatenate([job.newest_event_ms for job in jobs]),
-        np.concatenate([job.reasons for job in jobs]),
-    )

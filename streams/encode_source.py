@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from aiokafka.errors import KafkaError
 
-from streams.core.pipeline import EncodeJob
+from streams.core.effects import EncodeJob
 from streams.core.triggers import Reason
 from streams.encode_queue import Embeddings
 from streams.engine.outputs import Outputs

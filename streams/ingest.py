@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from streams.core.pipeline import Effects, Outcome
+from streams.core.effects import Effects
+from streams.core.merge import Outcome
 from streams.core.triggers import Reason
 from streams.encode_queue import EncodeQueue
 from streams.encode_source import PartitionSource

@@ -25,7 +25,8 @@ from rocksdict import Cache
 from yarl import URL
 
 from encoder.inference import EncoderRuntime, load_runtime
-from streams.core.pipeline import PartitionState, StateLimits
+from streams.core.layout import StateLimits
+from streams.core.pipeline import PartitionState
 from streams.core.triggers import TriggerPolicy, parse_policy
 from streams.encode_queue import EncodeQueue, EncodeQueuePolicy
 from streams.encode_source import PartitionSource

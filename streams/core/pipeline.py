@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -40,6 +39,7 @@ import numpy.typing as npt
 from encoder.actions import ActionBatch, SequenceBatch
 from streams.core import snapshots
 from streams.core.deadlines import Deadlines
+from streams.core.effects import Effects, EncodeJob
 from streams.core.layout import (
     NEVER,
     Columns,
@@ -49,69 +49,12 @@ from streams.core.layout import (
     StoredSequences,
     run_lengths,
     run_starts,
-    spans,
 )
 from streams.core.merge import Outcome
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Reason, Touched, TriggerPolicy, Triggers
 
-__all__ = ["Effects", "EncodeJob", "Outcome", "PartitionState", "StateLimits"]
-
 RESUME_AT_ONCE = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class Effects:
-    """What is to be done after a batch or a wake-up."""
-
-    due: list[bytes]
-    """Users to hand over to the encode queue."""
-    reasons: npt.NDArray[np.uint8]
-    """[len(due)] of `Reason`."""
-    priorities: Ints
-    """[len(due)], 1 and up; a higher one is encoded first and shed last."""
-    forgotten: list[bytes]
-    """Users whose tombstone goes to every compacted output, acknowledged before the next checkpoint."""
-    forgotten_offsets: Ints
-    """[len(forgotten)], source offsets of their tombstones."""
-    to_load: list[bytes]
-    """Cold users whose deadline has come: load them and wake again."""
-    outcomes: npt.NDArray[np.uint8]
-    """[N] of `Outcome`, one per event of the batch."""
-
-    def count(self, outcome: Outcome) -> int:
-        """Events of the batch with this outcome."""
-        return int(np.count_nonzero(self.outcomes == outcome))
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeJob:
-    """Users to embed, with their sequences as of one moment; row i of each column is user i of `sequences`."""
-
-    sequences: SequenceBatch
-    offsets: Ints
-    """[U], source offset that the embedding will contain."""
-    newest_event_ms: Ints
-    """[U], event time of the newest action."""
-    reasons: npt.NDArray[np.uint8]
-    """[U] of `Reason`."""
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def select(self, rows: Ints) -> EncodeJob:
-        """The job of some of its users."""
-        batch = self.sequences
-        lengths = np.diff(batch.starts)[rows]
-        _, kept = spans(batch.starts[rows], lengths)
-        sequences = SequenceBatch(
-            users=[batch.users[row] for row in rows.tolist()],
-            actions=batch.actions[kept],
-            starts=np.concatenate(([0], np.cumsum(lengths))),
-            counts=batch.counts[rows],
-            revisions=batch.revisions[rows],
-        )
-        return EncodeJob(sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows])
 
 
 class PartitionState:

@@ -16,7 +16,8 @@ from encoder.model import EncoderConfig
 from infra.chaos.checker import Checker, Evidence, Rules, Verdict
 from infra.chaos.truth import LogRecord
 from infra.chaos.violations import Explained, Kind
-from streams.core.pipeline import PartitionState, StateLimits
+from streams.core.layout import StateLimits
+from streams.core.pipeline import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.state.codec import CheckpointMark, encode, encode_mark
 from streams.state.store import MemoryStore

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from streams.core.pipeline import Effects, EncodeJob, PartitionState, StateLimits
+from streams.core.effects import Effects, EncodeJob
+from streams.core.layout import StateLimits
+from streams.core.pipeline import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.state.checkpoint import checkpoint
 from streams.state.codec import CheckpointMark

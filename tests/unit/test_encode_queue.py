@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from encoder.actions import ACTION_DTYPE, SequenceBatch
-from streams.core.pipeline import EncodeJob
+from streams.core.effects import EncodeJob
 from streams.core.triggers import Reason
 from streams.encode_queue import EncodeQueue, EncodeQueuePolicy, merged
 from streams.metrics import Metrics
