@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from encoder.actions import ACTION_DTYPE, SequenceBatch
-from streams.core.effects import EncodeJob
+from streams.core.effects import EncodeJob, merged
 from streams.core.triggers import Reason
-from streams.encode_queue import EncodeQueue, EncodeQueuePolicy, merged
+from streams.encode_queue import EncodeQueue, EncodeQueuePolicy
 from streams.metrics import Metrics
 
 WAIT_S = 5.0
