@@ -27,8 +27,8 @@ STARTS = 50
 """Of each of the six shapes: 300 in all."""
 RACES = 20
 """Starts beside a predecessor at work."""
-CHECKPOINTS_MAX = 200
-"""Of one predecessor; a fenced one ends long before."""
+COMMIT_S = 10
+"""Within which a predecessor at work commits once more."""
 BROKEN_STARTS = 3
 Patch = pytest.MonkeyPatch
 
@@ -64,23 +64,25 @@ def test_a_predecessor_at_work_is_shut_out_before_the_end_is_read(log: Log, tmp_
 
 
 async def racing(starts: Starts, count: int) -> Starts:
-    """Starts while a predecessor goes on with checkpoints until it finds itself fenced."""
+    """Starts while a predecessor goes on with checkpoints until it finds itself fenced, or the starts are over."""
     tasks: list[asyncio.Task[None]] = []
+    over = asyncio.Event()
 
     async def predecessor(log: Log) -> None:
         writer = log.producer()
         await writer.start()
         await log.checkpoint(writer, log.records(10, 60))
-        tasks.append(asyncio.create_task(until_fenced(log, writer)))
+        tasks.append(asyncio.create_task(until_fenced(log, writer, over)))
 
     await started(starts, count, predecessor)
+    over.set()
     await asyncio.gather(*tasks)
     return starts
 
 
-async def until_fenced(log: Log, writer: ChangelogProducer) -> None:
+async def until_fenced(log: Log, writer: ChangelogProducer, over: asyncio.Event) -> None:
     try:
-        for _ in range(CHECKPOINTS_MAX):
+        while not over.is_set():
             await log.checkpoint(writer, log.records(10, 60))
     except (Fenced, KafkaError) as end:
         print(f"the predecessor ended with {end!r}")
@@ -169,8 +171,10 @@ def end_read_before_fencing(patch: Patch) -> None:
         reader = LogReader(self._names.changelog, {"bootstrap_servers": self._producer.client._bootstrap_servers})
         await open_(reader)
         ends[reader.tp] = reader.end
+        async with asyncio.timeout(COMMIT_S):  # in which the predecessor commits once more
+            while (await reader._consumer.end_offsets([reader.tp]))[reader.tp] == reader.end:
+                await asyncio.sleep(0.01)
         await reader.close()
-        await asyncio.sleep(0.1)  # in which the predecessor commits once more
         await start(self)
 
     async def old_end(self: LogReader) -> None:
