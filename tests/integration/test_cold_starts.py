@@ -16,8 +16,10 @@ import pytest
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
+from streams.engine import partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
+from streams.state.store import PartitionStore
 from tests.integration.changelogs import SHAPES, Log, Shape, an_open_transaction, left_open, many_small_ones, written
 from tests.integration.cold_starts import Starts, alone, started
 
@@ -28,7 +30,7 @@ STARTS = 50
 RACES = 20
 """Starts beside a predecessor at work."""
 COMMIT_S = 10
-"""Within which a predecessor at work commits once more."""
+"""Within which a predecessor at work that is not fenced commits once more."""
 BROKEN_STARTS = 3
 Patch = pytest.MonkeyPatch
 
@@ -78,6 +80,13 @@ async def racing(starts: Starts, count: int) -> Starts:
     over.set()
     await asyncio.gather(*tasks)
     return starts
+
+
+async def committed_once_more(reader: LogReader) -> None:
+    """Wait until the log has moved beyond the end that was read; TimeoutError when it does not."""
+    async with asyncio.timeout(COMMIT_S):
+        while (await reader._consumer.end_offsets([reader.tp]))[reader.tp] == reader.end:
+            await asyncio.sleep(0.01)
 
 
 async def until_fenced(log: Log, writer: ChangelogProducer, over: asyncio.Event) -> None:
@@ -165,24 +174,29 @@ def ends_at_the_last_record_seen(patch: Patch) -> None:
 def end_read_before_fencing(patch: Patch) -> None:
     """Restores up to an end that was read while the predecessor could still commit."""
     ends: dict[TopicPartition, int] = {}
-    open_, start = LogReader.open, ChangelogProducer.start
+    open_, batches = LogReader.open, LogReader.batches
 
     async def read_then_fence(self: ChangelogProducer) -> None:
         reader = LogReader(self._names.changelog, {"bootstrap_servers": self._producer.client._bootstrap_servers})
         await open_(reader)
         ends[reader.tp] = reader.end
-        async with asyncio.timeout(COMMIT_S):  # in which the predecessor commits once more
-            while (await reader._consumer.end_offsets([reader.tp]))[reader.tp] == reader.end:
-                await asyncio.sleep(0.01)
+        await committed_once_more(reader)
         await reader.close()
-        await start(self)
+        await ChangelogProducer.start(self)
 
     async def old_end(self: LogReader) -> None:
         await open_(self)
         self.end = ends.get(self.tp, self.end)
 
-    patch.setattr(ChangelogProducer, "start", read_then_fence)
+    async def up_to_there(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
+        async for records in batches(self, start, records_max=records_max):
+            if before := [record for record in records if record.offset < self.end]:
+                yield before
+
+    successor = type("Successor", (ChangelogProducer,), {"start": read_then_fence})
+    patch.setattr(partitions, "ChangelogProducer", successor)
     patch.setattr(LogReader, "open", old_end)
+    patch.setattr(LogReader, "batches", up_to_there)
 
 
 Fault = Callable[[Patch], None]
@@ -214,5 +228,16 @@ def test_without_fencing_the_count_fails(log: Log, tmp_path: Path, monkeypatch: 
     """A predecessor that nothing shuts out commits behind the end that a start restores to."""
     unique = property(lambda self: f"{self.changelog.topic}-{uuid.uuid4()}")
     monkeypatch.setattr(ChangelogNames, "transactional_id", unique)
+    restore = partitions.restore
+
+    async def restore_slowly(*args: Any, **kwargs: Any) -> PartitionStore:
+        store = await restore(*args, **kwargs)
+        reader = LogReader(log.names.changelog, log.client)
+        await reader.open()
+        await committed_once_more(reader)
+        await reader.close()
+        return store
+
+    monkeypatch.setattr(partitions, "restore", restore_slowly)
     starts = asyncio.run(racing(Starts(log, tmp_path), BROKEN_STARTS))
     assert starts.incomplete
