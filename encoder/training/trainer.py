@@ -101,11 +101,12 @@ class Trainer:
         features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN))
         lengths = torch.from_numpy((rows >= 0).sum(axis=1))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, generator))
-        at = hidden.float()[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)]
-        if self.recipe.encoder.read_out:
-            at = self.read_out_half(at, rows, pairs, rng)
-        users = self.model.head(at) * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
+            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, rng))
+            at = hidden[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)].float()
+            if self.recipe.encoder.read_out:
+                at = self.read_out_half(at, rows, pairs, rng)
+            embedded = self.model.head(at).float()
+        users = embedded * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
         return self.pooled_loss(users, pairs, rng)
 
     def read_out_half(self, at: Tensor, rows: Ints, pairs: Pairs, rng: np.random.Generator) -> Tensor:
@@ -129,6 +130,7 @@ class Trainer:
             target_log_q=pool.target_log_q,
             pool_log_q=pool.log_q,
             hide=pool.hide,
+            precision=self.precision,
         )
 
     def pair_weights(self, user_ids: Ints) -> Tensor:
@@ -199,12 +201,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
         group["lr"] = lr
 
 
-def make_dropout(rate: float, generator: torch.Generator) -> Callable[[Tensor], Tensor] | None:
-    """Inverted dropout that draws from `generator`; None where the rate is 0."""
-    if not rate:
+def make_dropout(rate: float, rng: np.random.Generator) -> Callable[[Tensor], Tensor] | None:
+    """Inverted dropout that draws from `rng`, its rate rounded to 256ths; None where that is 0.
+
+    A byte an element: drawing a float for each took a tenth of a step.
+    """
+    dropped = round(rate * 256)
+    if not dropped:
         return None
+    bound, scale = int(dropped), 256 / (256 - dropped)
 
     def dropout(x: Tensor) -> Tensor:
-        return x * torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        drawn = torch.frombuffer(bytearray(rng.bytes(x.numel())), dtype=torch.uint8).view(x.shape)
+        return x * ((drawn >= bound) * scale).to(x.dtype)
 
     return dropout
