@@ -157,11 +157,16 @@ def starts_of(lengths: Ints) -> Ints:
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
 
 
+def rows_where(mask: npt.NDArray[np.bool_]) -> Ints:
+    """Where a one-dimensional mask is True; `np.flatnonzero` says the same and takes four times as long."""
+    return mask.nonzero()[0]
+
+
 def run_starts(groups: Ints) -> Ints:
     """Where each run of equal values begins; `np.diff` with `prepend` says the same and takes five times as long."""
     is_start = np.ones(len(groups), np.bool_)
     np.not_equal(groups[1:], groups[:-1], out=is_start[1:])
-    return np.flatnonzero(is_start)
+    return rows_where(is_start)
 
 
 def run_lengths(starts: Ints, end: int) -> Ints:

@@ -47,14 +47,17 @@ from streams.core.layout import (
     Snapshot,
     StateLimits,
     StoredSequences,
+    rows_where,
     run_lengths,
     run_starts,
 )
 from streams.core.merge import Outcome
 from streams.core.sequences import Applied, SequenceState
-from streams.core.triggers import Reason, Touched, TriggerPolicy, Triggers
+from streams.core.triggers import Touched, TriggerPolicy, Triggers
 
 RESUME_AT_ONCE = 100_000
+_LATE, _TOMBSTONE = int(Outcome.LATE), int(Outcome.TOMBSTONE)
+"""As plain numbers: a look-up in an enum takes as long as a step of a small batch."""
 
 
 class PartitionState:
@@ -113,7 +116,7 @@ class PartitionState:
         slots = sequences.least_recently_used(slots, wanted)
         due_ms = sequences.headers["due_ms"][slots]
         users = sequences.drop(slots)
-        waiting = np.flatnonzero(due_ms != NEVER)
+        waiting = rows_where(due_ms != NEVER)
         self._deadlines.add_cold([users[row] for row in waiting.tolist()], due_ms[waiting])
         return len(users)
 
@@ -123,7 +126,7 @@ class PartitionState:
         """Apply a batch, all of whose users are in memory (KeyError otherwise), and fire triggers."""
         applied = self._sequences.apply(batch)
         forgotten, forgotten_offsets = self._forget(batch, applied)
-        rows = np.flatnonzero(applied.outcomes <= Outcome.LATE)
+        rows = rows_where(applied.outcomes <= _LATE)
         rows = rows[np.argsort(applied.slots[rows], kind="stable")]
         due = self._fire(batch, applied.slots[rows], rows, now_ms) if len(rows) else rows
         return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes)
@@ -279,7 +282,7 @@ class PartitionState:
 
     def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], Ints]:
         """Reset triggers of forgotten users; return whose tombstone must be published (once, also in a replay)."""
-        rows = np.flatnonzero(applied.outcomes == Outcome.TOMBSTONE)
+        rows = rows_where(applied.outcomes == _TOMBSTONE)
         if not len(rows):
             return [], rows
         last = {batch.users[row]: row for row in rows.tolist()}
@@ -336,7 +339,7 @@ class PartitionState:
         if not len(slots):
             return
         due_ms, live = self._sequences.headers["due_ms"][slots], self._sequences.live
-        rows = np.flatnonzero((due_ms < live["wheel_ms"][slots]) & ~live["queued"][slots] & ~live["in_job"][slots])
+        rows = rows_where((due_ms < live["wheel_ms"][slots]) & ~live["queued"][slots] & ~live["in_job"][slots])
         if len(rows):
             live["wheel_ms"][slots[rows]] = due_ms[rows]
             self._deadlines.add(slots[rows], due_ms[rows])
@@ -351,6 +354,6 @@ class PartitionState:
         self, due: Ints, forgotten: list[bytes], offsets: Ints, to_load: list[bytes], outcomes: npt.NDArray[np.uint8]
     ) -> Effects:
         reasons = self._sequences.headers["reason"][due]
-        priorities = len(Reason) - self._triggers.ranks[reasons].astype(np.int64)
+        priorities = self._triggers.priorities[reasons]
         users = self._sequences.users_of(due)
         return Effects(users, reasons, priorities, forgotten, offsets, to_load, outcomes)

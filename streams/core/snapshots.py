@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Ints, Snapshot, spans, starts_of
+from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Ints, Snapshot, rows_where, spans, starts_of
 from streams.core.sequences import SequenceState
 
 
@@ -68,7 +68,7 @@ def _changed_chunks(state: SequenceState, slots: Ints, headers: Columns, live: C
 
 def _deleted_keys(state: SequenceState, live: Columns, owner: Ints, number: Ints) -> tuple[Ints, Ints]:
     """(index into the users, chunk key) of what is stored of forgotten users and is not written anew."""
-    emptied = np.flatnonzero(live["emptied"])
+    emptied = rows_where(live["emptied"])
     user, key = spans(np.zeros(len(emptied), np.int64), live["stored_keys"][emptied].astype(np.int64))
     user = emptied[user]
     keys = state.limits.chunk_keys

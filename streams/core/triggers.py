@@ -123,10 +123,13 @@ class Triggers:
 
     policy: TriggerPolicy
     ranks: npt.NDArray[np.uint8] = field(init=False)
+    priorities: Ints = field(init=False)
+    """[len(Reason) + 1]: priority of each reason in the encode queue, 1 and up; a higher one goes first."""
     strong_codes: Bools = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", self.policy.ranks())
+        object.__setattr__(self, "priorities", len(Reason) - self.ranks.astype(np.int64))
         object.__setattr__(self, "strong_codes", self.policy.strong_codes())
 
     def on_actions(self, headers: Columns, live: Columns, touched: Touched, now_ms: int) -> Bools:
@@ -160,9 +163,12 @@ class Triggers:
 
     def set_timers(self, headers: Columns, live: Columns) -> None:
         """Put the deadline of users that are not due, as their unencoded actions and last action say."""
-        waiting = (headers["reason"] == 0) & (headers["unencoded"] > 0)
-        deadline = np.minimum(self._stale_ms(headers, live), self._session_ms(live))
-        headers["due_ms"] = np.where(headers["reason"] == 0, np.where(waiting, deadline, NEVER), headers["due_ms"])
+        is_due = headers["reason"] != 0
+        deadline: Ints | int = NEVER
+        if self.policy.has_timers:
+            earliest = np.minimum(self._stale_ms(headers, live), self._session_ms(live))
+            deadline = np.where(headers["unencoded"] > 0, earliest, NEVER)
+        headers["due_ms"] = np.where(is_due, headers["due_ms"], deadline)
 
     def _count_since_job(self, live: Columns, fresh: Ints, is_fresh: Bools, now_ms: int) -> None:
         live["since_job_ms"][is_fresh & (live["since_job"] == 0)] = now_ms
