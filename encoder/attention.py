@@ -90,7 +90,8 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     bias = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)
     logits = torch.baddbmm(bias, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(-1, -2))
-    return (torch.softmax(logits, -1, dtype=q.dtype) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    mixed: Tensor = torch.softmax(logits, -1, dtype=q.dtype) @ v.flatten(0, 1)
+    return mixed.view(q.shape)
 
 
 def _blocked(x: Tensor, blocks: int, size: int) -> Tensor:

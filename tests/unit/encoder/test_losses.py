@@ -74,6 +74,33 @@ def test_sampled_softmax_is_the_obvious_sum(log_q: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_rounded_factors_leave_value_and_gradients_close() -> None:
+    """With factors in bfloat16 the loss differs by their rounding alone, and in value by less than gradients do."""
+    users, table, user_ids, targets = (
+        x.detach().float().requires_grad_() if isinstance(x, Tensor) else x for x in inputs()
+    )
+    sampler = NegativeSampler(LossConfig(kind="full"), np.bincount(targets, minlength=ITEMS + 1), seed=SEED)
+    pool = sampler.pool(user_ids, targets, np.random.default_rng(SEED))
+
+    def loss(precision: torch.dtype) -> Tensor:
+        return softmax_loss(
+            users,
+            table[torch.from_numpy(targets)],
+            table[pool.rows],
+            equal_user_weights(user_ids),
+            target_log_q=pool.target_log_q,
+            pool_log_q=pool.log_q,
+            hide=pool.hide,
+            precision=precision,
+        )
+
+    whole, rounded = loss(torch.float32), loss(torch.bfloat16)
+    torch.testing.assert_close(rounded, whole, rtol=2e-3, atol=0)
+    for mine, theirs in zip(gradients(rounded, users, table), gradients(whole, users, table), strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-2
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_every_user_weighs_the_same() -> None:
     """A user with three pairs has the weight of one with a single pair."""
     assert equal_user_weights(np.array([7, 7, 7, 2])).tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])

@@ -186,6 +186,23 @@ def test_time_bias_only_takes_away_and_learns() -> None:
     assert model.layers[0].slope.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
+@both
+def test_training_in_bfloat16_attends_alike(config: EncoderConfig) -> None:
+    """Under autocast attention is computed by other operations: what comes out is float32's but for rounding."""
+    model, rng = random_model(config), np.random.default_rng(SEED)
+    lengths = [20, 3, 24]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    actions = np.concatenate([random_actions(length, rng) for length in lengths])
+    tokens = Tokenizer(vocabularies()).tokenize(actions, starts, sequence_positions(starts, np.array(lengths)))
+    features, sizes = tokens.features(padded_rows(starts)), torch.tensor(lengths)
+    whole = model(features, sizes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(features, sizes).float()
+    for row, length in enumerate(lengths):
+        cosines = torch.cosine_similarity(whole[row, :length], rounded[row, :length], dim=-1)
+        assert float(cosines.min()) > 0.999
+
+
 def test_time_encoding_is_finite_and_exact_in_float32() -> None:
     """The encoding is finite at 0 and tells epoch times one quarter of a period apart, to 1e-5."""
     encoding = TimeEncoding((900_000.0,)).requires_grad_(False)
