@@ -107,7 +107,7 @@ def prepare_worker(name: str, bootstrap_servers: str, folder: Path, job: WorkerJ
         ),
         state=StateSettings(sequence_length=job.encoder.sequence_length, hot_users_max=job.hot_users_max),
         web=WebSettings(port=free_port()),
-        encoder=EncoderSettings(release_dir=folder / "release", dtype="fp32", cache_bytes_max=job.cache_bytes_max),
+        encoder=EncoderSettings(release_dir=folder / "release", cache_bytes_max=job.cache_bytes_max),
         triggers=TriggersSettings(policy_file=folder / "policy.toml"),
         worker=WorkerSettings(instance_id=app_id),
     )
@@ -156,7 +156,6 @@ def _environment(settings: Settings) -> dict[str, str]:
         "WORKER_INSTANCE_ID": settings.worker.instance_id,
         "TRIGGERS_POLICY_FILE": settings.triggers.policy_file,
         "ENCODER_RELEASE_DIR": settings.encoder.release_dir,
-        "ENCODER_DTYPE": settings.encoder.dtype,
         "ENCODER_CACHE_BYTES_MAX": settings.encoder.cache_bytes_max,
     }
     return {f"STREAMFORMER_{name}": str(value) for name, value in values.items()}

@@ -7,6 +7,7 @@ was broken. The run stops at the first episode that broke one, unless told to ke
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from random import SystemRandom
 from typing import Annotated
@@ -38,6 +39,7 @@ def chaos(
         logging.getLogger(library).setLevel(logging.CRITICAL)
     plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate)
     _say(f"seed {plan.seed}, {minutes:g} minutes")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # leave no broker and no disk behind
     outcome = run(plan, _say, _tell)
     report.show(outcome)
     _say(f"report: {report.write(out, outcome)}")
