@@ -163,10 +163,6 @@ class EncodeQueue:
         """Let the encoder thread end once its current micro-batch is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def clear_cache(self) -> None:
-        """Drop every cached key and value, in the thread that owns them: used when partitions change hands."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._runtime.clear)
-
     def _take(self) -> list[tuple[EncodeSource, EncodeJob]]:
         """The next micro-batch, highest priority first, as one job per partition."""
         by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}

@@ -21,6 +21,8 @@ from streams.wire.embeddings import EmbeddingBatch
 logger = logging.getLogger(__name__)
 
 LABELS = {int(reason): reason.label for reason in Reason}
+REVISION_BITS = 32
+"""Of a revision in the state; the lineage of the partition stands above them."""
 PUBLISH_RETRY_MS = 500
 """When embeddings could not be published, their users are due again after this."""
 SHED_RETRY_MS = 1_000
@@ -39,13 +41,18 @@ class PartitionSource:
         metrics: Metrics,
         *,
         encoder_version: str,
+        lineage: int,
         now_ms: Callable[[], int],
     ) -> None:
         self._owned, self._outputs, self._metrics = owned, outputs, metrics
+        self._lineage = lineage
         self._encoder_version, self._now_ms = encoder_version, now_ms
 
     def take(self, users: Sequence[bytes]) -> EncodeJob:
-        return self._owned.state.sequences(users)
+        """Revisions are told apart by lineage, so that a cache of another lineage fits nobody."""
+        job = self._owned.state.sequences(users)
+        job.sequences.revisions[:] += self._lineage << REVISION_BITS
+        return job
 
     async def publish(self, job: EncodeJob, embeddings: Embeddings) -> None:
         """Publish what may still be published; on failure the users stay due and are handed over again later."""

@@ -97,6 +97,9 @@ class Worker:
         self.metrics.info.set(
             1, version=version("streamformer"), encoder_version=self._runtime.version, dtype=self._runtime.dtype
         )
+        self._left: dict[int, int] = {}
+        """Partition that was given back -> the source offset where that was."""
+        self._lineages: dict[int, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked_at = time.monotonic()
         self._stalled: str | None = None
@@ -170,15 +173,31 @@ class Worker:
 
     def on_ready(self, owned: OwnedPartition) -> None:
         source = PartitionSource(
-            owned, self._outputs, self.metrics, encoder_version=self._runtime.version, now_ms=now_ms
+            owned,
+            self._outputs,
+            self.metrics,
+            encoder_version=self._runtime.version,
+            lineage=self._lineage(owned),
+            now_ms=now_ms,
         )
         self._ingest.add(owned, source)
+
+    def _lineage(self, owned: OwnedPartition) -> int:
+        """The same number for a partition as long as nobody else can have gone on with its state in between.
+
+        That is so when it comes back at the offset where this worker gave it back. The encoder's cache of its users
+        is then still true; else it may stem from a past that the state does not have.
+        """
+        number = owned.tp.partition
+        if owned.rebuilt or self._left.pop(number, None) != owned.next_offset:
+            self._lineages[number] = self._lineages.get(number, 0) + 1
+        return self._lineages[number]
 
     async def on_giving_back(self, owned: Collection[OwnedPartition]) -> None:
         for each in owned:
             self._ingest.remove(each)
+            self._left[each.tp.partition] = each.next_offset
         await self._queue.settle(self._settings.kafka.session_timeout_ms / 1000 / 4)
-        await self._queue.clear_cache()
 
     def on_lost(self, owned: OwnedPartition) -> None:
         self._ingest.remove(owned)

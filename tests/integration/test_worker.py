@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from infra.chaos.traffic import Habits, Traffic
 from infra.chaos.trial import Trial
 from infra.chaos.truth import LogRecord
 from streams.wire.actions import RefusalReason
-from tests.integration.trials import Sent, action, is_ready, send, until
+from tests.integration.trials import Sent, action, asked, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SEED = 20_240
 REST_S = 60.0
+CACHE = "streamformer_cache_hits_total", "streamformer_cache_prefills_total"
 
 
 @pytest.fixture
@@ -145,6 +147,27 @@ def test_of_two_workers_the_other_takes_over_from_a_dead_one(trial: Trial) -> No
     traffic.stop()
     judged(trial)
     assert trial.fleet.running() == [1]
+
+
+def test_a_rebalance_leaves_the_cache_of_partitions_that_stay(trial: Trial) -> None:
+    """Users of a partition that comes back as it went are extended by a token; only those taken over are prefilled."""
+    settings, users = trial.stage.settings, [f"user-{number}" for number in range(40)]
+    trial.fleet.scale(2)
+    until(lambda: is_ready(trial, 0) and is_ready(trial, 1), trial)
+    send(settings, [action(user, 1) for user in users])
+    judged(trial)
+    hits, prefills = (metric(trial, name) for name in CACHE)
+    assert (hits, 0 < prefills < len(users)) == (0, True)
+    trial.fleet.scale(1)
+    until(lambda: metric(trial, 'streamformer_partitions{state="ready"}') == settings.topics.partitions, trial)
+    send(settings, [action(user, 2) for user in users])
+    judged(trial)
+    assert [metric(trial, name) for name in CACHE] == [prefills, len(users)]
+
+
+def metric(trial: Trial, name: str) -> float:
+    """A number that worker 0 reports."""
+    return float(re.findall(rf"^{re.escape(name)} (.*)$", asked(trial, "/metrics")[1], re.MULTILINE)[0])
 
 
 def test_a_worker_stopped_past_its_session_can_write_nothing_more(trial: Trial) -> None:
