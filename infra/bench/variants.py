@@ -1,102 +1,170 @@
-"""The shape of PinnerFormer's tables 3 and 4 in small: one recipe, trained with every objective or kind of negatives.
+"""The shape of PinnerFormer's tables 3, 4, 6 and 10 in small: one recipe, trained in every way that a table compares.
 
     python -m infra.bench.variants objectives
     python -m infra.bench.variants negatives
+    python -m infra.bench.variants features --seeds 1,2,3
+    python -m infra.bench.variants features --log actions.csv.gz
+    python -m infra.bench.variants sasrec
 
-The demo's encoder on MovieLens-1M, leave-one-out, each variant with the same few tokens. What is unfair: the question
-is the very next item, which favours objectives that train on the next item; the paper asks for all of a fortnight.
+The demo's encoder on MovieLens-1M, or the recipe of the tldr-pages log on that, leave-one-out, each variant with the
+same few tokens. What is unfair: the question is the very next item, which favours objectives that train on the next
+item; the paper asks for all of a fortnight. What the rows of each table are is told in `infra.bench.variant_tables`.
+
+Each row is compared with the first on the same questions. The standard error of the difference is over questions, of
+means over the seeds: it says what other users would have changed. What other seeds would have changed is seen from the
+smallest and the largest difference of one seed.
 """
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import replace
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from statistics import mean
+from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 
-from encoder.negatives import LossConfig
-from encoder.objectives import ObjectiveConfig
-from encoder.ranking import p90_coverage
+from encoder.ranking import Floats, hits_at, p90_coverage
 from encoder.training.log import ActionLog, LogColumns, read_log
+from encoder.training.machine import faster_precision
 from encoder.training.next_item import Exam, known_items
 from encoder.training.recipe import Recipe, read_recipe
-from encoder.training.run import train_release
 from encoder.training.show import TrainingScreen
-from encoder.training.splits import SplitConfig, make_split
+from encoder.training.splits import Split, SplitConfig, make_split
 from infra.bench.common import console, machine, print_result, print_table, run_command
 from infra.bench.ml1m import RUNS
+from infra.bench.variant_tables import Table, rows_of
+from infra.bench.variant_trainer import Variant, VariantTrainer, train, without
 from infra.datasets import movielens_1m
 
 
-class Table(StrEnum):
-    """What varies."""
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One training on the test questions."""
 
-    OBJECTIVES = "objectives"
-    NEGATIVES = "negatives"
+    hits: Floats
+    """[Q] 1 where the answer is among the best ten."""
+    ndcg10: float
+    p90_coverage10: float
 
 
 def main(
     table: Annotated[Table, typer.Argument(help="What varies.")],
     tokens: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1_000_000,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
+    seeds: Annotated[str, typer.Option(help="Seeds of each variant, with commas between them.")] = "1",
+    log: Annotated[Path | None, typer.Option(help="The tldr-pages log; MovieLens-1M if none is named.")] = None,
 ) -> None:
-    """Train every variant and rank the last rating of every user."""
-    log = read_log(movielens_1m(notice=console.print), LogColumns())
-    recipe = read_recipe(RUNS / "demo.toml")
+    """Train every variant and rank the last action of every user."""
+    chosen = seed_numbers(seeds)
+    actions, recipe = data_set(log)
+    recipe = replace(recipe, budget=replace(recipe.budget, tokens_max=tokens))
+    torch.set_num_threads(1)
+    precision = faster_precision()
+    figures = measured(actions, table, recipe, chosen, precision)
+    show(f"{table.value}, {tokens:,} tokens each, seeds {seeds}", figures)
+    print_result(
+        {
+            "bench": "variants",
+            "machine": machine(),
+            "table": table.value,
+            "log": "tldr-pages" if log else "ml1m",
+            "tokens": tokens,
+            "seeds": chosen,
+            "precision": str(precision).removeprefix("torch."),
+            **figures,
+        }
+    )
+
+
+def data_set(path: Path | None) -> tuple[ActionLog, Recipe]:
+    """A log and its recipe; the languages of tldr-pages stand in for surfaces."""
+    recipe = read_recipe(RUNS / ("tldr_pages.toml" if path else "demo.toml"))
+    columns = replace(recipe.log.columns, surface="language") if path else LogColumns()
     recipe = replace(
         recipe,
-        seed=seed,
+        encoder=replace(recipe.encoder, read_out=False),
         split=SplitConfig("leave_one_out", items_min=5),
-        budget=replace(recipe.budget, tokens_max=tokens),
     )
-    chosen = objectives(recipe) if table is Table.OBJECTIVES else negatives(recipe)
-    figures = {name: score(log, variant, name) for name, variant in chosen.items()}
-    rows = [(name, *(f"{value:.4f}" for value in each.values())) for name, each in figures.items()]
-    print_table(f"{table.value}, {tokens:,} tokens each", ("", "HR@10", "NDCG@10", "P90 coverage@10"), rows)
-    print_result({"bench": "variants", "machine": machine(), "table": table.value, "tokens": tokens, **figures})
+    return read_log(path or movielens_1m(notice=console.print), columns), recipe
 
 
-def objectives(recipe: Recipe) -> dict[str, Recipe]:
-    """The four objectives of the paper's figure 2, and an even mix of two."""
-    shares: dict[str, ObjectiveConfig] = {
-        "next action": ObjectiveConfig({"next_action": 1.0}),
-        "sasrec": ObjectiveConfig({"sasrec": 1.0}),
-        "all action": ObjectiveConfig({"all_action": 1.0}),
-        "dense all action": ObjectiveConfig({"dense_all_action": 1.0}),
-        "sasrec and dense": ObjectiveConfig({"sasrec": 0.5, "dense_all_action": 0.5}),
-    }
-    return {name: replace(recipe, objective=objective) for name, objective in shares.items()}
-
-
-def negatives(recipe: Recipe) -> dict[str, Recipe]:
-    """Random, in-batch and mixed negatives, with and without the correction by log-Q; the same number of each."""
-    kinds = {"random": (1_024, 0), "in-batch": (0, 1_024), "mixed": (512, 512)}
-    return {
-        f"{name}, {'log-Q' if log_q == 'exact' else 'as they are'}": replace(
-            recipe, loss=LossConfig("sampled", *sizes, log_q=log_q, scale_initial=recipe.loss.scale_initial)
-        )
-        for name, sizes in kinds.items()
-        for log_q in ("none", "exact")
-    }
-
-
-def score(log: ActionLog, recipe: Recipe, name: str) -> dict[str, float]:
-    """Train a variant on one thread and grade it on the test questions."""
-    with tempfile.TemporaryDirectory(prefix="streamformer-bench-") as folder, TrainingScreen(console) as screen:
-        screen.line(f"training {name}")
-        release = train_release(log, recipe, out_dir=Path(folder), threads=1, progress=screen.show)
+def measured(
+    log: ActionLog, table: Table, recipe: Recipe, seeds: Sequence[int], precision: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """The figures of every row of a table, all trained in one precision and asked the same questions."""
     split = make_split(log, recipe.split, seed=recipe.seed)
-    exam = Exam(split.log, release.vocabularies, split.test, hide_seen=True)
-    queries, items = exam.queries(release.model), known_items(release.model)
-    scores = exam.scores(queries, items)
-    return {
-        "hr10": scores.hr10,
-        "ndcg10": scores.ndcg10,
-        "p90_coverage10": p90_coverage(exam.top(queries, items, 10), items=len(items)),
+    graded = {
+        name: [grade(split, with_seed(variant, seed), f"{name}, seed {seed}", precision) for seed in seeds]
+        for name, variant in rows_of(table, recipe, log).items()
     }
+    first = next(iter(graded.values()))
+    return {name: summary(each, first) for name, each in graded.items()}
+
+
+def with_seed(variant: Variant, seed: int) -> Variant:
+    """The variant, trained with another seed."""
+    return replace(variant, recipe=replace(variant.recipe, seed=seed))
+
+
+def grade(split: Split, variant: Variant, name: str, precision: torch.dtype) -> Graded:
+    """Train a variant and grade it on the test questions."""
+    with TrainingScreen(console) as screen:
+        screen.line(f"training {name}")
+        trainer = train(split.train, variant, precision, screen.show)
+    exam = exam_of(split, trainer)
+    queries, items = exam.queries(trainer.model), known_items(trainer.model)
+    scores = exam.scores(queries, items)
+    coverage = p90_coverage(exam.top(queries, items, 10), items=len(items))
+    return Graded(hits_at(scores.ranks, 10), scores.ndcg10, coverage)
+
+
+def exam_of(split: Split, trainer: VariantTrainer) -> Exam:
+    """The test questions, asked without the features that the variant leaves out."""
+    variant = trainer.variant
+    exam = Exam(split.log, trainer.vocabularies, split.test, hide_seen=variant.recipe.data.hide_seen)
+    exam.tokens = without(exam.tokens, variant.hidden)
+    return exam
+
+
+def summary(graded: Sequence[Graded], first: Sequence[Graded]) -> dict[str, Any]:
+    """Means over the seeds, and the difference of HR@10 to the first row, paired by seed and question.
+
+    The standard error is that of the mean over questions of each question's difference, a mean over the seeds.
+    """
+    differences = np.stack([one.hits - other.hits for one, other in zip(graded, first, strict=True)])
+    of_question = differences.mean(axis=0)
+    return {
+        "hr10": mean(float(each.hits.mean()) for each in graded),
+        "ndcg10": mean(each.ndcg10 for each in graded),
+        "p90_coverage10": mean(each.p90_coverage10 for each in graded),
+        "difference": float(of_question.mean()),
+        "standard_error": float(of_question.std(ddof=1) / np.sqrt(len(of_question))),
+        "difference_of_seeds": differences.mean(axis=1).tolist(),
+    }
+
+
+def show(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table for people."""
+    rows: list[tuple[str, ...]] = []
+    for name, each in figures.items():
+        of_seeds = each["difference_of_seeds"]
+        compared = (f"{each['difference']:+.4f}", f"{each['standard_error']:.4f}") if rows else ("", "")
+        spread = f"{min(of_seeds):+.4f} to {max(of_seeds):+.4f}" if rows and len(of_seeds) > 1 else ""
+        scores = (f"{each[column]:.4f}" for column in ("hr10", "ndcg10", "p90_coverage10"))
+        rows.append((name, *scores, *compared, spread))
+    headings = ("", "HR@10", "NDCG@10", "P90 coverage@10", "to the first", "standard error", "of one seed")
+    print_table(title, headings, rows)
+
+
+def seed_numbers(text: str) -> list[int]:
+    """Seeds with commas between them."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(f"seeds are whole numbers with commas between them, not {text}")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":
