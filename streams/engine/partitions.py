@@ -36,7 +36,7 @@ from streams.engine.outputs import Published
 from streams.engine.restore import IncompleteRestore, restore
 from streams.metrics import Metrics
 from streams.state.checkpoint import CheckpointMark, checkpoint
-from streams.state.store import PartitionStore, StoreFailed
+from streams.state.store import PartitionStore, StoreDamaged, StoreFailed
 from streams.watchdog import Progress
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Partitions(Service):
 
     async def _acquire_or_abort(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
         try:
-            await self._acquire(number, generation, rebuilt=rebuilt)
+            await self._acquire_or_rebuild(number, generation, rebuilt=rebuilt)
         except Fenced:
             logger.warning("partition %d was taken over while it was being acquired", number)
         except IncompleteRestore as error:
@@ -194,6 +194,14 @@ class Partitions(Service):
         except Exception as error:
             logger.exception("partition %d cannot be acquired", number)
             self._host.abort(f"partition {number} cannot be acquired: {error!r}")
+
+    async def _acquire_or_rebuild(self, number: int, generation: int, *, rebuilt: bool) -> None:
+        try:
+            await self._acquire(number, generation, rebuilt=rebuilt)
+        except StoreDamaged as damage:
+            logger.warning("local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage)
+            PartitionStore.destroy(self._path(number))
+            await self._acquire(number, generation, rebuilt=True)
 
     async def _acquire(self, number: int, generation: int, *, rebuilt: bool) -> None:
         started = time.monotonic()

@@ -7,8 +7,8 @@ A store holds the changelog's records under their own keys, and beside them
   there writes the same records again, and nothing is read from the store before that has been done.
 - `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
 
-Files that cannot be read are noticed at once or in the middle of work. Then a file named `DAMAGED` is left beside them:
-the worker ends, and its successor's `open` finds the mark and has the store rebuilt.
+Files that cannot be read are noticed at once or in the middle of work. Then a file named `DAMAGED` is left beside them,
+so that the next `open`, also after a crash, has the store rebuilt.
 
 There is no write-ahead log. After a crash RocksDB returns to what was last flushed, a prefix of the batches, and with
 it to an older changelog offset; the changelog has the rest, at most two write buffers of it.
@@ -22,6 +22,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -184,12 +185,14 @@ class PartitionStore:
         try:
             self._db.write(batch, self._write_options)
         except Exception as error:
+            if "Corruption" in str(error):  # found by a compaction; the next open has the store rebuilt
+                self._mark_damaged()
             raise StoreFailed(f"store cannot be written: {error}; check the disk") from error
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Records whose key begins with `prefix`. No iterator outlives a step: it would hold the lock past `close`."""
         start = prefix
-        while page := self._page(start, prefix):
+        while page := self._reading(partial(self._page, start, prefix)):
             yield from page
             start = page[-1][0] + b"\x00"
 
@@ -200,7 +203,7 @@ class PartitionStore:
         while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
             page.append((rows.key(), rows.value()))
             rows.next()
-        self._reading(rows.status)  # an iterator that meets an unreadable block only looks as if it were at the end
+        rows.status()  # raises where an unreadable block only looks like the end
         return page
 
     def _reading(self, read: Callable[[], Any]) -> Any:
@@ -210,9 +213,12 @@ class PartitionStore:
         except DbClosedError:
             raise
         except Exception as error:
-            with suppress(OSError):
-                Path(self._db.path(), DAMAGED).touch()
+            self._mark_damaged()
             raise StoreDamaged(f"store cannot be read: {error}; rebuild it from the changelog") from error
+
+    def _mark_damaged(self) -> None:
+        with suppress(OSError):
+            Path(self._db.path(), DAMAGED).touch()
 
 
 class MemoryStore:

@@ -19,7 +19,7 @@ from aiokafka.structs import TopicPartition
 from streams.engine import partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
-from streams.state.store import PartitionStore
+from streams.state.store import PartitionStore, StoreDamaged
 from tests.integration.changelogs import SHAPES, Log, Shape, an_open_transaction, left_open, many_small_ones, written
 from tests.integration.cold_starts import Starts, alone, started
 
@@ -129,6 +129,25 @@ def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> Non
     starts = asyncio.run(scenario())
     assert starts.count == (0, 0, 2)
     assert f"begins at offset {cut}" in starts.refused[0]
+
+
+def test_damage_met_while_acquiring_is_rebuilt(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
+    """A database that opens and then cannot be read is deleted and restored anew, by the same start."""
+    mark, damaged = PartitionStore.mark, []
+
+    def damaged_once(self: PartitionStore) -> Any:
+        if not damaged:
+            damaged.append(self)
+            raise StoreDamaged("an unreadable block")
+        return mark(self)
+
+    async def scenario() -> Starts:
+        await written(log, 3, 10, 50)
+        monkeypatch.setattr(PartitionStore, "mark", damaged_once)
+        return await started(Starts(log, tmp_path), 1)
+
+    assert asyncio.run(scenario()).count == (1, 0, 0)
+    assert damaged
 
 
 def delete_records(log: Log, before: int) -> None:

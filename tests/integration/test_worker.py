@@ -136,6 +136,28 @@ def test_a_terminated_worker_leaves_nothing_to_repeat(trial: Trial) -> None:
     judged(trial)
 
 
+def test_damaged_databases_are_rebuilt_without_a_restart(trial: Trial) -> None:
+    """With unreadable blocks in the data files of every partition a worker starts, rebuilds them all, and goes on."""
+    trial.fleet.scale(1)
+    traffic = traffic_for(trial, 1, Habits(rate=400))
+    wait_published(trial)
+    traffic.stop()
+    judged(trial)
+    trial.fleet.stop()
+    files = list(trial.stage.data_dir(0).glob("*/*.sst"))
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 3
+        content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+        file.write_bytes(content)
+    trial.fleet.scale(1)
+    traffic_for(trial, 3, Habits(rate=400)).stop()
+    judged(trial)
+    assert not [each for each in trial.fleet.exits if not each.expected]
+    assert trial.fleet.log(0).count("store cannot be read") >= trial.stage.settings.topics.partitions
+
+
 def test_of_two_workers_the_other_takes_over_from_a_dead_one(trial: Trial) -> None:
     """A worker that is killed and does not come back leaves its partitions, whole, to the other one."""
     trial.fleet.scale(2)
