@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.training.log import ActionLog
+from encoder.training.log import LogParts
 from encoder.training.recipe import Recipe
 from encoder.training.trainer import Trainer
 
@@ -40,13 +40,13 @@ class Standing:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fingerprint(log: ActionLog, recipe: Recipe) -> str:
+def fingerprint(log: LogParts, recipe: Recipe) -> str:
     """A hash of the recipe and of the log that is trained on, wherever the log lies."""
     values = asdict(recipe)
     del values["log"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    digest.update(log.actions.tobytes())
-    digest.update(log.starts.tobytes())
+    for content in log.content():
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 

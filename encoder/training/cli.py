@@ -22,6 +22,7 @@ from encoder.training.freshness import freshness_table, plot_freshness
 from encoder.training.log import ActionLog, LogColumns, LogError, read_log
 from encoder.training.recipe import Recipe, RecipeError, parse_recipe, read_recipe
 from encoder.training.run import train_release
+from encoder.training.shards import FOLDER, Shards, open_log
 from encoder.training.show import TrainingScreen
 from encoder.training.world import is_first
 
@@ -30,7 +31,7 @@ console = Console(stderr=True)
 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Columns, and what is kept out of rankings.")]
 ReleaseDir = Annotated[Path, typer.Argument(help="A folder that train has written.")]
-LogFile = Annotated[Path, typer.Argument(help="Actions: .parquet, .csv or .csv.gz.")]
+LogFile = Annotated[Path, typer.Argument(help="Actions: .parquet, .csv, .csv.gz or a folder of Parquet files.")]
 Start = Annotated[str | None, typer.Option(help="First day asked about, YYYY-MM-DD; default: after the training.")]
 JsonOnly = Annotated[bool, typer.Option("--json", help="Nothing but the JSON line.")]
 Questions = Annotated[int, typer.Option(min=1, help="Questions at most, of each part.")]
@@ -55,10 +56,17 @@ def train(
     """Train a release; a training that was killed goes on where it stood when the command is given again."""
     recipe = read_recipe(recipe_file)
     recipe = recipe if seed is None else replace(recipe, seed=seed)
-    log = read_log(_log_path(recipe, recipe_file, actions), recipe.log.columns)
+    path = _log_path(recipe, recipe_file, actions)
     folder = out or Path("releases") / recipe_file.stem
     with TrainingScreen(console if is_first() else Console(quiet=True)) as screen:
-        screen.line(f"{len(log):,} actions of {len(log.users):,} users; the release goes to {folder}")
+        log = open_log(
+            path,
+            recipe.log.columns,
+            rows_max=recipe.log.rows_in_memory_max,
+            folder=folder / FOLDER,
+            tell=screen.prepare,
+        )
+        screen.line(f"{_size(log)}; the release goes to {folder}")
         release = train_release(
             log,
             recipe,
@@ -69,6 +77,8 @@ def train(
             progress=screen.show,
         )
     if is_first():
+        if isinstance(log, Shards):
+            log.remove()
         console.print(f"positives were told apart from {release.training['negative_pool']}")
         report.print_json("train", report.training_values(release, folder))
 
@@ -146,6 +156,12 @@ def _log_path(recipe: Recipe, recipe_file: Path, named: Path | None) -> Path:
     if named is None and not recipe.log.path:
         raise RecipeError(f"no log to train on: give --actions, or log.path in {recipe_file}")
     return named or Path(recipe.log.path)
+
+
+def _size(log: ActionLog | Shards) -> str:
+    if isinstance(log, Shards):
+        return f"{log.rows:,} actions in {len(log)} shards"
+    return f"{len(log):,} actions of {len(log.users):,} users"
 
 
 def _opened(release_dir: Path, log_file: Path, recipe_file: Path | None) -> tuple[Release, Recipe, ActionLog]:

@@ -26,8 +26,12 @@ class LogConfig:
     """Where the actions are."""
 
     path: str = ""
-    """A `.parquet`, `.csv` or `.csv.gz` file, in a recipe's file seen from its folder; a command may name another."""
+    """A `.parquet`, `.csv` or `.csv.gz` file, or a folder of Parquet files, in a recipe's file seen from its folder; a
+    command may name another."""
     columns: LogColumns = field(default_factory=LogColumns)
+    rows_in_memory_max: int = 30_000_000
+    """Actions held at once, about 300 bytes each. A Parquet log of more is trained on in shards on disk, which then
+    decide the result: at most half as many actions in each, for the users who validate are held beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class Recipe:
             raise ValueError("data.chunk must be at most encoder.sequence_length for a window encoder")
         if self.data.chunk < 1 or self.data.batch_tokens < self.data.chunk:
             raise ValueError("data.batch_tokens must hold at least one chunk")
+        if self.log.rows_in_memory_max < 2:
+            raise ValueError("log.rows_in_memory_max must be at least 2")
         if not 0 <= self.optimizer.dropout < 1 or not 0 <= self.data.unknown_rate < 1:
             raise ValueError("optimizer.dropout and data.unknown_rate must lie in [0, 1)")
 

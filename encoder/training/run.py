@@ -18,12 +18,13 @@ import torch
 from encoder.negatives import LossConfig
 from encoder.release import Release, make_release
 from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
-from encoder.training.log import ActionLog, LogError
+from encoder.training.log import ActionLog, LogError, LogParts
 from encoder.training.machine import faster_precision, faster_threads, machine
 from encoder.training.next_item import Exam
 from encoder.training.recipe import Recipe
+from encoder.training.shards import Shards
 from encoder.training.sources import make_items
-from encoder.training.splits import make_split
+from encoder.training.splits import ShardedSplit, Split, make_split, split_shards
 from encoder.training.trainer import Trainer
 from encoder.training.world import World, join_world
 
@@ -48,7 +49,7 @@ class Progress:
 
 
 def train_release(
-    log: ActionLog,
+    log: ActionLog | Shards,
     recipe: Recipe,
     *,
     out_dir: Path,
@@ -60,6 +61,7 @@ def train_release(
 ) -> Release:
     """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
 
+    Of a log in shards one is in memory at a time, beside the users who validate (see `split_shards`).
     Uses all cores if that is faster as the machine is loaded, unless `threads` says how many. With `resume` a
     checkpoint is kept in `out_dir` while training and, if one is there, training goes on from it, to the same weights
     as if it had never stopped (unless a time limit ends it). `progress` hears every two seconds and at the end. The
@@ -85,7 +87,7 @@ class Run:
 
     def __init__(
         self,
-        log: ActionLog,
+        log: ActionLog | Shards,
         recipe: Recipe,
         *,
         out_dir: Path,
@@ -100,7 +102,11 @@ class Run:
         self.progress, self.checkpoint_every_s = progress, checkpoint_every_s
         self.world = join_world()
         torch.set_num_threads(threads or (faster_threads() if self.world.size == 1 else 1))
-        split = make_split(log, recipe.split, seed=recipe.seed)
+        split: Split | ShardedSplit
+        if isinstance(log, ActionLog):
+            split = make_split(log, recipe.split, seed=recipe.seed)
+        else:
+            split = split_shards(log, recipe.split, seed=recipe.seed)
         self.trainer = make_trainer(split.train, recipe, self.world)
         self.exam = Exam(split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen)
         self.later_ms = split.later_ms
@@ -200,13 +206,13 @@ def negative_pool(loss: LossConfig, items: int, processes: int) -> str:
     return sampled if processes == 1 else f"{sampled}, a pool of its own in each of {processes} processes"
 
 
-def make_trainer(train: ActionLog, recipe: Recipe, world: World) -> Trainer:
+def make_trainer(train: LogParts, recipe: Recipe, world: World) -> Trainer:
     """The trainer of a recipe at its first step."""
     vocabularies, items = make_items(train, recipe)
     if not len(vocabularies.item_keys):
         raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or bring a larger log")
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision) or faster_precision()
     trainer = Trainer(train, recipe, vocabularies, items, world=world, precision=precision)
-    if not len(trainer.positives.rows):
+    if not trainer.positives_of_item.any():
         raise LogError("log has no action of the types in data.positives on a known item: check their names")
     return trainer

@@ -44,15 +44,23 @@ class TrainingScreen:
         """Say something above the bar."""
         self._bar.console.print(text, highlight=False)
 
+    def prepare(self, text: str) -> None:
+        """Say what is done that is no training, beside the bar, or in a line when the last is long enough ago."""
+        self._bar.update(self._task, description=text)
+        self._line_now_and_then(text)
+
     def show(self, standing: Standing) -> None:
         """Move the bar, or print a line when the last is long enough ago."""
         self._first = self._first or standing
         figures = progress_text(self._first, standing)
         self._bar.update(self._task, completed=standing.fraction, description=figures)
+        self._line_now_and_then(f"{standing.fraction:.0%} {figures}", is_last=standing.fraction >= 1)
+
+    def _line_now_and_then(self, text: str, *, is_last: bool = False) -> None:
         now = time.monotonic()
-        if self._bar.disable and (now - self._told >= LINE_EVERY_S or standing.fraction >= 1):
+        if self._bar.disable and (now - self._told >= LINE_EVERY_S or is_last):
             self._told = now
-            self.line(f"{standing.fraction:.0%} {figures}")
+            self.line(text)
 
 
 def progress_text(first: Standing, now: Standing) -> str:

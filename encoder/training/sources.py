@@ -11,11 +11,11 @@ import numpy as np
 from encoder.actions import item_key
 from encoder.features import Vocabularies
 from encoder.items import FixedItems, ItemError, ItemVectors, TextItems, TrainedItems, read_vectors, texts_by_key
-from encoder.training.log import ActionLog
+from encoder.training.log import LogParts
 from encoder.training.recipe import ItemConfig, Recipe
 
 
-def make_items(log: ActionLog, recipe: Recipe) -> tuple[Vocabularies, ItemVectors]:
+def make_items(log: LogParts, recipe: Recipe) -> tuple[Vocabularies, ItemVectors]:
     """What the release will know, and where its item vectors begin. Raises `ItemError`.
 
     Items with a vector or a text are known without an action; others need `data.items_min` actions in the log.

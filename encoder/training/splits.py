@@ -5,10 +5,13 @@ A question is "this row was the user's newest action: which item comes next?" It
 - `last`: some users give up their last action to validation; everything else is trained on, nothing is tested.
 - `leave_one_out`: each user's last action is the test, the one before it validation (Kang, McAuley 2018).
 - `time`: actions before a time are trained on; each later one, in two spans, is asked for after the one before it.
+
+A log in shards is split shard by shard, by the same rules and at the same times; users of the first one are asked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from encoder.features import UNKNOWN, Ints, Vocabularies
-from encoder.training.log import ActionLog
+from encoder.training.log import ActionLog, ItemCounts
+from encoder.training.shards import Shards
 
 LAST_USERS_MAX = 2_000
 
@@ -79,20 +83,105 @@ class Split:
     """From this event time on nothing is trained on or validated with."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShardedSplit:
+    """A log in shards and its parts, without a test."""
+
+    log: ActionLog
+    """Everything of the users who are asked; questions are rows of it."""
+    train: TrainShards
+    validation: Questions
+    later_ms: int
+    """From this event time on nothing is trained on or validated with."""
+
+
+class TrainShards:
+    """What is trained on of a log in shards: each is read and split when it is asked for. A `LogParts`."""
+
+    def __init__(self, log: Shards, config: SplitConfig, *, seed: int) -> None:
+        self._log, self._config, self._seed = log, config, seed
+        self._frequent = None
+        if config.items_min > 1:
+            counts = ItemCounts.total(log.read(number).item_counts() for number in range(len(log)))
+            self._frequent = counts.frequent(config.items_min)
+        self._cuts = cut_times(self._read(0), config) if config.kind == "time" else None
+        self._item_counts: dict[tuple[str, ...], ItemCounts] = {}
+
+    @property
+    def parts(self) -> int:
+        return len(self._log)
+
+    def part(self, number: int) -> ActionLog:
+        return self.split(number).train
+
+    def split(self, number: int) -> Split:
+        """The parts of a shard."""
+        rng = np.random.default_rng([self._seed, 0, number])
+        return _split(self._read(number), self._config, rng, cuts=self._cuts, asks=number == 0)
+
+    def _read(self, number: int) -> ActionLog:
+        log = self._log.read(number)
+        return log if self._frequent is None else log.with_items(self._frequent)
+
+    def item_counts(self, names: tuple[str, ...] = ()) -> ItemCounts:
+        if names not in self._item_counts:
+            counts = (self.part(number).item_counts(names) for number in range(self.parts))
+            self._item_counts[names] = ItemCounts.total(counts)
+        return self._item_counts[names]
+
+    def vocabularies(self, *, items_min: int = 1) -> Vocabularies:
+        names = tuple(self._log.action_names), tuple(self._log.surface_names)
+        return Vocabularies(self.item_counts().frequent(items_min), *names)
+
+    def content(self) -> Iterator[bytes]:
+        yield self._log.digest.encode()
+
+
+def split_shards(log: Shards, config: SplitConfig, *, seed: int) -> ShardedSplit:
+    """The parts of a log in shards; the same seed and shards give the same questions.
+
+    Only users of the first shard validate, and a split by time cuts all shards where it would cut the first one: each
+    is a sample of the users. Of "last" the others give up nothing.
+    """
+    train = TrainShards(log, config, seed=seed)
+    first = train.split(0)
+    user, answer = first.log.user_of_row, first.validation.answer
+    rows = np.isin(user, user[answer])
+    place = np.cumsum(rows) - 1
+    validation = Questions(place[first.validation.asked], place[answer])
+    later_ms = first.later_ms if config.kind == "time" else log.end_ms
+    return ShardedSplit(first.log.select(rows), train, validation, later_ms)
+
+
 def make_split(log: ActionLog, config: SplitConfig, *, seed: int) -> Split:
     """The parts of a log; the same seed gives the same questions."""
-    rng = np.random.default_rng([seed, 0])
-    log = log.with_frequent_items(config.items_min)
+    return _split(log.with_frequent_items(config.items_min), config, np.random.default_rng([seed, 0]))
+
+
+def cut_times(log: ActionLog, config: SplitConfig) -> tuple[int, int]:
+    """Where a split by time begins to validate and to test."""
+    return log.quantile_ms(1 - (config.test + config.validation)), log.quantile_ms(1 - config.test)
+
+
+def _split(
+    log: ActionLog,
+    config: SplitConfig,
+    rng: np.random.Generator,
+    *,
+    cuts: tuple[int, int] | None = None,
+    asks: bool = True,
+) -> Split:
     end_ms = int(log.actions["timestamp_ms"].max(initial=0)) + 1
     if config.kind == "leave_one_out":
         last = _rows_from_the_end(log, 1, at_least=3)
         before = _rows_from_the_end(log, 2, at_least=3)
         split = Split(log, _without(log, np.concatenate([last, before])), _next(before), _next(last), end_ms)
     elif config.kind == "time":
-        split = _by_time(log, config)
+        split = _by_time(log, *(cuts or cut_times(log, config)))
     else:
         last = _rows_from_the_end(log, 1, at_least=3)
-        users = rng.permutation(len(last))[: min(LAST_USERS_MAX, round(config.validation * len(last)))]
+        asked = min(LAST_USERS_MAX, round(config.validation * len(last))) if asks else 0
+        users = rng.permutation(len(last))[:asked]
         held = np.sort(last[users])
         split = Split(log, _without(log, held), _next(held), _next(held[:0]), end_ms)
     if config.held_users:
@@ -101,9 +190,8 @@ def make_split(log: ActionLog, config: SplitConfig, *, seed: int) -> Split:
     return Split(split.log, split.train, validation, test, split.later_ms)
 
 
-def _by_time(log: ActionLog, config: SplitConfig) -> Split:
+def _by_time(log: ActionLog, validation_ms: int, test_ms: int) -> Split:
     time_ms = log.actions["timestamp_ms"]
-    test_ms, validation_ms = (log.quantile_ms(1 - share) for share in (config.test, config.test + config.validation))
     follows = np.ones(len(log), np.bool_)
     follows[log.starts[:-1][np.diff(log.starts) > 0]] = False
     validation = np.flatnonzero(follows & (time_ms >= validation_ms) & (time_ms < test_ms))

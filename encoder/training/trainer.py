@@ -1,7 +1,8 @@
 """One training under way: a model, its optimizer, and one step at a time.
 
 Everything random in a step is derived from (seed, epoch, step), so a checkpoint needs no generator's state and a
-training that was killed goes on to the same result.
+training that was killed goes on to the same result. A log in several parts (`LogParts`) is read one part at a time, in
+another order in each epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from encoder.actions import name_code
 from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
 from encoder.items import ItemVectors
 from encoder.losses import SCALE_MAX, equal_user_weights, softmax_loss
@@ -24,7 +24,7 @@ from encoder.negatives import NegativeSampler
 from encoder.objectives import Pairs, Positives, make_pairs
 from encoder.training.batches import epoch_batches
 from encoder.training.cooccurrence import cooccurrence_vectors
-from encoder.training.log import ActionLog
+from encoder.training.log import ActionLog, LogParts
 from encoder.training.recipe import Recipe
 from encoder.training.world import World
 
@@ -37,7 +37,7 @@ class Trainer:
 
     def __init__(
         self,
-        log: ActionLog,
+        log: LogParts,
         recipe: Recipe,
         vocabularies: Vocabularies,
         items: ItemVectors,
@@ -46,34 +46,53 @@ class Trainer:
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.recipe, self.vocabularies, self.world, self.precision = recipe, vocabularies, world, precision
-        self.starts, self.tokens_of_log = log.starts, log.tokens(vocabularies)
-        self.user_of_row = log.user_of_row
-        self.positives = find_positives(log, self.tokens_of_log, recipe.data.positives)
+        self._log = log
+        self._read(0)
         self.model: AnyEncoder = build_encoder(
             recipe.encoder, items, actions=len(vocabularies.actions), surfaces=len(vocabularies.surfaces)
         )
         generator = torch.Generator().manual_seed(recipe.seed)
         known = len(vocabularies.item_keys)
-        table = initial_items(log, self.tokens_of_log, recipe, items=known, generator=generator)
+        table = initial_items(self.tokens_of_log, self.user_of_row, recipe, items=known, generator=generator)
         initialize(self.model, generator, table)
         self.log_scale = nn.Parameter(torch.tensor(math.log(recipe.loss.scale_initial)))
         self.optimizer = make_optimizer(self.model, self.log_scale, recipe)
-        counts = np.bincount(self.tokens_of_log.item[self.positives.rows], minlength=known + 1)
-        self.sampler = NegativeSampler(recipe.loss, counts, seed=recipe.seed)
-        self.epoch = self.step = self.tokens = self.step_of_epoch = self.targets = 0
+        counts = log.item_counts(recipe.data.positives)
+        self.positives_of_item = np.zeros(known + 1, np.int64)
+        np.add.at(self.positives_of_item, vocabularies.item_rows(counts.keys), counts.counts)
+        self.positives_of_item[UNKNOWN] = 0
+        self.sampler = NegativeSampler(recipe.loss, self.positives_of_item, seed=recipe.seed)
+        self.epoch = self.part_of_epoch = self.step_of_part = self.step = self.tokens = self.targets = 0
 
     def batches(self) -> Iterator[Ints]:
-        """Row matrices without end, from where the training stands."""
+        """Row matrices without end, from where the training stands; rows are those of the part that is being read."""
         while True:
-            rng = np.random.default_rng([self.recipe.seed, self.epoch])
-            for number, rows in enumerate(self._epoch_batches(rng)):
-                if number >= self.step_of_epoch:
-                    self.step_of_epoch = number + 1
-                    yield rows
-            self.epoch, self.step_of_epoch = self.epoch + 1, 0
+            order = np.random.default_rng([self.recipe.seed, self.epoch]).permutation(self._log.parts)
+            for part in order[self.part_of_epoch :].tolist():
+                self._turn_to(part)
+                for number, rows in enumerate(self._part_batches()):
+                    if number >= self.step_of_part:
+                        self.step_of_part = number + 1
+                        yield rows
+                self.part_of_epoch, self.step_of_part = self.part_of_epoch + 1, 0
+            self.epoch, self.part_of_epoch = self.epoch + 1, 0
 
-    def _epoch_batches(self, rng: np.random.Generator) -> Iterator[Ints]:
+    def _part_batches(self) -> Iterator[Ints]:
+        rng = np.random.default_rng([self.recipe.seed, self.epoch, self._part])
         return epoch_batches(self.starts, self.recipe.data, rng, rank=self.world.rank, ranks=self.world.size)
+
+    def _turn_to(self, part: int) -> None:
+        """Read another part; the last one is forgotten first."""
+        if part != self._part:
+            del self.starts, self.user_of_row, self.tokens_of_log, self.positives
+            self._read(part)
+
+    def _read(self, part: int) -> None:
+        log = self._log.part(part)
+        self._part = part
+        self.starts, self.user_of_row = log.starts, log.user_of_row
+        self.tokens_of_log = log.tokens(self.vocabularies)
+        self.positives = find_positives(log, self.tokens_of_log, self.recipe.data.positives)
 
     def train_step(self, rows: Ints, fraction: float) -> float:
         """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
@@ -148,7 +167,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "sketch": torch.from_numpy(sketch.counts),
             "sketch_total": sketch.total,
-            "counters": [self.epoch, self.step, self.step_of_epoch, self.tokens],
+            "counters": [self.epoch, self.step, self.tokens],
+            "read": [self.part_of_epoch, self.step_of_part],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -159,25 +179,25 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.sketch.counts[:] = state["sketch"].numpy()
         self.sampler.sketch.total = state["sketch_total"]
-        self.epoch, self.step, self.step_of_epoch, self.tokens = state["counters"]
+        self.part_of_epoch, self.step_of_part = state["read"]
+        self.epoch, self.step, self.tokens = state["counters"]
 
 
 def initial_items(
-    log: ActionLog, tokens: Tokens, recipe: Recipe, *, items: int, generator: torch.Generator
+    tokens: Tokens, user_of_row: Ints, recipe: Recipe, *, items: int, generator: torch.Generator
 ) -> Tensor | None:
-    """The table [I + 1, V] that trained item vectors begin with, None for a random one."""
+    """The table [I + 1, V] that trained item vectors begin with, None for a random one.
+
+    Made from the log's first part: items that do not occur in it begin at 0.
+    """
     if recipe.items.source != "trained" or recipe.items.initial == "random":
         return None
-    return cooccurrence_vectors(
-        tokens.item, log.user_of_row, items=items, dim=recipe.encoder.item_dim, generator=generator
-    )
+    return cooccurrence_vectors(tokens.item, user_of_row, items=items, dim=recipe.encoder.item_dim, generator=generator)
 
 
 def find_positives(log: ActionLog, tokens: Tokens, names: tuple[str, ...]) -> Positives:
     """The actions of a log that may be predicted: of the named types (all if none is named), on known items."""
-    is_positive = tokens.item != UNKNOWN
-    if names:
-        is_positive &= np.isin(log.actions["action"], [name_code(name) for name in names])
+    is_positive = (tokens.item != UNKNOWN) & log.is_of(names)
     return Positives(starts=log.starts, time_ms=tokens.time_ms, is_positive=is_positive)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -76,6 +77,27 @@ def test_from_a_log_to_its_figures(
     assert "every action" in printed
     assert json.loads(printed.splitlines()[-1])["bench"] == "freshness"
     assert (folder / "reports" / "freshness.svg").stat().st_size > 10_000
+
+
+def test_a_folder_of_parquet_is_a_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log in several files gives the release that it gives in one; beyond its budget it is trained on in shards."""
+    table = pyarrow.parquet.read_table(folder / "actions.parquet")
+    (folder / "actions").mkdir()
+    for name, part in (("1", table.slice(0, 150)), ("2", table.slice(150))):
+        pyarrow.parquet.write_table(part, folder / "actions" / f"{name}.parquet")
+    assert run(monkeypatch, "train", "run.toml", "--threads", "1") == 0
+    assert run(monkeypatch, "train", "run.toml", "--threads", "1", "--actions", "actions", "--out", "same") == 0
+    one, same = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert one["version"] == same["version"]
+    (folder / "small.toml").write_text(RECIPE.replace("[log]", "[log]\nrows_in_memory_max = 250"))
+    assert run(monkeypatch, "train", "small.toml", "--threads", "1", "--actions", "actions") == 0
+    assert re.search(r"400 actions in [4-9] shards", " ".join(capsys.readouterr().err.split()))
+    assert sorted(path.name for path in (folder / "releases" / "small").iterdir()) == [
+        "release.json",
+        "weights.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

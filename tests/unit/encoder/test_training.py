@@ -114,14 +114,15 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert not (killed / NAME).exists()
 
 
-def test_two_processes_train_one_release(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_max", [5_000, 800], ids=["in memory", "in shards"])
+def test_two_processes_train_one_release(tmp_path: Path, rows_max: int) -> None:
     """Under torchrun two processes read different batches, end with equal weights, and one of them speaks."""
     table = walks_table(SEED, users=40, items=30, length=40, follows=0.9)
     pyarrow.parquet.write_table(table, tmp_path / "actions.parquet")
     (tmp_path / "run.toml").write_text(
         "[encoder]\nd_model = 32\nheads = 4\nwindows = [8, 8]\nsequence_length = 20\nembedding_dim = 32\n"
         'item_dim = 32\nitem_tower = "identity"\n[data]\nchunk = 20\nbatch_tokens = 400\nhide_seen = false\n'
-        "[budget]\ntokens_max = 4_000\n"
+        f"[budget]\ntokens_max = 4_000\n[log]\nrows_in_memory_max = {rows_max}\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     arguments = ["train", "run.toml", "--actions", "actions.parquet", "--out", "release"]
