@@ -118,9 +118,7 @@ class PartitionStore:
         if (path / DAMAGED).exists():
             raise StoreDamaged(f"store {path.name} could not be read before; rebuild it from the changelog")
         try:
-            return cls(Rdict(str(path), options))
-        except StoreDamaged:
-            raise
+            db = Rdict(str(path), options)
         except Exception as error:
             # rocksdict raises plain exceptions; RocksDB's text is all there is to tell them apart.
             if "/LOCK: " in str(error):
@@ -128,6 +126,11 @@ class PartitionStore:
             if "no space" in str(error).lower():
                 raise StoreFailed(f"store {path.name} cannot be opened: {error}; free disk space") from error
             raise StoreDamaged(f"store {path.name} cannot be opened: {error}; rebuild it from the changelog") from error
+        try:
+            return cls(db)
+        except StoreDamaged:
+            db.close()  # its lock, which whoever rebuilds the store needs
+            raise
 
     @staticmethod
     def destroy(path: Path) -> None:
@@ -198,13 +201,16 @@ class PartitionStore:
 
     def _page(self, start: bytes, prefix: bytes) -> list[tuple[bytes, bytes]]:
         rows = self._db.iter()
-        rows.seek(start)
-        page: list[tuple[bytes, bytes]] = []
-        while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
-            page.append((rows.key(), rows.value()))
-            rows.next()
-        rows.status()  # raises where an unreadable block only looks like the end
-        return page
+        try:
+            rows.seek(start)
+            page: list[tuple[bytes, bytes]] = []
+            while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
+                page.append((rows.key(), rows.value()))
+                rows.next()
+            rows.status()  # raises where an unreadable block only looks like the end
+            return page
+        finally:
+            del rows  # the traceback of a failure would hold it, and it the lock
 
     def _reading(self, read: Callable[[], Any]) -> Any:
         """What `read` returns; a failure marks the files as damaged."""
