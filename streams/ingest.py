@@ -112,6 +112,8 @@ class Ingest:
         """Take the cold ones of `users` into memory; False when the partition is gone meanwhile."""
         state = owned.state
         cold = state.missing(users)
+        if not cold:
+            return True
         state.evict(len(cold))
         while state.room < len(cold):
             # Everyone in memory is dirty or waits for the encoder: make them clean, let the encoder go on.
