@@ -2,8 +2,9 @@
 
 Items with fewer than five ratings are dropped; a stable sort by user and time keeps the order of the file on ties; the
 last rating is the test, the one before it validation: 6,040 users, 3,416 items. For each seed the release in
-`releases/` is taken if it was made with the recipe as it stands, else it is trained there, on one thread. What is unfair: ratings are
-often entered a page at a time, so ties of one second carry the order of that page, to everyone's advantage alike.
+`releases/` is taken if it was made with the recipe as it stands, else it is trained there, on one thread. What is
+unfair: ratings are often entered a page at a time, so ties of one second carry the order of that page, to everyone's
+advantage alike.
 """
 
 from __future__ import annotations
