@@ -219,8 +219,12 @@ class StreamingEncoder(Encoder):
 
     def inputs(self, features: Features) -> Tensor:
         """Tokens [..., D]; each is a function of its own row of features alone."""
-        projected: Tensor = self.project(torch.cat(self._columns(features), dim=-1))
+        projected: Tensor = self.project(self.columns(features))
         return projected
+
+    def columns(self, features: Features) -> Tensor:
+        """What `project` reads of each token: [..., C]."""
+        return torch.cat(self._columns(features), dim=-1)
 
     def forward(self, features: Features, lengths: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Hidden states [B, L, D] of padded sequences [B, L]; rows behind a sequence's end are meaningless.

@@ -32,8 +32,9 @@ class Steps:
         self.windows = model.config.windows
         self.dtype = str(dtype).removeprefix("torch.")
         self._tokenizer = release.tokenizer
-        self._model = model
+        self._columns, self._project = model.columns, prepared(model.project, dtype)
         self._kernel = kernel
+        self._width = model.config.d_model
         self.buffers = Buffers(dtype)
         self._layers = [_Layer(block, kernel, dtype) for block in model.layers]
         self._head = _Head(model.head, kernel, dtype)
@@ -46,7 +47,8 @@ class Steps:
         """
         plan = plan_tokens(slots, batch.counts[users], fresh, firsts, self.windows)
         features = self._features(batch, users, fresh, plan.positions)
-        x = self._model.inputs(features)
+        columns = self._columns(features).to(self.buffers.dtype)
+        x = self._project(columns, torch.empty(len(columns), self._width)).float()
         self._kernel.begin(plan, features.time_ms.numpy())
         y: Tensor | None = None
         for number, (layer, rows) in enumerate(zip(self._layers, plan.layers, strict=True)):
@@ -96,13 +98,11 @@ class _FeedForward:
     """Linear, GELU, Linear."""
 
     def __init__(self, up: nn.Linear, down: nn.Linear, kernel: Kernel, dtype: torch.dtype) -> None:
-        self._kernel = kernel
-        self._up, self._down = prepared(up, dtype), prepared(down, dtype)
+        self._up, self._down = prepared(up, dtype, gelu=kernel.gelu), prepared(down, dtype)
         self._width, self._out = up.out_features, down.out_features
 
     def run(self, x: Tensor, buffers: Buffers) -> Tensor:
         wide = self._up(x, buffers.take("wide", x.shape[0], self._width))
-        self._kernel.gelu(wide)
         return self._down(wide, buffers.take("down", x.shape[0], self._out))
 
 

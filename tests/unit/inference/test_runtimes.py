@@ -11,11 +11,12 @@ import torch
 from encoder.inference import load_runtime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
-from encoder.inference.runtime import make_incremental, slopes
+from encoder.inference.runtime import kernel_bytes, make_incremental, slopes
 from encoder.inference.slots import SlotTable
 from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import EncoderConfig
+from encoder.release import Release
 from tests.unit.inference.histories import User, forward, random_actions, random_release, sequences
 
 SMALL = EncoderConfig(
@@ -50,7 +51,9 @@ def test_incremental_equals_forward(shape: str, native: bool) -> None:
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     release = random_release(config, seed)
-    runtime = make_incremental(release, cache_bytes_max=bytes_for(config, 12), precision=Precision(), native=native)
+    runtime = make_incremental(
+        release, cache_bytes_max=bytes_for(release, 12, native=native), precision=Precision(), native=native
+    )
     users = [
         User(f"u{i}".encode(), random_actions(rng, int(rng.integers(1, 60))), config.sequence_length) for i in range(30)
     ]
@@ -93,7 +96,7 @@ def test_more_cold_users_than_slots() -> None:
     """A batch of users that the slabs cannot hold at once is embedded all the same, in the order asked."""
     rng = np.random.default_rng(7)
     release = random_release(SMALL, 7)
-    runtime = make_incremental(release, cache_bytes_max=bytes_for(SMALL, 3), precision=Precision())
+    runtime = make_incremental(release, cache_bytes_max=bytes_for(release, 3), precision=Precision())
     batch = sequences([user(rng, i, SMALL, 1 + i) for i in range(40)])
     assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
 
@@ -252,7 +255,6 @@ def disturb(user: User, runtime: IncrementalRuntime, rng: np.random.Generator) -
         runtime.forget([user.name])
 
 
-def bytes_for(config: EncoderConfig, users: int) -> int:
-    """Cache bytes that hold this many users of float32."""
-    vectors = 2 * config.kv_heads * config.head_dim * sum(config.windows)
-    return users * (4 * vectors + 8 * max(config.windows))
+def bytes_for(release: Release, users: int, *, native: bool = True) -> int:
+    """Cache bytes that hold this many users in float32; how places are padded is up to the processor."""
+    return users * kernel_bytes(release, Precision(), native=native)
