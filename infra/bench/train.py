@@ -3,9 +3,10 @@
 RecTools takes part twice: `SASRecModel`, and the flat network of its `fast_transformers`, its newest and fastest path.
 
 The log is the trained part of MovieLens-1M, leave-one-out. Both have two layers of the same width and heads, the same
-longest sequence, a softmax over the whole catalogue, float32 and one thread. What is counted is *targets*: actions
-that a step predicts, padding not among them. Rounds are interleaved: ours, then each rival, a slice of steps each,
-after a warm-up; speeds are medians over the rounds in targets per CPU-second of the process.
+longest sequence, a softmax over the whole catalogue and one thread. Where the machine multiplies faster in bfloat16
+everybody takes part in both precisions, and the better one of ours stands against the best rival. What is counted is
+*targets*: actions that a step predicts, padding not among them. Rounds are interleaved: ours, then each rival, a slice
+of steps each, after a warm-up; speeds are medians over the rounds in targets per CPU-second of the process.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,7 @@ import torch
 import typer
 
 from encoder.training.log import ActionLog, LogColumns, read_log
+from encoder.training.machine import faster_precision
 from encoder.training.recipe import Recipe, read_recipe
 from encoder.training.run import make_trainer
 from encoder.training.splits import make_split
@@ -35,6 +38,7 @@ from infra.bench.common import Spread, agreed_ratio, console, machine, print_res
 from infra.bench.ml1m import RUNS
 from infra.datasets import movielens_1m
 
+OURS = "streamformer"
 PEERS = Path(__file__).parent / "peers"
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 ROUNDS = 5
@@ -48,6 +52,7 @@ UNFAIR = """What is not equal, before any figure:
 - for ours: SASRecModel's feed-forward layers are as wide as the model, ours four times (the flat network's too); ours
   reads time and action types as well and has a head of the same width behind its layers."""
 PATHS = {"rectools-sasrec": "sasrec", "rectools-flat": "flat"}
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(slots=True)
@@ -61,6 +66,10 @@ class Entrant:
     def add(self, targets: int, cpu_s: float, wall_s: float) -> None:
         self.per_cpu_s.append(targets / cpu_s)
         self.per_wall_s.append(targets / wall_s)
+
+    def median(self) -> float:
+        """Targets per CPU-second."""
+        return Spread(tuple(self.per_cpu_s)).median
 
 
 class Ours:
@@ -109,15 +118,16 @@ def main(
 ) -> None:
     """Measure targets per CPU-second of training, ours and RecTools'."""
     torch.set_num_threads(1)
-    recipe = replace(read_recipe(RUNS / "ml1m_streaming.toml"), precision="fp32")
+    recipe = read_recipe(RUNS / "ml1m_streaming.toml")
+    precisions: list[Precision] = ["fp32", "bf16"] if faster_precision() is torch.bfloat16 else ["fp32"]
     split = make_split(read_log(movielens_1m(notice=console.print), LogColumns()), recipe.split, seed=recipe.seed)
-    contestants: list[Ours | Peer] = [Ours(split.train, recipe)]
-    entrants, reason = [Entrant("streamformer")], "not asked for"
+    contestants: list[Ours | Peer] = [Ours(split.train, replace(recipe, precision=each)) for each in precisions]
+    entrants, reason = [Entrant(f"{OURS}, {each}") for each in precisions], "not asked for"
     with ExitStack() as stack:
-        for name, path in PATHS.items() if peer else ():
+        for name, precision in product(PATHS, precisions) if peer else ():
             try:
-                contestants.append(stack.enter_context(started(split.train, recipe, path)))
-                entrants.append(Entrant(name))
+                contestants.append(stack.enter_context(started(split.train, recipe, PATHS[name], precision)))
+                entrants.append(Entrant(f"{name}, {precision}"))
             except OSError as error:
                 reason = f"RecTools did not start: {error}"
                 console.print(reason)
@@ -130,7 +140,7 @@ def main(
 
 
 @contextmanager
-def started(log: ActionLog, recipe: Recipe, path: str) -> Iterator[Peer]:
+def started(log: ActionLog, recipe: Recipe, path: str, precision: Precision) -> Iterator[Peer]:
     """RecTools, warmed up and waiting. Raises `OSError` where it cannot run."""
     if not PEERS_PYTHON.exists():
         raise OSError("there is no .venv-peers; make bench-train makes one")
@@ -149,6 +159,7 @@ def started(log: ActionLog, recipe: Recipe, path: str) -> Iterator[Peer]:
             "batch": PEER_BATCH,
             "steps": PEER_STEPS,
             "path": path,
+            "precision": precision,
         }
         (folder / "spec.json").write_text(json.dumps(spec))
         process = subprocess.Popen(
@@ -170,22 +181,22 @@ def started(log: ActionLog, recipe: Recipe, path: str) -> Iterator[Peer]:
 
 def report(entrants: list[Entrant], reason: str) -> None:
     """The table and the JSON line."""
-    ours, *others = entrants
+    ours = max((each for each in entrants if each.name.startswith(OURS)), key=Entrant.median)
+    others = [each for each in entrants if not each.name.startswith(OURS)]
     rows = [
         (each.name, str(Spread(tuple(each.per_cpu_s))), str(Spread(tuple(each.per_wall_s))), _against(ours, each))
         for each in entrants
     ]
     print_table("Targets a second in training", ("", "per CPU second", "on the clock", "ours / this one"), rows)
-    fastest = max(others, key=lambda each: Spread(tuple(each.per_cpu_s)).median, default=None)
+    fastest = max(others, key=Entrant.median, default=None)
     ratio = None if fastest is None else agreed_ratio(ours.per_cpu_s, fastest.per_cpu_s).median
     print_result(
         {
             "bench": "train",
             "machine": machine(),
-            "targets_per_cpu_second": round(Spread(tuple(ours.per_cpu_s)).median),
-            "rectools_targets_per_cpu_second": {
-                each.name: round(Spread(tuple(each.per_cpu_s)).median) for each in others
-            },
+            "targets_per_cpu_second": round(ours.median()),
+            "precision": ours.name.removeprefix(f"{OURS}, "),
+            "rectools_targets_per_cpu_second": {each.name: round(each.median()) for each in others},
             "ratio_rectools": None if ratio is None else round(ratio, 2),
             "reason": reason if ratio is None else None,
         }

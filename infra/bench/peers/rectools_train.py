@@ -71,6 +71,7 @@ def train_sasrec(spec, table, slices):
     def trainer():
         return Trainer(
             max_epochs=1_000,
+            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[spec["precision"]],
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -102,8 +103,9 @@ def train_flat(spec, table, slices):
     while True:
         for batch in loader:
             slices.before_step(batch["y"])
-            logits = net(batch)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten() - 1, ignore_index=-1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["precision"] == "bf16"):
+                logits = net(batch)
+                loss = F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten() - 1, ignore_index=-1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
