@@ -1,6 +1,7 @@
 """The rows of the tables of `infra.bench.variants`: what is trained in several ways, and what is the same in all.
 
-Table 3 of PinnerFormer (`objectives`) and table 4 (`negatives`) need recipes alone. The other two need more:
+`encoders` holds the streaming encoder against PinnerFormer's window encoder, all else equal. Table 3 of PinnerFormer
+(`objectives`) and table 4 (`negatives`) need recipes alone. The other two need more:
 
 - `features` (table 6) leaves one input out: the encoder sees it as one constant, in training and when it is asked.
   Nothing else changes: the order of actions, what is predicted and how that is ranked. The attention bias by time is
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import StrEnum
 
+from encoder.model import EncoderConfig
 from encoder.negatives import LossConfig
 from encoder.objectives import ObjectiveConfig
 from encoder.training.log import ActionLog
@@ -44,6 +46,7 @@ class Table(StrEnum):
     NEGATIVES = "negatives"
     FEATURES = "features"
     SASREC = "sasrec"
+    ENCODERS = "encoders"
 
 
 def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
@@ -52,6 +55,8 @@ def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
         return features(recipe, log)
     if table is Table.SASREC:
         return sasrec(recipe)
+    if table is Table.ENCODERS:
+        return encoders(recipe)
     return objectives(recipe) if table is Table.OBJECTIVES else negatives(recipe)
 
 
@@ -88,17 +93,27 @@ def features(recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
     return {name: Variant(recipe, hidden=hidden) for name, hidden in {"all features": (), **left_out}.items()}
 
 
+def encoders(recipe: Recipe) -> dict[str, Variant]:
+    """PinnerFormer as published and the streaming encoder: the same size, data, objective and loss."""
+    return {"window encoder": Variant(replace(recipe, encoder=window(recipe))), "streaming encoder": Variant(recipe)}
+
+
+def window(recipe: Recipe) -> EncoderConfig:
+    """The window encoder of the recipe's size that sees a whole chunk in every layer."""
+    length, layers = recipe.data.chunk, len(recipe.encoder.windows)
+    return replace(recipe.encoder, kind="window", windows=(length,) * layers, sequence_length=length, time_bias=False)
+
+
 def sasrec(recipe: Recipe) -> dict[str, Variant]:
     """From SASRec to the streaming encoder, one change at a time; every position weighs the same."""
-    length, layers = SASREC_LENGTH, len(recipe.encoder.windows)
-    window = replace(recipe.encoder, kind="window", windows=(length,) * layers, sequence_length=length, time_bias=False)
+    length = SASREC_LENGTH
     streaming = replace(
         recipe,
         data=replace(recipe.data, chunk=length),
         objective=ObjectiveConfig({"sasrec": 1.0}),
         loss=LossConfig("full", scale_initial=recipe.loss.scale_initial, equal_users=False),
     )
-    pinnerformer = replace(streaming, encoder=window)
+    pinnerformer = replace(streaming, encoder=window(streaming))
     catalogue = replace(pinnerformer, items=ItemConfig("trained", "random"))
     sampled = replace(catalogue, loss=replace(recipe.loss, equal_users=False))
     alone = ("action", "surface", "duration_ms", "time_ms", "gap_ms")

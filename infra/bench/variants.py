@@ -5,6 +5,7 @@
     python -m infra.bench.variants features --seeds 1,2,3
     python -m infra.bench.variants features --log actions.csv.gz
     python -m infra.bench.variants sasrec
+    python -m infra.bench.variants encoders --log actions.csv.gz
 
 The demo's encoder on MovieLens-1M, or the recipe of the tldr-pages log on that, leave-one-out, each variant with the
 same few tokens. What is unfair: the question is the very next item, which favours objectives that train on the next

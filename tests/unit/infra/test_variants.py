@@ -192,7 +192,7 @@ def test_from_sasrec_to_streaming_one_thing_changes_at_a_time() -> None:
     assert changes == [["binary"], ["loss"], ["last"], ["items"], ["hidden"], ["encoder"]]
 
 
-@pytest.mark.parametrize("table", [Table.OBJECTIVES, Table.NEGATIVES, Table.SASREC])
+@pytest.mark.parametrize("table", [Table.OBJECTIVES, Table.NEGATIVES, Table.SASREC, Table.ENCODERS])
 def test_every_row_of_a_table_trains_and_is_compared(table: Table) -> None:
     """Each variant of a few hundred tokens gets its figures; the first differs from itself by nothing."""
     log = walks(SEED, users=20, length=20)
