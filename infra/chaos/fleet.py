@@ -229,8 +229,8 @@ class Fleet:
         slot.doomed, slot.port, slot.started_at = False, None, started_at
 
     def _signal(self, slot: Slot, number: signal.Signals) -> None:
-        if slot.process is None:
-            return
+        if slot.process is None or (slot.doomed and number is signal.SIGTERM):
+            return  # a second SIGTERM says "at once", which no fault means
         slot.process.send_signal(number)
         if number in (signal.SIGKILL, signal.SIGTERM):
             slot.doomed = True
