@@ -96,7 +96,7 @@ class Fleet:
         for slot in self.slots.values():
             if slot.number >= count:
                 slot.wanted = False
-                self._signal(slot, signal.SIGTERM)
+                self._stop(slot)
         self.tick()
 
     def tick(self) -> None:
@@ -140,7 +140,7 @@ class Fleet:
         """SIGTERM, and keep it down until `release`."""
         slot = self.slots[number]
         slot.wanted = False
-        self._signal(slot, signal.SIGTERM)
+        self._stop(slot)
 
     def release(self, number: int) -> None:
         """Let a held worker, or a new one, be started."""
@@ -183,7 +183,7 @@ class Fleet:
         codes: Counter[int] = Counter()
         for slot in self.slots.values():
             slot.wanted = False
-            self._signal(slot, signal.SIGTERM)
+            self._stop(slot)
         for slot in self.slots.values():
             if slot.process is not None:
                 try:
@@ -228,9 +228,14 @@ class Fleet:
             )
         slot.doomed, slot.port, slot.started_at = False, None, started_at
 
+    def _stop(self, slot: Slot) -> None:
+        """SIGTERM, unless the process has had one: a second says "at once"."""
+        if not slot.doomed:
+            self._signal(slot, signal.SIGTERM)
+
     def _signal(self, slot: Slot, number: signal.Signals) -> None:
-        if slot.process is None or (slot.doomed and number is signal.SIGTERM):
-            return  # a second SIGTERM says "at once", which no fault means
+        if slot.process is None:
+            return
         slot.process.send_signal(number)
         if number in (signal.SIGKILL, signal.SIGTERM):
             slot.doomed = True
