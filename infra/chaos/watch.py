@@ -64,10 +64,16 @@ class Watch:
         while not self._stopping.wait(LOOK_EVERY_S):
             if not self._all_well():
                 self._seen_s = time.monotonic()
+            asked_s = time.monotonic()
             try:
-                self._look(self._gatherer.committed(), self._gatherer.ends())
+                committed, ends = self._gatherer.committed(), self._gatherer.ends()
             except (KafkaError, OSError):
                 self._stands.clear()
+                continue
+            if time.monotonic() - asked_s > ANSWER_S:  # meanwhile nobody has looked at the workers either
+                self._stands.clear()
+            else:
+                self._look(committed, ends)
 
     def _look(self, committed: dict[int, int], ends: dict[int, int]) -> None:
         now_s, stands = time.monotonic(), {}
