@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from infra.chaos.checker import Verdict
+from infra.chaos.faults.disk import alter_data_files
 from infra.chaos.fleet import ABORTED, STOPPED
 from infra.chaos.stage import Stage, set_up
 from infra.chaos.traffic import Habits, Traffic
@@ -144,13 +145,7 @@ def test_damaged_databases_are_rebuilt_without_a_restart(trial: Trial) -> None:
     traffic.stop()
     judged(trial)
     trial.fleet.stop()
-    files = list(trial.stage.data_dir(0).glob("*/*.sst"))
-    assert files
-    for file in files:
-        content = bytearray(file.read_bytes())
-        middle = len(content) // 3
-        content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
-        file.write_bytes(content)
+    assert alter_data_files(trial.stage.data_dir(0))
     trial.fleet.scale(1)
     traffic_for(trial, 3, Habits(rate=400)).stop()
     judged(trial)

@@ -27,12 +27,19 @@ def sst_truncated(scene: Scene) -> Steps:
 def sst_altered(scene: Scene) -> Steps:
     """Bytes in the middle of a data file are changed while the worker is down: it opens, and cannot be read."""
     yield from _stopped(scene)
-    for file in _databases(scene).glob("*/*.sst"):
+    alter_data_files(_databases(scene))
+    scene.trial.fleet.release(NUMBER)
+
+
+def alter_data_files(databases: Path) -> int:
+    """Invert 64 bytes in each data file of a worker's databases; returns how many files there were."""
+    files = list(databases.glob("*/*.sst"))
+    for file in files:
         content = bytearray(file.read_bytes())
         middle = len(content) // 3
         content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
         file.write_bytes(content)
-    scene.trial.fleet.release(NUMBER)
+    return len(files)
 
 
 def manifest_deleted(scene: Scene) -> Steps:
