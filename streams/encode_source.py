@@ -13,7 +13,7 @@ from streams.core.effects import EncodeJob
 from streams.core.triggers import Reason
 from streams.encode_queue import Embeddings
 from streams.engine.outputs import Outputs
-from streams.engine.partitions import OwnedPartition
+from streams.engine.owned import OwnedPartition
 from streams.metrics import Metrics
 from streams.wire.dead_letters import error_headers
 from streams.wire.embeddings import EmbeddingBatch

@@ -20,7 +20,8 @@ from streams.encode_queue import EncodeQueue
 from streams.encode_source import PartitionSource
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
-from streams.engine.partitions import OwnedPartition, Partitions
+from streams.engine.owned import OwnedPartition
+from streams.engine.partitions import Partitions
 from streams.metrics import Metrics
 from streams.state.store import StoreDamaged
 from streams.state.users import read_users

@@ -32,7 +32,8 @@ from streams.encode_queue import EncodeQueue, EncodeQueuePolicy
 from streams.encode_source import PartitionSource
 from streams.engine.delivery import BatchTransport
 from streams.engine.outputs import Outputs, OutputsConfig, Published
-from streams.engine.partitions import OwnedPartition, Partitions, PartitionsConfig
+from streams.engine.owned import OwnedPartition
+from streams.engine.partitions import Partitions, PartitionsConfig
 from streams.engine.recovery import with_take_over
 from streams.engine.table import STORE_URL, TABLE_NAME, SequenceTable
 from streams.errors import SettingsError

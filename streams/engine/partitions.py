@@ -19,8 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +32,7 @@ from streams.core.pipeline import PartitionState
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
+from streams.engine.owned import Joint, OwnedPartition, SendFailed, Sent
 from streams.engine.restore import IncompleteRestore, restore
 from streams.metrics import Metrics
 from streams.state.checkpoint import CheckpointMark, checkpoint
@@ -40,46 +40,6 @@ from streams.state.store import PartitionStore, StoreDamaged, StoreFailed
 from streams.watchdog import Progress
 
 logger = logging.getLogger(__name__)
-
-
-class Joint(Enum):
-    """How a batch fits the position that its partition expects next."""
-
-    FITS = "fits"
-    PASSED = "passed"
-    """Everything in it has been processed, or it was fetched before the last seek: ignore it."""
-    HOLE = "hole"
-    """It begins behind the expected position: records in between were not delivered."""
-
-
-@dataclass(slots=True, eq=False)
-class OwnedPartition:
-    """One source partition while this worker owns it."""
-
-    tp: TP
-    state: PartitionState
-    store: PartitionStore
-    producer: ChangelogProducer
-    next_offset: int
-    """Where the next batch must begin; what a checkpoint commits."""
-    committed_offset: int
-    output_offset: int
-    """Past the last acknowledged record of this partition in the output topic."""
-    producer_failed: bool = False
-    """The last checkpoint failed: the producer must be replaced before the next."""
-    rebuilt: bool = False
-    """Its local store was just rebuilt from the changelog: what is corrupt now is so in the changelog too."""
-    epoch: int = 0
-    """Batches fetched before this many seeks are ignored."""
-    unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
-    """Dead letters that must be acknowledged before the offsets behind them may be committed."""
-    checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def joint(self, batch: RecordBatch) -> Joint:
-        """Whether the batch continues exactly where the last one ended (law 2)."""
-        if batch.epoch < self.epoch or batch.end <= self.next_offset:
-            return Joint.PASSED
-        return Joint.FITS if batch.begin <= self.next_offset else Joint.HOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +57,6 @@ class PartitionsConfig:
     session_timeout_ms: int
     restores_max: int = 2
     """Partitions restored at the same time."""
-
-
-class SendFailed(Exception):
-    """A dead letter or tombstone could not be delivered; only a replay can send it again. Stops the worker."""
-
-
-class _Sent:
-    """What has been sent for the events of a partition up to now, as `streams.state.checkpoint.Outputs`."""
-
-    def __init__(self, owned: OwnedPartition) -> None:
-        self._owned, self._pending = owned, list(owned.unacknowledged)
-
-    async def acknowledged(self) -> None:
-        for failure in await asyncio.gather(*self._pending, return_exceptions=True):
-            if isinstance(failure, BaseException):
-                raise SendFailed(f"a dead letter or tombstone could not be delivered: {failure!r}")
-        self._owned.unacknowledged.difference_update(self._pending)
 
 
 class PartitionHost(Protocol):
@@ -357,7 +300,7 @@ class Partitions(Service):
         started, written_before = time.monotonic(), owned.producer.bytes_written
         mark = CheckpointMark(owned.next_offset, owned.output_offset)
         try:
-            records = await checkpoint(owned.state, mark, _Sent(owned), owned.producer, owned.store)
+            records = await checkpoint(owned.state, mark, Sent(owned), owned.producer, owned.store)
         except (StoreFailed, SendFailed) as error:
             self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
         owned.committed_offset = mark.source_offset

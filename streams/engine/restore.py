@@ -18,7 +18,7 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
-from streams.state.store import PartitionStore, StoreDamaged
+from streams.state.store import PartitionStore
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ async def restore(
 
     `on_progress(records restored, offsets remaining)` is called after every write. On cancellation the database is
     closed; what was written stays, with the offset it reaches, so the next restore goes on from there. Raises
-    `IncompleteRestore` where records that the database does not hold were deleted from the log.
+    `IncompleteRestore` where records that the database does not hold were deleted from the log, and `StoreDamaged`
+    where the database cannot be read.
     """
     reader = LogReader(tp, client)
     store: PartitionStore | None = None
@@ -63,7 +64,7 @@ async def restore(
 
 def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[PartitionStore, int]:
     """The local database and where in the log to go on; an empty one where the local one does not fit the log."""
-    store = _opened(path, open_store)
+    store = open_store(path)
     local = store.changelog_offset
     if local is not None and reader.begin <= local + 1 <= reader.end:
         return store, local + 1
@@ -77,15 +78,6 @@ def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[Partitio
     )
     PartitionStore.destroy(path)
     return open_store(path), 0
-
-
-def _opened(path: Path, open_store: OpenStore) -> PartitionStore:
-    try:
-        return open_store(path)
-    except StoreDamaged as damage:
-        logger.warning("local state at %s is damaged (%s): it is deleted and rebuilt from the changelog", path, damage)
-        PartitionStore.destroy(path)
-        return open_store(path)
 
 
 def _cut(reader: LogReader, local: int | None) -> str:

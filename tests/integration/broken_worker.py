@@ -21,7 +21,8 @@ from streams.core.sequences import Applied, SequenceState
 from streams.engine import partitions as partitions_module
 from streams.engine.changelog import ChangelogProducer, LogReader
 from streams.engine.delivery import RecordBatch
-from streams.engine.partitions import Joint, OwnedPartition, Partitions
+from streams.engine.owned import Joint, OwnedPartition
+from streams.engine.partitions import Partitions
 from streams.ingest import Ingest
 from streams.state.codec import encode, encode_mark
 from streams.state.store import OFFSET_KEY, PartitionStore, Record

@@ -21,7 +21,8 @@ from streams.core.layout import StateLimits
 from streams.core.pipeline import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.engine.outputs import Published
-from streams.engine.partitions import OwnedPartition, Partitions, PartitionsConfig
+from streams.engine.owned import OwnedPartition
+from streams.engine.partitions import Partitions, PartitionsConfig
 from streams.metrics import Metrics
 from streams.state.store import PartitionStore
 from tests.integration.changelogs import Log

@@ -8,7 +8,7 @@ from faust.types import TP
 
 from streams.core.triggers import TriggerPolicy
 from streams.encode_source import REVISION_BITS, SHED_RETRY_MS, PartitionSource
-from streams.engine.partitions import OwnedPartition
+from streams.engine.owned import OwnedPartition
 from streams.metrics import Metrics
 from tests.unit.core.build import batch, state_of
 
