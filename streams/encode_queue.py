@@ -2,8 +2,10 @@
 
 It stands between the event loop, which owns all state, and one encoder thread, which owns the runtime. Users wait by
 priority, then in order of arrival; whoever is taken is encoded as of that moment, so a burst of actions costs one
-embedding (coalescing). The loop never waits for torch and torch never waits for the loop: while one micro-batch is
-encoded, the previous one is being published and the next one gathers.
+embedding (coalescing). The loop stands still for the first `LEND_S` of a micro-batch: two threads that both run Python
+hand the interpreter's lock to and fro after each of torch's operations, and then a micro-batch takes four times as
+long (docs/performance.md). What takes longer goes on beside the loop, so that a slow or hung encoder holds up nothing
+else: meanwhile earlier micro-batches are published, and the next one gathers.
 
 The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
 output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
@@ -19,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -27,6 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from encoder.actions import SequenceBatch
 from encoder.inference import EncoderRuntime
 from streams.core.effects import EncodeJob, merged
 from streams.core.triggers import Reason
@@ -35,6 +38,9 @@ from streams.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 Embeddings = npt.NDArray[np.float32]
+
+LEND_S = 0.01
+"""For how long at most the event loop leaves the interpreter to the encoder's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +230,15 @@ class EncodeQueue:
 
     async def _embed(self, job: EncodeJob) -> Embeddings:
         """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
-        loop = asyncio.get_running_loop()
         for attempt in range(1, self._policy.attempts_max + 1):
             self._encoding_since_s = started_s = time.monotonic()
             try:
-                embeddings = await loop.run_in_executor(self._thread, self._runtime.embed, job.sequences)
+                embeddings = await self._embed_first(job.sequences)
             except Exception:
                 self._works = False
                 self._metrics.encode_failures.inc()
                 logger.exception("encoder failed on %d users, attempt %d", len(job), attempt)
-                await loop.run_in_executor(self._thread, self._runtime.clear)
+                await asyncio.wrap_future(self._thread.submit(self._runtime.clear))
                 await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
             else:
                 self._works = True
@@ -242,6 +247,12 @@ class EncodeQueue:
             finally:
                 self._encoding_since_s = None
         return await self._embed_halves(job)
+
+    async def _embed_first(self, sequences: SequenceBatch) -> Embeddings:
+        """Embed in the encoder's thread, which has the interpreter to itself at first."""
+        future = self._thread.submit(self._runtime.embed, sequences)
+        wait([future], timeout=LEND_S)
+        return future.result() if future.done() else await asyncio.wrap_future(future)
 
     async def _embed_halves(self, job: EncodeJob) -> Embeddings:
         if len(job) == 1:

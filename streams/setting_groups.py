@@ -60,8 +60,6 @@ class KafkaSettings(Group):
     fetch_max_wait_ms: Positive = 20
     """How long the broker may hold a fetch back while there is nothing to read. A partition that was being consumed
     when the fetch was sent has to wait for its end, so this bounds freshness."""
-    deliver_every_ms: Annotated[int, Field(ge=0, le=1_000)] = 5
-    """Pause between two deliveries, in which records gather: a fetch costs more than the few records it would bring."""
     session_timeout_ms: Positive = 10_000
     """Silence after which the group gives this worker's partitions to others."""
     heartbeat_interval_ms: Positive = 2_000

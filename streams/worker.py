@@ -125,7 +125,7 @@ class Worker:
             web_enabled=False,
             Table=SequenceTable,
             TableManager=with_take_over(self._partitions.take_over),
-            stream_buffer_maxsize=16,  # batches, not events
+            stream_buffer_maxsize=4,  # fetches, not events
             consumer_auto_offset_reset="earliest",
             consumer_group_instance_id=settings.worker.instance_id,
             consumer_max_fetch_size=settings.kafka.fetch_bytes_max,
@@ -139,7 +139,6 @@ class Worker:
             app,
             batched_topics=frozenset({settings.topics.actions}),
             fetch_max_wait_ms=settings.kafka.fetch_max_wait_ms,
-            deliver_every_ms=settings.kafka.deliver_every_ms,
         )
         app.partitions = self._partitions
         self._partitions.app = app
@@ -150,12 +149,13 @@ class Worker:
         return app
 
     async def _ingest_stream(self, stream: Any) -> None:
-        async for batch in stream:
-            try:
-                await self._ingest.on_batch(batch)
-            except Exception:
-                logger.exception("a batch of %s could not be applied", batch.tp)
-                self.abort(f"a batch of {batch.tp} could not be applied: the state may not be what it should be")
+        async for batches in stream:
+            for batch in batches:
+                try:
+                    await self._ingest.on_batch(batch)
+                except Exception:
+                    logger.exception("a batch of %s could not be applied", batch.tp)
+                    self.abort(f"a batch of {batch.tp} could not be applied: the state may not be what it should be")
 
     async def _on_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
         await self._partitions.release()

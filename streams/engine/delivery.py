@@ -1,7 +1,8 @@
-"""Delivery by record batch: an agent receives the records of one partition as one event.
+"""Delivery by record batch: an agent receives everything that one fetch brought as one event.
 
-Faust's own path costs about 70 microseconds an event. Here a fetch becomes one `RecordBatch` per partition, carried
-as the value of one Faust message, so that cost is paid once a batch.
+Faust's own path costs about 70 microseconds an event, and as much again for each message of a fetch. Here a fetch
+becomes one `RecordBatch` per partition, all of them the value of one Faust message, so that cost is paid once a fetch
+however many partitions there are.
 
 The delivery layer owns positions. Each batch says where it begins and ends in the log, batches of a partition join
 without a hole, and what was fetched but may not be delivered (a rebalance struck, the flow was stopped) is sought
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ from faust.types import TP, ConsumerMessage
 from streams.engine.records import as_parsed
 
 PREFETCH_BACKOFF_S = 0.002
+READY_S = 0.001
+"""A fetch that took less than this found records that had lain ready, and others wait behind them at the broker."""
+MORE_S = 0.003
+"""How long these others are waited for; the broker answers at once where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,6 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._joined_at: dict[TP, int] = {}
         """Position after the last batch handed over, until a seek moves the partition."""
         self._epochs: dict[TP, int] = {}
-        self._delivered_at = 0.0
 
     async def on_start(self) -> None:
         await super().on_start()
@@ -76,27 +80,52 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         wanted = frozenset(active_partitions)
         if not wanted:
             return {}
-        await self._gather()
         generation = self.app.consumer_generation_id
         before = {tp: self._joined_at.get(tp, self._position(consumer, tp)) for tp in wanted}
-        fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
+        asked_at = time.monotonic()
+        fetched = dict(await super()._fetch_records(consumer, wanted, timeout, max_records))
         if not fetched:
             return {}
+        if max_records is not None and time.monotonic() - asked_at < READY_S:
+            await self._fetch_more(consumer, before, fetched, max_records)
         if self.app.consumer_generation_id != generation or not self.consumer.flow_active:
             self._hand_back(consumer, before, fetched)
             return {}
-        self._delivered_at = time.monotonic()
         return {tp: self._join(consumer, tp, before[tp], records) for tp, records in fetched.items()}
+
+    async def _fetch_more(
+        self,
+        consumer: aiokafka.AIOKafkaConsumer,
+        before: Mapping[TP, int | None],
+        fetched: dict[TP, list[Any]],
+        max_records: int,
+    ) -> None:
+        """Add what reached the broker after the fetch was answered: aiokafka asks again only once that is taken."""
+        left = max_records - sum(len(records) for records in fetched.values())
+        if left <= 0:
+            return
+        epochs = {tp: self.epoch(tp) for tp in before}
+        try:
+            more = await super()._fetch_records(consumer, frozenset(before), MORE_S, left)
+        except BaseException:
+            self._drop_sought(fetched, epochs)
+            self._hand_back(consumer, before, fetched)
+            raise
+        self._drop_sought(fetched, epochs)
+        for tp, records in more.items():
+            if self.epoch(tp) == epochs[tp]:
+                fetched[tp] = [*fetched.get(tp, ()), *records]
+            else:  # sought while we waited: where the partition stood before these is not known here
+                self._hand_back(consumer, {tp: None}, {tp: records})
+
+    def _drop_sought(self, fetched: dict[TP, list[Any]], epochs: Mapping[TP, int]) -> None:
+        """Drop what was fetched of partitions that have been sought since: it is void."""
+        for tp in [tp for tp in fetched if self.epoch(tp) != epochs[tp]]:
+            del fetched[tp]
 
     def positions(self, tp: TP) -> tuple[int, int]:
         """Where the partition was fetched to, and up to where its batches have been delivered; 0 where unknown."""
         return self._position(self._ensure_consumer(), tp) or 0, self._joined_at.get(tp, 0)
-
-    async def _gather(self) -> None:
-        """Let records gather for a moment after a delivery: a fetch request costs more than the records it brings."""
-        wait_s = self._delivered_at + self.transport.deliver_every_ms / 1000 - time.monotonic()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
 
     def epoch(self, tp: TP) -> int:
         """How often the partition has been sought."""
@@ -142,7 +171,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
 
 
 class BatchConsumer(driver.Consumer):
-    """Faust's consumer, yielding one message per partition and fetch for the batched topics."""
+    """Faust's consumer, yielding one message a fetch for the batched topics."""
 
     transport: BatchTransport
 
@@ -154,39 +183,49 @@ class BatchConsumer(driver.Consumer):
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield what one fetch brought: a `RecordBatch` message for each partition of a batched topic."""
+        """Yield what one fetch brought: one message for all batched topics, its value a tuple of `RecordBatch`."""
         if self.flow_active and not self._get_active_partitions():
             await self._wait_resumed(timeout)
             return
-        batches, active = await self._wait_next_records(timeout)
+        fetched, active = await self._wait_next_records(timeout)
         generation = self.app.consumer_generation_id
-        for tp, batch in (batches or {}).items():
+        batches = [
+            batch
+            for tp, batch in (fetched or {}).items()
+            if active is None or tp in active or tp in self._buffered_partitions
+        ]
+        for message in self._messages(batches, generation):
             if self.should_stop or not self.flow_active or self.app.consumer_generation_id != generation:
                 return  # the receiver's position guard seeks back to what is left undelivered here
-            if active is None or tp in active or tp in self._buffered_partitions:
-                for message in self._messages(batch, generation):
-                    yield tp, message
+            yield message.tp, message
 
-    def _messages(self, batch: RecordBatch, generation: int) -> Iterable[ConsumerMessage]:
-        if batch.tp.topic not in self.transport.batched_topics:
-            return (self._to_message(batch.tp, record) for record in batch.records)
-        last = batch.records[-1]
-        message = ConsumerMessage(
-            batch.tp.topic,
-            batch.tp.partition,
+    def _messages(self, batches: Sequence[RecordBatch], generation: int) -> Iterator[ConsumerMessage]:
+        whole = tuple(batch for batch in batches if batch.tp.topic in self.transport.batched_topics)
+        if whole:
+            yield self._whole_message(whole, generation)
+        for batch in batches:
+            if batch.tp.topic not in self.transport.batched_topics:
+                yield from (self._to_message(batch.tp, record) for record in batch.records)
+
+    @staticmethod
+    def _whole_message(batches: tuple[RecordBatch, ...], generation: int) -> ConsumerMessage:
+        """For Faust it comes from the first partition and ends with that one's last record."""
+        tp, last = batches[0].tp, batches[0].records[-1]
+        return ConsumerMessage(
+            tp.topic,
+            tp.partition,
             last.offset,
             last.timestamp / 1000.0,
             last.timestamp_type,
             (),
             None,
-            batch,
+            batches,
             None,
             0,
             0,
-            batch.tp,
+            tp,
             generation_id=generation,
         )
-        return (message,)
 
     async def _wait_resumed(self, timeout: float) -> None:
         """Stock sleeps a second when nothing is active; this wakes as soon as a partition is resumed."""
@@ -227,10 +266,8 @@ class BatchTransport(driver.Transport):
         *args: Any,
         batched_topics: frozenset[str],
         fetch_max_wait_ms: int,
-        deliver_every_ms: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.batched_topics = batched_topics
         self.fetch_max_wait_ms = fetch_max_wait_ms
-        self.deliver_every_ms = deliver_every_ms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 import aiokafka
 import faust
 import pytest
+from aiokafka.errors import KafkaConnectionError
+from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from kafka.admin import KafkaAdminClient, NewTopic
 from yarl import URL
 
+from streams.engine import delivery
 from streams.engine.delivery import BatchTransport, RecordBatch
 from streams.engine.recovery import with_take_over
 
@@ -27,6 +30,8 @@ class Receiver:
 
     def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
         self.batches: list[RecordBatch] = []
+        self.busy_s = 0.0
+        """What the agent takes for a delivery."""
         self.topic = f"{name}-in"
         self._changelog = f"{name}-numbers-changelog"
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
@@ -61,8 +66,9 @@ class Receiver:
         self.app.consumer.resume_partitions({source})
 
     async def _receive(self, stream: Any) -> None:
-        async for batch in stream:
-            self.batches.append(batch)
+        async for batches in stream:
+            self.batches.extend(batches)
+            await asyncio.sleep(self.busy_s)
 
     def offsets(self, partition: int, epoch: int | None = None) -> list[int]:
         chosen = [b for b in self.batches if b.tp.partition == partition and epoch in (None, b.epoch)]
@@ -148,6 +154,102 @@ def test_a_seek_starts_a_new_epoch_at_its_offset(broker: Any, receiver: Receiver
         replayed = [b for b in receiver.batches if b.epoch == before + 1]
         assert replayed[0].begin == 11
         assert receiver.offsets(0, before + 1) == list(range(11, 20))
+
+    asyncio.run(scenario())
+
+
+Interference = Callable[[driver.AIOKafkaConsumerThread, Any], Coroutine[Any, Any, None]]
+
+
+def interfere(monkeypatch: pytest.MonkeyPatch, interference: Interference | None = None) -> list[int]:
+    """Do something before the second fetches of deliveries; the list gets how many records each of them brought."""
+    fetch, brought = driver.AIOKafkaConsumerThread._fetch_records, list[int]()
+
+    async def fetching(self: Any, consumer: Any, wanted: Any, timeout: float, max_records: int) -> Any:
+        if timeout == delivery.MORE_S and interference is not None:
+            await interference(self, consumer)
+        fetched = await fetch(self, consumer, wanted, timeout, max_records)
+        if timeout == delivery.MORE_S:
+            brought.append(sum(len(records) for records in fetched.values()))
+        return fetched
+
+    monkeypatch.setattr(driver.AIOKafkaConsumerThread, "_fetch_records", fetching)
+    return brought
+
+
+def test_what_came_since_the_fetch_is_delivered_with_it(
+    broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the agent is busy a fetch lies ready and records gather behind it: the next delivery brings both."""
+    brought = interfere(monkeypatch)
+
+    async def scenario() -> None:
+        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        async with running(receiver):
+            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
+            await eventually(lambda: len(receiver.offsets(0)) >= 400)
+        assert receiver.offsets(0) == list(range(400))
+        assert [b.begin for b in receiver.batches] == [0] + [b.end for b in receiver.batches[:-1]]
+        assert sum(brought) > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_seek_between_both_fetches_voids_the_first(
+    broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition sought while its delivery is completed is delivered from there on, and nothing from before it."""
+    tp, seeks = TP(receiver.topic, 0), iter(range(3))
+
+    async def seek(thread: Any, consumer: Any) -> None:
+        if next(seeks, None) is not None:
+            await thread._seek_wait(consumer, {tp: 5})
+
+    interfere(monkeypatch, seek)
+
+    async def scenario() -> None:
+        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        async with running(receiver):
+            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
+            await eventually(lambda: next(seeks, None) is None and receiver.offsets(0)[-1] == 399)
+        last = max(b.epoch for b in receiver.batches)
+        assert receiver.offsets(0, last) == list(range(5, 400))
+        for epoch in range(last):
+            offsets = receiver.offsets(0, epoch)
+            assert offsets == list(range(offsets[0], offsets[0] + len(offsets))) if offsets else True
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_between_both_fetches_loses_nothing(
+    broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first of them brought is sought back when the second fails, and delivered by a later one."""
+    fails = iter(range(3))
+
+    async def fail(thread: Any, consumer: Any) -> None:
+        if next(fails, None) is not None:
+            raise KafkaConnectionError("the broker is gone")
+
+    interfere(monkeypatch, fail)
+    fetch = delivery.BatchConsumerThread._fetch_records
+
+    async def surviving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await fetch(self, *args, **kwargs)
+        except KafkaConnectionError:
+            return {}
+
+    monkeypatch.setattr(delivery.BatchConsumerThread, "_fetch_records", surviving)
+
+    async def scenario() -> None:
+        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        async with running(receiver):
+            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
+            await eventually(lambda: len(receiver.offsets(0)) >= 400)
+        assert next(fails, None) is None
+        assert receiver.offsets(0) == list(range(400))
+        assert [b.begin for b in receiver.batches] == [0] + [b.end for b in receiver.batches[:-1]]
 
     asyncio.run(scenario())
 
