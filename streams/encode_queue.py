@@ -2,10 +2,10 @@
 
 It stands between the event loop, which owns all state, and one encoder thread, which owns the runtime. Users wait by
 priority, then in order of arrival; whoever is taken is encoded as of that moment, so a burst of actions costs one
-embedding (coalescing). The loop stands still for the first `LEND_S` of a micro-batch: two threads that both run Python
-hand the interpreter's lock to and fro after each of torch's operations, and then a micro-batch takes four times as
-long (docs/performance.md). What takes longer goes on beside the loop, so that a slow or hung encoder holds up nothing
-else: meanwhile earlier micro-batches are published, and the next one gathers.
+embedding (coalescing). A micro-batch is as large as the encoder can take within `batch_ms`, and the loop stands still
+that long for it: two threads that both run Python hand the interpreter's lock to and fro after each of torch's
+operations, and then a micro-batch takes four times as long (docs/performance.md). What takes longer nevertheless goes
+on beside the loop, so that a slow or hung encoder holds up nothing else.
 
 The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
 output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 Embeddings = npt.NDArray[np.float32]
 
-LEND_S = 0.01
-"""For how long at most the event loop leaves the interpreter to the encoder's thread."""
+FIRST_USERS = 256
+"""In a micro-batch, before it is known how long the encoder takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ class EncodeQueuePolicy:
     """The named limits of the queue."""
 
     users_max: int = 100_000
-    batch_users_max: int = 256
+    batch_users_max: int = 4_096
+    batch_ms: float = 50.0
+    """How long the encoder may take for a micro-batch: its size follows from that, between 1 and `batch_users_max`."""
     wait_ms: float = 0.0
     """How long a micro-batch may gather after its first user; 0 takes whoever is there."""
     publishing_max: int = 8
@@ -91,6 +93,8 @@ class EncodeQueue:
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._publishing: set[asyncio.Task[None]] = set()
+        self._room = min(FIRST_USERS, policy.batch_users_max)
+        """Users that fit a micro-batch."""
         self._works = True
         """False from the first failed attempt until the encoder works again."""
         self._encoding_since_s: float | None = None
@@ -155,7 +159,7 @@ class EncodeQueue:
         """Encode and publish micro-batches until cancelled."""
         while True:
             await self._filled.wait()
-            if self._policy.wait_ms and len(self) < self._policy.batch_users_max:
+            if self._policy.wait_ms and len(self) < self._room:
                 await asyncio.sleep(self._policy.wait_ms / 1000)
             while len(self._publishing) >= self._policy.publishing_max:
                 await asyncio.wait(self._publishing, return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +176,7 @@ class EncodeQueue:
     def _take(self) -> list[tuple[EncodeSource, EncodeJob]]:
         """The next micro-batch, highest priority first, as one job per partition."""
         by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}
-        room = self._policy.batch_users_max
+        room = self._room
         for priority in sorted(self._waiting, reverse=True):
             users = self._waiting[priority]
             for user in list(islice(users, room)):
@@ -242,7 +246,9 @@ class EncodeQueue:
                 await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
             else:
                 self._works = True
-                self._count(len(embeddings), time.monotonic() - started_s)
+                seconds = time.monotonic() - started_s
+                self._adapt(len(embeddings), seconds * 1000)
+                self._count(len(embeddings), seconds)
                 return embeddings
             finally:
                 self._encoding_since_s = None
@@ -251,8 +257,15 @@ class EncodeQueue:
     async def _embed_first(self, sequences: SequenceBatch) -> Embeddings:
         """Embed in the encoder's thread, which has the interpreter to itself at first."""
         future = self._thread.submit(self._runtime.embed, sequences)
-        wait([future], timeout=LEND_S)
+        wait([future], timeout=self._policy.batch_ms / 1000)
         return future.result() if future.done() else await asyncio.wrap_future(future)
+
+    def _adapt(self, users: int, ms: float) -> None:
+        """Halve what takes too long, and double what is full and takes less than half of the time."""
+        if ms > self._policy.batch_ms:
+            self._room = max(1, min(users, self._room) // 2)
+        elif users >= self._room and ms < self._policy.batch_ms / 2:
+            self._room = min(2 * self._room, self._policy.batch_users_max)
 
     async def _embed_halves(self, job: EncodeJob) -> Embeddings:
         if len(job) == 1:

@@ -200,8 +200,11 @@ class QueueSettings(Group):
 
     users_max: Positive = 100_000
     """Users waiting; ingestion pauses at this limit, and whoever comes beyond it is shed, lowest priority first."""
-    batch_users_max: Positive = 256
-    """Users encoded at once."""
+    batch_users_max: Positive = 4_096
+    """Users encoded at once, however fast the encoder is."""
+    batch_ms: Annotated[float, Field(gt=0, le=1_000)] = 50.0
+    """How long the encoder may take at once; the number of users follows from that. The event loop stands still
+    meanwhile, at most this long."""
     wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0
     """How long a batch may gather after its first user; 0 takes whoever is there."""
     publishing_max: Positive = 8

@@ -159,6 +159,21 @@ def test_priority_first_then_arrival_in_bounded_batches() -> None:
     asyncio.run(scenario())
 
 
+def test_batches_are_as_large_as_their_time_allows() -> None:
+    """Full batches that are fast double up to the limit; slow ones halve, down to a single user, and recover."""
+
+    async def scenario() -> None:
+        pauses_s = iter([0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.0])
+        runtime, source = Runtime(lambda users: time.sleep(next(pauses_s, 0.0))), Source()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=600, batch_ms=200.0), Metrics())
+        put(queue, source, range(100, 5_100))
+        async with running(queue):
+            await until(lambda: len(source.published) == 5_000)
+        assert [len(call) for call in runtime.calls[:8]] == [256, 512, 600, 600, 300, 150, 75, 150]
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_gathers_for_the_time_allowed() -> None:
     """With `wait_ms`, users that come shortly after the first share its batch."""
 
@@ -312,7 +327,7 @@ def test_a_partition_given_back_leaves_the_queue() -> None:
 
 
 def test_the_event_loop_turns_while_the_encoder_works() -> None:
-    """A micro-batch of 200 ms does not hold up the loop for as much as half of that."""
+    """A micro-batch of 200 ms does not hold up the loop for as much as half of that, though 50 ms are its due."""
 
     async def scenario() -> None:
         source = Source()
