@@ -159,14 +159,13 @@ template <int N, int H> INLINE void mix(const cell_t* values, const cell_t* next
     for (int h = 0; h < H; h++) *(vec*)&out[h][(at + n) * LANES] = acc[n][h];
 }
 
-constexpr int tile(int heads) { return ACCUMULATORS / heads > 1 ? ACCUMULATORS / heads : 1; }
-// Run f<N>(at) over `total` vectors, as many at once as fit the registers.
-template <int H, class F> INLINE void tiled(int total, F f) {
-  constexpr int N = tile(H);
-  int at = 0;
+// Run f<N>(at) over `total` vectors, as many at once as fit the registers: fewer chains of sums than the processor can
+// keep in flight would leave it waiting.
+template <int N, class F> INLINE void tiled(int total, F f, int at = 0) {
   for (; at + N <= total; at += N) f(std::integral_constant<int, N>(), at);
-  for (; at < total; at++) f(std::integral_constant<int, 1>(), at);
+  if constexpr (N > 1) tiled<N / 2>(total, f, at);
 }
+constexpr int TILE = ACCUMULATORS / SHARE > 1 ? ACCUMULATORS / SHARE : 1;
 
 // Keys and values of one key/value head in a block.
 struct Ring {
@@ -217,50 +216,60 @@ INLINE void widen_all(const row_t* x, float* out) {
   for (int i = HEAD_DIM; i < WIDTH; i++) out[i] = 0;
 }
 
-// Scores (in powers of two) to unnormalised weights of `held` places (0 behind them, up to whole vectors); returns 1 / their sum.
-INLINE float soften(float* scores, int held, const float* lags, float slope) {
-  int vectors = padded(held) / LANES;
-  for (int w = held; w < vectors * LANES; w++) scores[w] = -1e30f;
-  vec most = vec{} - 1e30f, total = {};
-  for (int n = 0; n < vectors; n++) {
-    vec& s = *(vec*)&scores[n * LANES];
-    if (lags) s -= slope * *(const vec*)&lags[n * LANES];
-    most = Max()(most, s);
-  }
-  float top = largest(most);
-  for (int n = 0; n < vectors; n++) {
-    vec& s = *(vec*)&scores[n * LANES];
-    s = exp2v(s - top);
-    total += s;
-  }
-  for (int w = held; w < vectors * LANES; w++) scores[w] = 0;
-  return 1 / sum(total);
+// Scores (in powers of two) of all heads to unnormalised weights of `held` places (0 behind them, up to whole vectors),
+// and 1 / their sums. Head by head within each loop, so that one head's sums do not wait for another's.
+INLINE void soften(float (*scores)[PLACES_MAX], int held, const float* lags, const float* slopes, float* scale) {
+  const int vectors = padded(held) / LANES;
+  vec most[SHARE], total[SHARE] = {};
+  float top[SHARE];
+  for (int h = 0; h < SHARE; h++) most[h] = vec{} - 1e30f;
+  for (int h = 0; h < SHARE; h++)
+    for (int w = held; w < vectors * LANES; w++) scores[h][w] = -1e30f;
+  for (int n = 0; n < vectors; n++)
+    for (int h = 0; h < SHARE; h++) {
+      vec& s = *(vec*)&scores[h][n * LANES];
+      if (lags) s -= slopes[h] * *(const vec*)&lags[n * LANES];
+      most[h] = Max()(most[h], s);
+    }
+  for (int h = 0; h < SHARE; h++) top[h] = largest(most[h]);
+  for (int n = 0; n < vectors; n++)
+    for (int h = 0; h < SHARE; h++) {
+      vec& s = *(vec*)&scores[h][n * LANES];
+      s = exp2v(s - top[h]);
+      total[h] += s;
+    }
+  for (int h = 0; h < SHARE; h++) scale[h] = 1 / sum(total[h]);
+  for (int h = 0; h < SHARE; h++)
+    for (int w = held; w < vectors * LANES; w++) scores[h][w] = 0;
 }
 
 // One token and one key/value head: attend to the ring and to itself, then enter the ring. The token takes part from
 // registers, so that nothing waits for its stores; its place in the ring counts for nothing until then.
 INLINE void attend_head(const row_t* row, int g, const Layer& layer, const Token& t, Ring ring, Ring next, row_t* out) {
   const int place = int(t.offset % layer.window), held = t.offset + 1 < layer.window ? int(t.offset + 1) : layer.window;
-  float q[SHARE][WIDTH], k[WIDTH], v[WIDTH], own[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
+  float q[SHARE][WIDTH], k[WIDTH], v[WIDTH], own[SHARE], slopes[SHARE], scale[SHARE], mixed[SHARE][WIDTH];
   alignas(64) float scores[SHARE][PLACES_MAX];
   rotate(row + (layer.heads + g) * HEAD_DIM, t, 1, k);
   widen_all(row + (layer.heads + layer.kv_heads + g) * HEAD_DIM, v);
   round_all(k);
   round_all(v);
   for (int h = 0; h < SHARE; h++) rotate(row + (g * SHARE + h) * HEAD_DIM, t, LOG2E / sqrtf(HEAD_DIM), q[h]);
-  tiled<SHARE>(padded(held) / LANES, [&](auto n, int at) __attribute__((always_inline)) {
+  tiled<TILE>(padded(held) / LANES, [&](auto n, int at) __attribute__((always_inline)) {
     score<n(), SHARE>(ring.keys, next.keys, at, ring.places / LANES, q, scores);
   });
   for (int h = 0; h < SHARE; h++) {
     vec s = {};
     for (int i = 0; i < WIDTH; i += LANES) s += *(vec*)&q[h][i] * *(vec*)&k[i];
     scores[h][place] = sum(s);
-    scale[h] = soften(scores[h], held, t.lags, layer.slopes ? layer.slopes[g * SHARE + h] * LOG2E : 0);
+    slopes[h] = layer.slopes ? layer.slopes[g * SHARE + h] * LOG2E : 0;
+  }
+  soften(scores, held, t.lags, slopes, scale);
+  for (int h = 0; h < SHARE; h++) {
     own[h] = scores[h][place];
     scores[h][place] = 0;
     for (int i = 0; i < WIDTH; i++) mixed[h][i] = own[h] * v[i];
   }
-  tiled<SHARE>(WIDTH / LANES, [&](auto n, int at) __attribute__((always_inline)) {
+  tiled<TILE>(WIDTH / LANES, [&](auto n, int at) __attribute__((always_inline)) {
     mix<n(), SHARE>(ring.values, next.values, at, (held + 1) / 2, scores, mixed);
   });
   for (int h = 0; h < SHARE; h++)
