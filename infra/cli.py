@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from infra.commands import broker, replay, topics, worker
+from infra.memory import keep_freed_memory
 
 MOUNTED = ("streams.cli", "infra.demo.cli", "encoder.training.cli")
 """Modules whose `app` adds its commands; imported only when one of them is asked for, since torch takes seconds."""
@@ -50,6 +51,7 @@ app.add_typer(topics.app, name="topics")
 
 def main() -> None:
     """Run a command; known errors become one line on standard error and exit code 1."""
+    keep_freed_memory()
     for library in (
         "aiokafka",
         "kafka",

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from encoder.training.machine import machine as machine
+from infra.memory import keep_freed_memory
 from streams.errors import StreamformerError
 
 __all__ = [
@@ -85,6 +86,7 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 def run_command(main: Callable[..., None]) -> None:
     """Run `main` as a command line; an expected failure becomes one line on standard error and exit code 1."""
+    keep_freed_memory()
     logging.getLogger("kafka").addHandler(logging.NullHandler())
     try:
         typer.run(main)
