@@ -87,7 +87,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same on [N, H, T or S, K], for training in bfloat16 on a CPU: a third of the fused kernel's time there."""
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        mask = q.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
     bias = mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)
     logits = torch.baddbmm(bias, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(-1, -2))
     mixed: Tensor = torch.softmax(logits, -1, dtype=q.dtype) @ v.flatten(0, 1)

@@ -95,7 +95,10 @@ class _PooledSoftmax(torch.autograd.Function):
 
 @contextmanager
 def rounded_factors(precision: torch.dtype) -> Iterator[None]:
-    """Within, float32 products on a CPU round their factors to bfloat16 if `precision` says so; sums stay float32."""
+    """Within, float32 products round their factors if `precision` says so; sums stay float32.
+
+    To bfloat16 on a CPU, to TF32 on a GPU.
+    """
     if precision != torch.bfloat16:
         yield
         return

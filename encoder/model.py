@@ -186,6 +186,11 @@ class Encoder(nn.Module):
         """The blocks, first to last."""
         return cast(list[Block], list(self.blocks))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and where features must be."""
+        return self.action.device
+
     def _extra_width(self) -> int:
         return 0
 

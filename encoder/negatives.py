@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.features import Ints
+from encoder.features import CPU, Ints
 from encoder.losses import SCALE_MAX, Hide
 
 
@@ -58,28 +58,30 @@ class Pool:
 
 
 class NegativeSampler:
-    """Makes the pool of each batch; `positives` [I + 1] counts how often each item row is a positive of the log."""
+    """Makes the pool of each batch; `positives` [I + 1] counts how often each item row is a positive of the log.
 
-    def __init__(self, config: LossConfig, positives: Ints, *, seed: int) -> None:
-        self.config, self.items = config, len(positives) - 1
+    Frequencies are kept and looked up on the CPU; pools lie on `device`.
+    """
+
+    def __init__(self, config: LossConfig, positives: Ints, *, seed: int, device: torch.device = CPU) -> None:
+        self.config, self.items, self.device = config, len(positives) - 1, device
         self.exact = exact_log_frequency(positives)
         self.sketch = CountMinSketch(seed=seed)
 
     def pool(self, users: Ints, targets: Ints, rng: np.random.Generator) -> Pool:
         """The pool for pairs of user ids [P] and the item rows [P] that are their positives."""
         if self.config.kind == "full":
-            rows = torch.arange(self.items + 1)
-            return Pool(
-                rows, torch.zeros(len(rows)), torch.zeros(len(targets)), hide_targets(torch.from_numpy(targets))
-            )
+            rows = torch.arange(self.items + 1, device=self.device)
+            log_q, target_log_q = (torch.zeros(size, device=self.device) for size in (len(rows), len(targets)))
+            return Pool(rows, log_q, target_log_q, hide_targets(torch.from_numpy(targets).to(self.device)))
         in_batch = targets
         if len(in_batch) > self.config.batch_negatives_max:
             in_batch = rng.choice(in_batch, self.config.batch_negatives_max, replace=False)
         pool = np.concatenate([in_batch, rng.integers(1, self.items + 1, self.config.random_negatives)])
         self.sketch.add(targets)
-        hide = hide_own_positives(users, targets, pool, items=self.items)
-        log_q, target_log_q = (self._log_q(rows, len(in_batch)) for rows in (pool, targets))
-        return Pool(torch.from_numpy(pool), log_q, target_log_q, hide)
+        hide = hide_own_positives(users, targets, pool, items=self.items, device=self.device)
+        log_q, target_log_q = (self._log_q(rows, len(in_batch)).to(self.device) for rows in (pool, targets))
+        return Pool(torch.from_numpy(pool).to(self.device), log_q, target_log_q, hide)
 
     def _log_q(self, rows: Ints, in_batch: int) -> Tensor:
         if self.config.log_q == "none":
@@ -102,12 +104,12 @@ def hide_targets(target_rows: Tensor) -> Hide:
     return hide
 
 
-def hide_own_positives(users: Ints, targets: Ints, pool: Ints, *, items: int) -> Hide:
+def hide_own_positives(users: Ints, targets: Ints, pool: Ints, *, items: int, device: torch.device) -> Hide:
     """For a sampled pool [N] of item rows: hide every item that is a positive of the pair's user in this batch."""
     distinct, user = np.unique(users, return_inverse=True)
     own = np.zeros((len(distinct), items + 1), np.bool_)
     own[user, targets] = True
-    in_pool, user_of_pair = torch.from_numpy(own[:, pool]), torch.from_numpy(user)
+    in_pool, user_of_pair = (torch.from_numpy(values).to(device) for values in (own[:, pool], user))
 
     def hide(logits: Tensor, start: int) -> None:
         logits.masked_fill_(in_pool[user_of_pair[start : start + len(logits)]], -torch.inf)

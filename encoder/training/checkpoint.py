@@ -54,8 +54,17 @@ def save_checkpoint(folder: Path, trainer: Trainer, standing: Standing, of: str)
     """Write the state of a training whose fingerprint is `of`."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / (NAME + ".part")
-    torch.save({"of": of, "trainer": trainer.state(), "standing": asdict(standing)}, beside)
+    torch.save(on_cpu({"of": of, "trainer": trainer.state(), "standing": asdict(standing)}), beside)
     beside.replace(folder / NAME)
+
+
+def on_cpu(state: Any) -> Any:
+    """Nested dictionaries and lists with their tensors on the CPU, so that any machine goes on from a checkpoint."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [on_cpu(value) for value in state]
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> Standing:

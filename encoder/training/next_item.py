@@ -115,9 +115,9 @@ class Exam:
 
 
 def known_items(model: AnyEncoder) -> Tensor:
-    """[I, E] embeddings of the known items, without the unknown one."""
+    """[I, E] embeddings of the known items, without the unknown one, on the CPU."""
     with torch.inference_mode():
-        return model.item_embeddings().float()[1:].clone()
+        return model.item_embeddings().float()[1:].to("cpu", copy=True)
 
 
 def known_pairs(pairs: tuple[Ints, Ints]) -> tuple[Ints, Ints]:

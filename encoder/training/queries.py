@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encoder.features import Ints, Tokens, padded_rows
-from encoder.model import AnyEncoder, StreamingEncoder
+from encoder.model import AnyEncoder, StreamingEncoder, newest
 
 BATCH_TOKENS = 16_384
 
@@ -21,17 +21,19 @@ def embeddings_after(
 ) -> Tensor:
     """[Q, E]: for each row of the log, the embedding of its user when that row was the newest action.
 
-    `since_ms` [Q], where given, is the time from that action to the request and goes through the read-out.
+    `since_ms` [Q], where given, is the time from that action to the request and goes through the read-out. Computed
+    where the model is; what is returned is on the CPU.
     """
-    hidden = torch.empty(len(rows), model.config.d_model)
+    hidden = torch.empty(len(rows), model.config.d_model, device=model.device)
     if isinstance(model, StreamingEncoder):
         _fill_streaming(hidden, model, tokens, starts, rows)
     else:
         _fill_window(hidden, model, tokens, starts, rows)
     if since_ms is not None:
         assert isinstance(model, StreamingEncoder)
-        hidden = model.read_out(hidden, torch.from_numpy(since_ms))
-    return torch.cat([model.head(part) for part in torch.split(hidden, BATCH_TOKENS)]) if len(rows) else hidden
+        hidden = model.read_out(hidden, torch.from_numpy(since_ms).to(model.device))
+    embedded = torch.cat([model.head(part) for part in torch.split(hidden, BATCH_TOKENS)]) if len(rows) else hidden
+    return embedded.cpu()
 
 
 def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
@@ -53,7 +55,7 @@ def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, sta
         members = order[begin:end]
         at = np.arange(int(lengths[end - 1]))
         matrix = np.where(at < lengths[begin:end, None], first[members, None] + at, -1)
-        out = model(tokens.features(matrix), torch.from_numpy(lengths[begin:end]))
+        out = model(tokens.features(matrix).to(model.device), torch.from_numpy(lengths[begin:end]))
         mine = np.flatnonzero((place[inverse] >= begin) & (place[inverse] < end))
         line = place[inverse[mine]] - begin
         hidden[mine] = out[torch.from_numpy(line), torch.from_numpy(rows[mine] - first[inverse[mine]])]
@@ -71,9 +73,9 @@ def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: Ints
         flat = np.arange(bounds[-1]) + shift
         at = padded_rows(bounds)
         matrix = np.where(at >= 0, flat[at], -1)
-        sizes = torch.from_numpy(lengths[members])
-        out = model(tokens.features(matrix), sizes)
-        hidden[torch.from_numpy(members)] = out[torch.arange(end - begin), sizes - 1]
+        sizes = torch.from_numpy(lengths[members]).to(model.device)
+        out = model(tokens.features(matrix).to(model.device), sizes)
+        hidden[torch.from_numpy(members)] = newest(out, sizes)
 
 
 class NewestRows:

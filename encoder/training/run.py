@@ -19,7 +19,7 @@ from encoder.negatives import LossConfig
 from encoder.release import Release, make_release
 from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
 from encoder.training.log import ActionLog, LogError, LogParts
-from encoder.training.machine import faster_precision, faster_threads, machine
+from encoder.training.machine import device_name, faster_precision, faster_threads, machine
 from encoder.training.next_item import Exam
 from encoder.training.recipe import Recipe
 from encoder.training.shards import Shards
@@ -65,8 +65,8 @@ def train_release(
     Uses all cores if that is faster as the machine is loaded, unless `threads` says how many. With `resume` a
     checkpoint is kept in `out_dir` while training and, if one is there, training goes on from it, to the same weights
     as if it had never stopped (unless a time limit ends it). `progress` hears every two seconds and at the end. The
-    same seed, machine, number of threads and no time limit give the same release. Raises `LogError`, `ItemError` or
-    `CheckpointError`.
+    same seed, machine, number of threads and no time limit give the same release, on CPUs to the last bit. Raises
+    `LogError`, `ItemError`, `CheckpointError` or `WorldError`.
     """
     run = Run(
         log,
@@ -191,6 +191,7 @@ class Run:
             "tokens": self.trainer.tokens,
             "seconds": round(self.seconds, 1),
             "machine": machine(),
+            "device": device_name(self.world.device),
             "threads": torch.get_num_threads(),
             "processes": self.world.size,
             "precision": str(self.trainer.precision).removeprefix("torch."),
@@ -211,7 +212,8 @@ def make_trainer(train: LogParts, recipe: Recipe, world: World) -> Trainer:
     vocabularies, items = make_items(train, recipe)
     if not len(vocabularies.item_keys):
         raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or bring a larger log")
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision) or faster_precision()
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision)
+    precision = named or faster_precision(world.device.type)
     trainer = Trainer(train, recipe, vocabularies, items, world=world, precision=precision)
     if not trainer.positives_of_item.any():
         raise LogError("log has no action of the types in data.positives on a known item: check their names")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from encoder.training.world import World
 class Trainer:
     """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far.
 
+    Batches are made on the CPU; the model and its loss are computed on the device of `world`, from the same beginning.
     `targets` counts what this process has predicted since it began, for rates.
     """
 
@@ -46,6 +48,7 @@ class Trainer:
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.recipe, self.vocabularies, self.world, self.precision = recipe, vocabularies, world, precision
+        self.device = world.device
         self._log = log
         self._read(0)
         self.model: AnyEncoder = build_encoder(
@@ -55,13 +58,14 @@ class Trainer:
         known = len(vocabularies.item_keys)
         table = initial_items(self.tokens_of_log, self.user_of_row, recipe, items=known, generator=generator)
         initialize(self.model, generator, table)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(recipe.loss.scale_initial)))
+        self.model.to(self.device)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(recipe.loss.scale_initial), device=self.device))
         self.optimizer = make_optimizer(self.model, self.log_scale, recipe)
         counts = log.item_counts(recipe.data.positives)
         self.positives_of_item = np.zeros(known + 1, np.int64)
         np.add.at(self.positives_of_item, vocabularies.item_rows(counts.keys), counts.counts)
         self.positives_of_item[UNKNOWN] = 0
-        self.sampler = NegativeSampler(recipe.loss, self.positives_of_item, seed=recipe.seed)
+        self.sampler = NegativeSampler(recipe.loss, self.positives_of_item, seed=recipe.seed, device=self.device)
         self.epoch = self.part_of_epoch = self.step_of_part = self.step = self.tokens = self.targets = 0
 
     def batches(self) -> Iterator[Ints]:
@@ -117,23 +121,27 @@ class Trainer:
         """The loss of the pairs of a batch."""
         features = self.tokens_of_log.features(rows)
         hidden_items = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate
-        features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN))
-        lengths = torch.from_numpy((rows >= 0).sum(axis=1))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, rng))
-            at = hidden[torch.from_numpy(pairs.sequence), torch.from_numpy(pairs.place)].float()
+        features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN)).to(self.device)
+        lengths = self.on_device((rows >= 0).sum(axis=1))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, rng, self.device))
+            at = hidden[self.on_device(pairs.sequence), self.on_device(pairs.place)].float()
             if self.recipe.encoder.read_out:
                 at = self.read_out_half(at, rows, pairs, rng)
             embedded = self.model.head(at).float()
         users = embedded * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
         return self.pooled_loss(users, pairs, rng)
 
+    def on_device(self, values: npt.NDArray[Any]) -> Tensor:
+        """An array as a tensor where the model is."""
+        return torch.from_numpy(values).to(self.device)
+
     def read_out_half(self, at: Tensor, rows: Ints, pairs: Pairs, rng: np.random.Generator) -> Tensor:
         """Half of the pairs as of the time of their target, half as published: one encoder learns both."""
         assert isinstance(self.model, StreamingEncoder)
         time_ms = self.tokens_of_log.time_ms
-        since = torch.from_numpy(time_ms[pairs.target] - time_ms[rows[pairs.sequence, pairs.place]])
-        given = torch.from_numpy(rng.random(len(since)) < 0.5).unsqueeze(-1)
+        since = self.on_device(time_ms[pairs.target] - time_ms[rows[pairs.sequence, pairs.place]])
+        given = self.on_device(rng.random(len(since)) < 0.5).unsqueeze(-1)
         return torch.where(given, self.model.read_out(at, since), at)
 
     def pooled_loss(self, users: Tensor, pairs: Pairs, rng: np.random.Generator) -> Tensor:
@@ -143,9 +151,9 @@ class Trainer:
         table = self.model.item_embeddings()
         return softmax_loss(
             users,
-            table[torch.from_numpy(targets)],
+            table[self.on_device(targets)],
             table[pool.rows],
-            self.pair_weights(user_ids),
+            self.pair_weights(user_ids).to(self.device),
             target_log_q=pool.target_log_q,
             pool_log_q=pool.log_q,
             hide=pool.hide,
@@ -221,18 +229,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
         group["lr"] = lr
 
 
-def make_dropout(rate: float, rng: np.random.Generator) -> Callable[[Tensor], Tensor] | None:
-    """Inverted dropout that draws from `rng`, its rate rounded to 256ths; None where that is 0.
-
-    A byte an element: drawing a float for each took a tenth of a step.
-    """
+def make_dropout(rate: float, rng: np.random.Generator, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Inverted dropout on a device that draws from `rng`, its rate rounded to 256ths; None where that is 0."""
     dropped = round(rate * 256)
     if not dropped:
         return None
-    bound, scale = int(dropped), 256 / (256 - dropped)
+    bound, scale, draw = int(dropped), 256 / (256 - dropped), make_bytes(rng, device)
 
     def dropout(x: Tensor) -> Tensor:
-        drawn = torch.frombuffer(bytearray(rng.bytes(x.numel())), dtype=torch.uint8).view(x.shape)
-        return x * ((drawn >= bound) * scale).to(x.dtype)
+        return x * ((draw(x.shape) >= bound) * scale).to(x.dtype)
 
     return dropout
+
+
+def make_bytes(rng: np.random.Generator, device: torch.device) -> Callable[[torch.Size], Tensor]:
+    """What draws uniform bytes of a shape: from `rng` on a CPU, elsewhere from a generator there that `rng` seeds.
+
+    A byte an element: drawing a float for each took a tenth of a step.
+    """
+    if device.type == "cpu":
+        return lambda shape: torch.frombuffer(bytearray(rng.bytes(shape.numel())), dtype=torch.uint8).view(shape)
+    generator = torch.Generator(device).manual_seed(int(rng.integers(1 << 62)))
+    return lambda shape: torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun started.
+"""The processes that train together: one, or those that torchrun started; each has a CUDA device where there is one.
 
 Each takes its share of the batches and compares with a pool of its own (`random_negatives` and its own positives);
 gradients are averaged, so weights stay equal.
@@ -14,13 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from encoder.features import CPU
+
+
+class WorldError(ValueError):
+    """Processes that cannot train together here; the text says what to do."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place."""
+    """This process's place, and the device it trains on."""
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean over the processes; a missing one counts as zero."""
@@ -44,7 +51,7 @@ class World:
         return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
 
     def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64)
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, operation)
         return float(tensor)
 
@@ -55,9 +62,24 @@ def is_first() -> bool:
 
 
 def join_world() -> World:
-    """Join the processes of torchrun, if it started this one."""
+    """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `WorldError`."""
+    device = own_device()
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
+        return World(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def own_device() -> torch.device:
+    """This process's CUDA device, by its number among the machine's processes; the CPU where there are no devices."""
+    if not torch.cuda.is_available():
+        return CPU
+    number, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= devices:
+        raise WorldError(
+            f"process {number + 1} of this machine finds {devices} CUDA devices: start one for each device at most, "
+            'or train on CPUs with CUDA_VISIBLE_DEVICES=""'
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

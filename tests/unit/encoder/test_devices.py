@@ -1,0 +1,172 @@
+"""Training on a device: everything lies where it must, told on simulated tensors; on a real GPU where there is one.
+
+Other tests compare trainings to the last bit, as CPUs repeat them: with a GPU, run those with CUDA_VISIBLE_DEVICES="".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from encoder.features import CPU
+from encoder.release import load_release
+from encoder.training import trainer as trainer_module
+from encoder.training.checkpoint import Standing, save_checkpoint
+from encoder.training.next_item import Exam, known_items
+from encoder.training.recipe import Recipe
+from encoder.training.run import make_trainer, train_release
+from encoder.training.sources import make_items
+from encoder.training.splits import make_split
+from encoder.training.trainer import Trainer
+from encoder.training.world import World, WorldError, join_world
+from tests.unit.encoder.walks import small_recipe, walks
+
+SEED = 20_261_128
+CUDA = torch.device("cuda", 0)
+SAMPLED = {"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8}
+STREAMING = small_recipe(
+    encoder={"time_bias": True, "read_out": True, "item_tower": "mlp"}, loss=SAMPLED, optimizer={"dropout": 0.2}
+)
+WINDOW = small_recipe(encoder={"kind": "window", "windows": [20, 20], "time_bias": False}, optimizer={"dropout": 0.2})
+both = pytest.mark.parametrize("recipe", [STREAMING, WINDOW], ids=["streaming, sampled", "window, full"])
+
+
+class NoneApart(TorchDispatchMode):
+    """Refuses an operation on tensors of two devices. Torch lets a GPU's tensor be indexed from the CPU, slowly."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        devices = {each.device for each in given if each.dim()}
+        assert len(devices) < 2, f"{func} on {devices}"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A simulated CUDA device: tensors on it have shapes and no values."""
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: object = CPU) -> Any:
+            return super().__new__(cls)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return build_encoder(*args, **kwargs)
+
+    build_encoder = trainer_module.build_encoder
+    monkeypatch.setattr(trainer_module, "build_encoder", build)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(Tensor, "backward", backward)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def backward(loss: Tensor) -> None:
+    """What autograd's engine does; that asks the driver about a GPU even where tensors only simulate one."""
+    pending: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    while pending:
+        node = max(pending, key=lambda each: each._sequence_nr())
+        gradients = pending.pop(node)
+        if hasattr(node, "variable"):
+            node.variable.grad = gradients[0]
+            continue
+        call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+        result = call(*(gradients.get(place) for place in range(len(node._input_metadata))))
+        results = result if isinstance(result, tuple) else (result,)
+        for (following, place), gradient in zip(node.next_functions, results, strict=False):
+            if following is not None and gradient is not None:
+                like, known = following._input_metadata[place], pending.setdefault(following, {})
+                gradient = gradient.sum_to_size(like.shape).to(like.dtype)
+                known[place] = known[place] + gradient if place in known else gradient
+
+
+def simulated(recipe: Recipe, precision: torch.dtype) -> Trainer:
+    log = walks(SEED, users=8, length=24)
+    with unset_fake_temporarily():
+        vocabularies, items = make_items(log, recipe)
+    return Trainer(log, recipe, vocabularies, items, world=World(device=CUDA), precision=precision)
+
+
+def losses(trainer: Trainer, steps: int) -> list[float]:
+    return [trainer.train_step(rows, 0.0) for rows, _ in zip(trainer.batches(), range(steps), strict=False)]
+
+
+@both
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("gpu")
+def test_a_step_runs_on_its_device(recipe: Recipe, precision: torch.dtype) -> None:
+    """Forward, loss, backward and optimizer meet no tensor of another device and wait for nothing until the end."""
+    trainer, computed = simulated(recipe, precision), []
+    trainer.model.head.down.register_forward_hook(lambda module, given, out: computed.append(out.dtype))
+    with NoneApart(), pytest.raises(DataDependentOutputException):
+        trainer.train_step(next(trainer.batches()), 0.0)  # only float(loss) asks for a value
+    assert computed == [precision]
+    for parameter in (*trainer.model.parameters(), trainer.log_scale):
+        assert parameter.device == CUDA
+        assert trainer.optimizer.state[parameter]["exp_avg"].device == CUDA
+
+
+@both
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.usefixtures("gpu")
+def test_what_leaves_the_device_is_on_the_cpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Embeddings, item vectors and all of a checkpoint lie on the CPU, wherever the model is."""
+    trainer, saved = simulated(recipe, torch.float32), []
+    split = make_split(walks(SEED, users=8, length=24), recipe.split, seed=1)
+    exam = Exam(split.log, trainer.vocabularies, split.validation, hide_seen=False)
+    assert exam.queries(trainer.model, time_given=recipe.encoder.read_out).device == CPU
+    assert known_items(trainer.model).device == CPU
+    with pytest.raises(DataDependentOutputException):
+        trainer.train_step(next(trainer.batches()), 0.0)
+    monkeypatch.setattr(torch, "save", lambda content, path: (saved.append(content), path.touch()))
+    save_checkpoint(tmp_path, trainer, Standing(best_weights=trainer.model.state_dict()), "of")
+    tensors = [each for each in tree_leaves(saved) if isinstance(each, Tensor)]
+    assert len(tensors) > 4 * len(list(trainer.model.parameters()))
+    assert {each.device for each in tensors} == {CPU}
+
+
+def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process numbered n on a machine takes device n, and NCCL; one too many is refused; else it is the CPU."""
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", taken.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert join_world() == World(device=CUDA)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert join_world() == World(3, 4, torch.device("cuda", 1))
+    assert taken == [0, 1, "nccl"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(WorldError, match="process 3 of this machine finds 2 CUDA devices"):
+        join_world()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert join_world() == World(3, 4, CPU)
+    assert taken[3:] == ["gloo"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_learns_what_a_cpu_learns(tmp_path: Path) -> None:
+    """Without dropout the first losses on a GPU are the CPU's but for rounding, and its release is as good."""
+    log, recipe = walks(SEED), small_recipe(encoder={"read_out": True}, loss=SAMPLED)
+    cpu, gpu = (losses(make_trainer(log, recipe, world), 20) for world in (World(), World(device=CUDA)))
+    assert gpu == pytest.approx(cpu, rel=1e-2)
+    release = train_release(log, replace(recipe, precision="auto"), out_dir=tmp_path, threads=1)
+    assert release.training["device"] == torch.cuda.get_device_name(0)
+    assert release.metrics["validation_hr10"] > 0.8
+    assert load_release(tmp_path).version == release.version
