@@ -72,9 +72,11 @@ class VariantTrainer(Trainer):
         self._acted_on = np.zeros((len(log.users), len(vocabularies.item_keys) + 1), np.bool_)
         self._acted_on[log.user_of_row, vocabularies.item_rows(log.actions["item"])] = True
 
-    def _epoch_batches(self, rng: np.random.Generator) -> Iterator[Ints]:
-        data = replace(self.recipe.data, chunk=WHOLE) if self.variant.last else self.recipe.data
-        return epoch_batches(self.starts, data, rng)
+    def _part_batches(self) -> Iterator[Ints]:
+        if not self.variant.last:
+            return super()._part_batches()
+        rng = np.random.default_rng([self.recipe.seed, self.epoch])
+        return epoch_batches(self.starts, replace(self.recipe.data, chunk=WHOLE), rng)
 
     def pooled_loss(self, users: Tensor, pairs: Pairs, rng: np.random.Generator) -> Tensor:
         """The recipe's loss, or binary cross-entropy of each positive and one uniform item of its own.
