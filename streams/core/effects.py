@@ -59,7 +59,7 @@ class EncodeJob:
         _, kept = spans(batch.starts[rows], lengths)
         sequences = SequenceBatch(
             users=[batch.users[row] for row in rows.tolist()],
-            actions=batch.actions[kept],
+            actions=batch.actions.take(kept),
             starts=starts_of(lengths),
             counts=batch.counts[rows],
             revisions=batch.revisions[rows],
