@@ -19,6 +19,7 @@ from encoder.features import padded_rows, sequence_positions
 from encoder.inference.cone import Int64s, offsets_of
 from encoder.inference.incremental import TOKENS_MAX, bounded, check
 from encoder.inference.steps import Floats, Steps
+from encoder.inference.transfer import fetched, sent
 from encoder.model import WindowEncoder, newest
 from encoder.release import Release
 
@@ -85,15 +86,16 @@ class FullWindowRuntime(_FullRuntime):
         starts = offsets_of(lengths)
         rows = np.repeat(batch.starts[users + 1] - starts[1:], lengths) + np.arange(starts[-1])
         tokens = self._tokenizer.tokenize(batch.actions[rows], starts, sequence_positions(starts, batch.counts[users]))
-        ends = torch.from_numpy(lengths)
-        x = self._model.inputs(tokens.features(padded_rows(starts)), ends)
-        return self._newest(x, ends).numpy()
+        device = self._model.device
+        (ends,) = sent(device, lengths)
+        x = self._model.inputs(tokens.features(padded_rows(starts)).to(device), ends)
+        return fetched(self._newest(x, ends))
 
     def _newest(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Embeddings [B, E] of tokens [B, L, D]: whole layers but the last, which mixes for one position only."""
         *layers, last = self._model.layers
-        visible = torch.arange(x.shape[1]) < lengths[:, None]
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         for block in layers:
             q, k, v = block.project(x, None)
             x = block.finish(x, attend(q, k, v, causal))

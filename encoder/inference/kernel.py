@@ -1,6 +1,6 @@
 """What a step does between its matrix products, as one interface with two implementations.
 
-`twin.TorchKernel` is the obvious one, in plain torch: the reference, and what serves where no compiler is found.
+`twin.TorchKernel` is the obvious one, in plain torch: the reference, and what serves on a GPU or without a compiler.
 `native.NativeKernel` is the fast one and is tested against it.
 
 S users of a plan, T tokens, R rows of a layer, Q rows with output, H heads, G key/value heads, K head size, W window,

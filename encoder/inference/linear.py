@@ -20,6 +20,8 @@ def prepared(linear: nn.Linear, dtype: torch.dtype, *, gelu: InPlace | None = No
     With `gelu`, the tanh form in place, the layer is followed by it; where the product can do that itself, it does.
     """
     weight, bias = linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
+    if weight.device.type == "cuda":
+        return _followed(lambda x, out: F.linear(x, weight, bias), gelu)
     if dtype is torch.float32:
         return _followed(_transposed(weight, bias), gelu)
     packed = _packed(weight, bias, ("none", [], "") if gelu is None else ("gelu", [], "tanh"))

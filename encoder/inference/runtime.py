@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from encoder.actions import SequenceBatch
+from encoder.features import CPU
+from encoder.inference.cuda import CudaSteps
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Kernel, Precision
@@ -24,6 +26,8 @@ from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import StreamingEncoder
 from encoder.release import Release, load_release
+from encoder.training.machine import faster_precision
+from encoder.training.world import own_device
 
 Kind = Literal["incremental", "full"]
 DType = Literal["auto", "fp32", "bf16"]
@@ -62,17 +66,19 @@ def load_runtime(
     threads: int = 1,
     dtype: DType = "auto",
 ) -> EncoderRuntime:
-    """The runtime of a release; sets torch's threads for the process.
+    """The runtime of a release, on this process's CUDA device where there is one; sets torch's threads.
 
-    `cache_bytes_max` bounds the memory of what is kept of users: address space at once, memory as users come. For
-    `dtype` see `choose`. Raises `ReleaseError` for a release that cannot be trusted and `ValueError` for settings that
-    do not fit it.
+    `cache_bytes_max` bounds the memory of what is kept of users: address space at once and memory as users come, or on
+    a GPU its memory at once. For `dtype` see `choose`. Raises `ReleaseError` for a release that cannot be trusted and
+    `ValueError` for settings that do not fit it.
     """
     torch.set_num_threads(threads)
     release = load_release(release_dir)
+    release.model.to(own_device())
     if isinstance(release.model, StreamingEncoder):
         make = make_incremental if kind == "incremental" else make_full
-        return make(release, cache_bytes_max=cache_bytes_max, precision=choose(dtype, release.config.d_model))
+        precision = choose(dtype, release.config.d_model, release.model.device)
+        return make(release, cache_bytes_max=cache_bytes_max, precision=precision)
     if kind == "incremental":
         raise ValueError("a window encoder keeps nothing between actions: set the runtime's kind to full")
     return FullWindowRuntime(release)
@@ -81,11 +87,12 @@ def load_runtime(
 def make_incremental(
     release: Release, *, cache_bytes_max: int, precision: Precision, native: bool = True
 ) -> IncrementalRuntime:
-    """The incremental runtime of a streaming release, with products and cache in this precision."""
+    """The incremental runtime of a streaming release, where its model is, with products and cache in this precision."""
     kernel, slots = make_kernel(release, precision, cache_bytes_max, native=native)
-    return IncrementalRuntime(
-        release.version, release.config, Steps(release, kernel, precision.products), SlotTable(slots)
-    )
+    steps = make_steps(release, kernel, precision)
+    if isinstance(steps, CudaSteps):
+        steps.capture()
+    return IncrementalRuntime(release.version, release.config, steps, SlotTable(slots))
 
 
 def make_full(
@@ -93,30 +100,46 @@ def make_full(
 ) -> FullStreamingRuntime:
     """The full runtime of a streaming release; it needs slots only while a part of a batch runs."""
     kernel, slots = make_kernel(release, precision, cache_bytes_max, slots_max=FULL_USERS_MAX, native=native)
-    return FullStreamingRuntime(release, Steps(release, kernel, precision.products), slots)
+    return FullStreamingRuntime(release, make_steps(release, kernel, precision), slots)
+
+
+def make_steps(release: Release, kernel: Kernel, precision: Precision) -> Steps:
+    """Steps where the model and the slabs of the kernel are."""
+    if isinstance(kernel, TorchKernel) and kernel.device.type == "cuda":
+        return CudaSteps(release, kernel, precision.products)
+    return Steps(release, kernel, precision.products)
 
 
 def make_kernel(
     release: Release, precision: Precision, cache_bytes_max: int, *, slots_max: int | None = None, native: bool = True
 ) -> tuple[Kernel, int]:
-    """A kernel and its number of slots: the native one, or its twin where `native` is false or cannot be built."""
-    geometry = Geometry.of(release.config, precision)
-    library = Library.load(geometry) if native else None
+    """A kernel and its number of slots: the native one, or its twin where `native` is false or cannot be built.
+
+    On a GPU it is the twin, and it has one slot more, for padding.
+    """
+    geometry, device = Geometry.of(release.config, precision), release.model.device
+    library = _library(release, geometry, native=native)
     per_user = library.bytes_per_slot() if library else TorchKernel.bytes_per_slot(geometry)
-    slots = cache_bytes_max // per_user
+    spare = int(device.type == "cuda")
+    slots = cache_bytes_max // per_user - spare
     if slots < 1:
-        raise ValueError(f"cache is too small for one user: {cache_bytes_max} bytes; set at least {per_user}")
+        least = (1 + spare) * per_user
+        raise ValueError(f"cache is too small for one user: {cache_bytes_max} bytes; set at least {least}")
     slots = min(slots, slots_max or slots)
     if library:
         return NativeKernel(library, slots, slopes(release)), slots
-    return TorchKernel(geometry, slots, slopes(release)), slots
+    return TorchKernel(geometry, slots + spare, slopes(release), device), slots
 
 
 def kernel_bytes(release: Release, precision: Precision, *, native: bool = True) -> int:
     """Cache bytes of one user."""
     geometry = Geometry.of(release.config, precision)
-    library = Library.load(geometry) if native else None
+    library = _library(release, geometry, native=native)
     return library.bytes_per_slot() if library else TorchKernel.bytes_per_slot(geometry)
+
+
+def _library(release: Release, geometry: Geometry, *, native: bool) -> Library | None:
+    return Library.load(geometry) if native and release.model.device == CPU else None
 
 
 def slopes(release: Release) -> torch.Tensor | None:
@@ -127,15 +150,18 @@ def slopes(release: Release) -> torch.Tensor | None:
     return F.softplus(torch.stack(learned)).detach()
 
 
-def choose(dtype: DType, d_model: int) -> Precision:
+def choose(dtype: DType, d_model: int, device: torch.device = CPU) -> Precision:
     """What a setting means on this machine, by a measurement of some ten milliseconds.
 
     `bf16` allows bfloat16: the cache takes half the memory, and products use it where this machine multiplies faster
-    in it. `auto` is `bf16` on such machines and `fp32` on all others.
+    in it; a GPU is asked whether it multiplies in it. `auto` is `bf16` on such machines and `fp32` on all others.
     """
     if dtype == "fp32":
         return Precision()
-    faster = 1.2 * _product_s(d_model, torch.bfloat16) < _product_s(d_model, torch.float32)
+    if device.type == "cuda":
+        faster = faster_precision(device.type) == torch.bfloat16
+    else:
+        faster = 1.2 * _product_s(d_model, torch.bfloat16) < _product_s(d_model, torch.float32)
     if faster:
         return Precision(torch.bfloat16, torch.bfloat16)
     return Precision(cache=torch.bfloat16 if dtype == "bf16" else torch.float32)

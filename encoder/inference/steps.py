@@ -6,6 +6,8 @@ the rows that a plan names are computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from encoder.actions import SequenceBatch
 from encoder.features import Features
-from encoder.inference.cone import Int64s, offsets_of, plan_tokens, suffixes
+from encoder.inference.cone import Int64s, LayerRows, offsets_of, plan_tokens, suffixes
 from encoder.inference.kernel import Kernel
 from encoder.inference.linear import prepared
+from encoder.inference.transfer import sent
 from encoder.model import Block, Head, StreamingEncoder
 from encoder.release import Release
 
@@ -35,7 +38,7 @@ class Steps:
         self._columns, self._project = model.columns, prepared(model.project, dtype)
         self._kernel = kernel
         self._width = model.config.d_model
-        self.buffers = Buffers(dtype)
+        self.buffers = Buffers(dtype, model.device)
         self._layers = [_Layer(block, kernel, dtype) for block in model.layers]
         self._head = _Head(model.head, kernel, dtype)
 
@@ -47,13 +50,17 @@ class Steps:
         """
         plan = plan_tokens(slots, batch.counts[users], fresh, firsts, self.windows)
         features = self._features(batch, users, fresh, plan.positions)
-        columns = self._columns(features).to(self.buffers.dtype)
-        x = self._project(columns, torch.empty(len(columns), self._width)).float()
         self._kernel.begin(plan, features.time_ms.numpy())
+        return self.embed(features, plan.layers, self.buffers).numpy()
+
+    def embed(self, features: Features, layers: Sequence[LayerRows], buffers: Buffers) -> Tensor:
+        """Embeddings [S, E] from the features of the new tokens, once the kernel knows the plan."""
+        columns = self._columns(features).to(buffers.dtype)
+        x = self._project(columns, columns.new_empty(len(columns), self._width)).float()
         y: Tensor | None = None
-        for number, (layer, rows) in enumerate(zip(self._layers, plan.layers, strict=True)):
-            x, y = layer.run(number, x, y, rows.kept, self.buffers)
-        return self._head.run(x, y, self.buffers).numpy()
+        for number, (layer, rows) in enumerate(zip(self._layers, layers, strict=True)):
+            x, y = layer.run(number, x, y, rows.kept, buffers)
+        return self._head.run(x, y, buffers)
 
     def _features(self, batch: SequenceBatch, users: Int64s, fresh: Int64s, positions: Int64s) -> Features:
         """Features of the new tokens alone; the action before them is read too where it is kept, for the gap."""
@@ -70,8 +77,9 @@ class Steps:
 class Buffers:
     """Scratch memory by name, reused from step to step; contents never survive a step."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
+        self.device = device
         self._held: dict[tuple[str, int], Tensor] = {}
         self._views: dict[tuple[str, int, int], Tensor] = {}  # slicing anew is a microsecond each
 
@@ -82,7 +90,7 @@ class Buffers:
             return view
         held = self._held.get((name, width))
         if held is None or len(held) < rows:
-            held = self._held[name, width] = torch.empty(rows, width, dtype=self.dtype)
+            held = self._held[name, width] = torch.empty(rows, width, dtype=self.dtype, device=self.device)
             self._views.clear()
         view = self._views[name, rows, width] = held[:rows]
         return view
@@ -122,7 +130,7 @@ class _Layer:
         self._kernel.add_norm(x, y, self._norms[0], normed)
         qkv = self._qkv(normed, buffers.take("qkv", x.shape[0], self._qkv_width))
         if kept is not None:
-            x = x[torch.from_numpy(kept)]
+            x = x[sent(x.device, kept)[0]]
         mixed = buffers.take("mixed", *x.shape)
         self._kernel.attend(number, qkv, mixed)
         added = self._out(mixed, buffers.take("added", *x.shape))

@@ -1,30 +1,39 @@
 """The kernel in plain torch: nothing clever, so that the fast one has something to be measured against.
 
 Each layer lays its ragged rows out as [S, longest], puts the W - 1 cached positions before each user's rows, and
-attends under a mask. Shapes as in `kernel`; P is the longest number of rows.
+attends under a mask. Shapes as in `kernel`; P is the longest number of rows. On a CUDA device it is the kernel that
+serves: what is counted is counted on the host, so that no operation there waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoder.attention import log_minutes, rotate, rotation_at
-from encoder.inference.cone import Int64s, Plan
+from encoder.features import CPU
+from encoder.inference.cone import Int64s, Plan, suffixes
 from encoder.inference.kernel import Geometry
+from encoder.inference.transfer import sent
 
 
 class TorchKernel:
     """The reference kernel. `slopes` [L, H] are the non-negative slopes of the event-time bias, None without."""
 
-    def __init__(self, geometry: Geometry, slots: int, slopes: Tensor | None) -> None:
+    def __init__(self, geometry: Geometry, slots: int, slopes: Tensor | None, device: torch.device = CPU) -> None:
         g = geometry
         self.geometry = g
         self.slopes = slopes
-        self.keys = [torch.zeros(slots, w, g.kv_heads, g.head_dim, dtype=g.cells) for w in g.windows]
+        self.device = device
+        self.keys = [torch.zeros(slots, w, g.kv_heads, g.head_dim, dtype=g.cells, device=device) for w in g.windows]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.times_ms = torch.zeros(slots, max(g.windows), dtype=torch.int64)
+        self.times_ms = torch.zeros(slots, max(g.windows), dtype=torch.int64, device=device)
 
     @staticmethod
     def bytes_per_slot(geometry: Geometry) -> int:
@@ -33,24 +42,31 @@ class TorchKernel:
         return vectors * geometry.cells.itemsize + 8 * max(geometry.windows)
 
     def begin(self, plan: Plan, times_ms: Int64s) -> None:
-        self._plan = plan
-        self._rotation = rotation_at(torch.from_numpy(plan.positions), self.geometry.head_dim)
-        block = _Block(plan, 0, self.times_ms.shape[1])
-        times = torch.from_numpy(times_ms)
-        self._token_ms = times
+        positions, times = sent(self.device, plan.positions, times_ms)
+        self._begin(partial(_Block.of, plan, self.device), positions, times)
+
+    def begin_single(self, slots: Tensor, offsets: Tensor, positions: Tensor, times_ms: Tensor) -> None:
+        """`begin` for one new token of each user, from tensors [S] on the device alone: shapes depend on S only."""
+        self._begin(partial(_Block.single, slots, offsets), positions, times_ms)
+
+    def _begin(self, block_of: Callable[[int, int], _Block], positions: Tensor, times_ms: Tensor) -> None:
+        self._block_of = block_of
+        self._rotation = rotation_at(positions, self.geometry.head_dim)
+        block = block_of(0, self.times_ms.shape[1])
+        self._token_ms = times_ms
         self._old_ms = block.cached(self.times_ms)
-        block.store(self.times_ms, times)
+        block.store(self.times_ms, times_ms)
 
     def attend(self, layer: int, qkv: Tensor, out: Tensor) -> None:
         g = self.geometry
-        block = _Block(self._plan, layer, g.windows[layer])
+        block = self._block_of(layer, g.windows[layer])
         q, k, v = torch.split(qkv.view(len(qkv), -1, g.head_dim), [g.heads, g.kv_heads, g.kv_heads], dim=-2)
         cos, sin = self._rotation
         rotation = cos[block.tokens], sin[block.tokens]
         k = rotate(k.float(), rotation).to(g.cells)
         keys = block.join(block.cached(self.keys[layer]), k).float()
         values = block.join(block.cached(self.values[layer]), v.to(g.cells)).float()
-        out.copy_(self._mix(layer, block, rotate(q.float(), rotation), keys, values)[block.with_output])
+        out.copy_(self._mix(layer, block, rotate(q.float(), rotation), keys, values)[block.kept])
         block.store(self.keys[layer], k)
         block.store(self.values[layer], v.to(g.cells))
 
@@ -82,49 +98,97 @@ class TorchKernel:
 
     def _older_ms(self, block: _Block) -> Tensor:
         """Event times of the W - 1 positions before each user's rows, [S, W - 1]; some may be tokens of this plan."""
-        starts = torch.from_numpy(self._plan.starts)[:-1, None]
-        before = torch.from_numpy(self._plan.layers[block.layer].tokens)[:, None] + torch.arange(1 - block.window, 0)
+        starts = block.starts[:, None]
+        before = block.firsts[:, None] + torch.arange(1 - block.window, 0, device=starts.device)
         width = self._old_ms.shape[1]
         old = self._old_ms.gather(1, (before - starts + width).clamp(0, max(width - 1, 0))) if width else self._old_ms
         new = self._token_ms[before.clamp(min=0)]
         return torch.where(before >= starts, new, old)
 
 
+@dataclass(slots=True)
 class _Block:
     """Indices of one layer's rows: where each lies in the plan, in its user's ring, and which keys it may see."""
 
-    def __init__(self, plan: Plan, layer: int, window: int) -> None:
-        rows = plan.layers[layer]
-        starts = torch.from_numpy(rows.starts)
-        self.layer = layer
-        self.window = window
-        self.slots = torch.from_numpy(plan.slots)
-        self.lengths = starts.diff()
-        self.users = torch.repeat_interleave(self.lengths)
-        self.within = torch.arange(len(self.users)) - starts[self.users]
-        self.tokens = torch.from_numpy(rows.tokens)[self.users] + self.within
-        self.with_output = self.within >= torch.from_numpy(rows.silent)[self.users]
-        self.offsets = torch.from_numpy(plan.offsets)[self.tokens]
-        first = self.offsets[starts[:-1]][:, None]
-        old = first + torch.arange(1 - window, 0)
-        steps = first + torch.arange(int(self.lengths.max()))
-        self.ring = old % window
+    window: int
+    longest: int
+    """P."""
+    slots: Tensor
+    """[S]."""
+    starts: Tensor
+    """[S] token of the plan that is the user's first."""
+    firsts: Tensor
+    """[S] token that is the user's first in this layer."""
+    cached_until: Tensor
+    """[S] offset of the plan's first token: a slot holds what lies before; what a cone left out was never written."""
+    first_offsets: Tensor
+    """[S] offset of the user's first row."""
+    users: Tensor
+    """[R]."""
+    within: Tensor
+    """[R] rows of the same user before it."""
+    tokens: Tensor
+    """[R]."""
+    offsets: Tensor
+    """[R]."""
+    kept: Tensor
+    """[Q] rows with output."""
+    stay: Tensor
+    """Rows that enter the ring: of more than a window's worth of a user's, the newest."""
+    ring: Tensor = field(init=False)
+    """[S, W - 1] places of the positions before the user's rows."""
+    missing: Tensor = field(init=False)
+    """[S, W - 1] positions that a slot does not hold."""
+    visible: Tensor = field(init=False)
+    """[S, P, W - 1 + P] whether a row sees a key."""
+
+    def __post_init__(self) -> None:
+        first = self.first_offsets[:, None]
+        old = first + torch.arange(1 - self.window, 0, device=first.device)
+        steps = first + torch.arange(self.longest, device=first.device)
+        self.ring = old % self.window
+        self.missing = (old < 0) | (old >= self.cached_until[:, None])
         keys = torch.cat([old, steps], dim=1)
         behind = steps[..., None] - keys[:, None]
-        self.visible = (behind >= 0) & (behind < window) & (keys >= 0)[:, None]
-        # A slot holds what lies before the plan's first token; what a cone left out after it was never written.
-        cached_until = torch.from_numpy(plan.offsets[plan.starts[:-1]])[:, None]
-        self.held = (old >= 0) & (old < cached_until)
+        self.visible = (behind >= 0) & (behind < self.window) & (keys >= 0)[:, None]
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device, layer: int, window: int) -> _Block:
+        rows = plan.layers[layer]
+        lengths = np.diff(rows.starts)
+        users = np.repeat(np.arange(len(lengths)), lengths)
+        within = np.arange(len(users)) - rows.starts[users]
+        tokens = rows.tokens[users] + within
+        columns = (
+            plan.slots,
+            plan.starts[:-1],
+            rows.tokens,
+            plan.offsets[plan.starts[:-1]],
+            plan.offsets[rows.tokens],
+            users,
+            within,
+            tokens,
+            plan.offsets[tokens],
+            np.arange(len(users)) if rows.kept is None else rows.kept,
+            suffixes(rows.starts, np.minimum(lengths, window)),
+        )
+        return cls(window, int(lengths.max()), *sent(device, *columns))
+
+    @classmethod
+    def single(cls, slots: Tensor, offsets: Tensor, layer: int, window: int) -> _Block:
+        """Of users with one row each, the same in all layers."""
+        every = torch.arange(len(slots), device=slots.device)
+        none = torch.zeros_like(every)
+        return cls(window, 1, slots, every, every, offsets, offsets, every, none, every, offsets, every, every)
 
     def cached(self, slab: Tensor) -> Tensor:
         """What a slab [slots, W, ...] holds of the W - 1 positions before each user's rows, 0 elsewhere."""
-        held = self.held.view(*self.held.shape, *[1] * (slab.ndim - 2))
-        return torch.where(held, slab[self.slots[:, None], self.ring], torch.zeros((), dtype=slab.dtype))
+        missing = self.missing.view(*self.missing.shape, *[1] * (slab.ndim - 2))
+        return slab[self.slots[:, None], self.ring].masked_fill_(missing, 0)
 
     def store(self, slab: Tensor, rows: Tensor) -> None:
-        """Write rows [R, ...] into the rings; of more than a window's worth, the newest stay."""
-        stay = self.within >= self.lengths[self.users] - self.window
-        slab[self.slots[self.users[stay]], self.offsets[stay] % self.window] = rows[stay]
+        """Write rows [R, ...] into the rings."""
+        slab[self.slots[self.users[self.stay]], self.offsets[self.stay] % self.window] = rows[self.stay]
 
     def join(self, old: Tensor, new: Tensor) -> Tensor:
         """Cached entries [S, W - 1, ...], then the new ones ([R, ...]) of each user, oldest first."""
@@ -132,6 +196,6 @@ class _Block:
 
     def pad(self, rows: Tensor) -> Tensor:
         """[R, ...] as [S, P, ...], zero where a user has fewer rows."""
-        padded = rows.new_zeros(len(self.lengths), int(self.lengths.max()), *rows.shape[1:])
+        padded = rows.new_zeros(len(self.slots), self.longest, *rows.shape[1:])
         padded[self.users, self.within] = rows
         return padded
