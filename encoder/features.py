@@ -25,8 +25,6 @@ FEATURE_VERSION = 1
 UNKNOWN = 0
 """The row that every unknown item, action type or surface shares."""
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True, slots=True)
 class Vocabularies:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.features import CPU, Ints
+from encoder.device import CPU
+from encoder.features import Ints
 from encoder.losses import SCALE_MAX, Hide
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from encoder.actions import SequenceBatch
-from encoder.features import CPU
+from encoder.device import CPU, gpu_precision, own_device
 from encoder.inference.cuda import CudaSteps
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
@@ -26,8 +26,6 @@ from encoder.inference.steps import Steps
 from encoder.inference.twin import TorchKernel
 from encoder.model import StreamingEncoder
 from encoder.release import Release, load_release
-from encoder.training.machine import faster_precision
-from encoder.training.world import own_device
 
 Kind = Literal["incremental", "full"]
 DType = Literal["auto", "fp32", "bf16"]
@@ -159,7 +157,7 @@ def choose(dtype: DType, d_model: int, device: torch.device = CPU) -> Precision:
     if dtype == "fp32":
         return Precision()
     if device.type == "cuda":
-        faster = faster_precision(device.type) == torch.bfloat16
+        faster = gpu_precision() == torch.bfloat16
     else:
         faster = 1.2 * _product_s(d_model, torch.bfloat16) < _product_s(d_model, torch.float32)
     if faster:

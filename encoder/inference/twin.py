@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoder.attention import log_minutes, rotate, rotation_at
-from encoder.features import CPU
+from encoder.device import CPU
 from encoder.inference.cone import Int64s, Plan, suffixes
 from encoder.inference.kernel import Geometry
 from encoder.inference.transfer import sent

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from encoder.device import gpu_precision
+
 ROUNDS = 7
 WORTH = 1.25
 """A choice that costs something (accuracy, a second core) must be so many times faster."""
@@ -59,7 +61,7 @@ def faster_precision(device_type: str = "cpu") -> torch.dtype:
     Where bfloat16 is emulated a product can take a hundred times as long, so the first one may already decide.
     """
     if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return gpu_precision()
 
     def taken(dtype: torch.dtype, rounds: int) -> float:
         a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)

@@ -66,7 +66,7 @@ def train_release(
     checkpoint is kept in `out_dir` while training and, if one is there, training goes on from it, to the same weights
     as if it had never stopped (unless a time limit ends it). `progress` hears every two seconds and at the end. The
     same seed, machine, number of threads and no time limit give the same release, on CPUs to the last bit. Raises
-    `LogError`, `ItemError`, `CheckpointError` or `WorldError`.
+    `LogError`, `ItemError`, `CheckpointError` or `DeviceError`.
     """
     run = Run(
         log,

@@ -14,11 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from encoder.features import CPU
-
-
-class WorldError(ValueError):
-    """Processes that cannot train together here; the text says what to do."""
+from encoder.device import CPU, own_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +58,10 @@ def is_first() -> bool:
 
 
 def join_world() -> World:
-    """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `WorldError`."""
+    """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `DeviceError`."""
     device = own_device()
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(device=device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def own_device() -> torch.device:
-    """This process's CUDA device, by its number among the machine's processes; the CPU where there are no devices."""
-    if not torch.cuda.is_available():
-        return CPU
-    number, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= devices:
-        raise WorldError(
-            f"process {number + 1} of this machine finds {devices} CUDA devices: start one for each device at most, "
-            'or train on CPUs with CUDA_VISIBLE_DEVICES=""'
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from encoder.features import CPU
+from encoder.device import CPU, DeviceError
 from encoder.release import load_release
 from encoder.training import trainer as trainer_module
 from encoder.training.checkpoint import Standing, save_checkpoint
@@ -28,7 +28,7 @@ from encoder.training.run import make_trainer, train_release
 from encoder.training.sources import make_items
 from encoder.training.splits import make_split
 from encoder.training.trainer import Trainer
-from encoder.training.world import World, WorldError, join_world
+from encoder.training.world import World, join_world
 from tests.unit.encoder.walks import small_recipe, walks
 
 SEED = 20_261_128
@@ -153,7 +153,7 @@ def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert join_world() == World(3, 4, torch.device("cuda", 1))
     assert taken == [0, 1, "nccl"]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(WorldError, match="process 3 of this machine finds 2 CUDA devices"):
+    with pytest.raises(DeviceError, match="process 3 of this machine finds 2 CUDA devices"):
         join_world()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert join_world() == World(3, 4, CPU)

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from encoder.actions import SequenceBatch
-from encoder.features import CPU, Features
+from encoder.device import CPU
+from encoder.features import Features
 from encoder.inference import cuda, full, load_runtime
 from encoder.inference import runtime as runtime_module
 from encoder.inference.cone import plan_tokens
