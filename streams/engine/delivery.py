@@ -22,7 +22,6 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +33,8 @@ from faust.types import TP, ConsumerMessage
 from streams.engine.records import as_parsed
 
 PREFETCH_BACKOFF_S = 0.002
-READY_S = 0.001
-"""A fetch that took less than this found records that had lain ready, and others wait behind them at the broker."""
-MORE_S = 0.003
-"""How long these others are waited for; the broker answers at once where there are any."""
+MORE_S = 0.005
+"""How long records are waited for that came after those that lay ready; the broker answers at once if there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +79,13 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             return {}
         generation = self.app.consumer_generation_id
         before = {tp: self._joined_at.get(tp, self._position(consumer, tp)) for tp in wanted}
-        asked_at = time.monotonic()
-        fetched = dict(await super()._fetch_records(consumer, wanted, timeout, max_records))
+        fetched = dict(await super()._fetch_records(consumer, wanted, 0, max_records))
+        if fetched:
+            await self._fetch_more(consumer, before, fetched, max_records)
+        else:
+            fetched = dict(await super()._fetch_records(consumer, wanted, timeout, max_records))
         if not fetched:
             return {}
-        if max_records is not None and time.monotonic() - asked_at < READY_S:
-            await self._fetch_more(consumer, before, fetched, max_records)
         if self.app.consumer_generation_id != generation or not self.consumer.flow_active:
             self._hand_back(consumer, before, fetched)
             return {}
@@ -98,11 +96,11 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         consumer: aiokafka.AIOKafkaConsumer,
         before: Mapping[TP, int | None],
         fetched: dict[TP, list[Any]],
-        max_records: int,
+        max_records: int | None,
     ) -> None:
-        """Add what reached the broker after the fetch was answered: aiokafka asks again only once that is taken."""
-        left = max_records - sum(len(records) for records in fetched.values())
-        if left <= 0:
+        """Add what reached the broker after what lay ready: aiokafka asks again only once that is taken."""
+        left = None if max_records is None else max_records - sum(len(records) for records in fetched.values())
+        if left == 0:
             return
         epochs = {tp: self.epoch(tp) for tp in before}
         try:

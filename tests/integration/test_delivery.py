@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,8 +31,7 @@ class Receiver:
 
     def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
         self.batches: list[RecordBatch] = []
-        self.busy_s = 0.0
-        """What the agent takes for a delivery."""
+        self.servers = bootstrap_servers
         self.topic = f"{name}-in"
         self._changelog = f"{name}-numbers-changelog"
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
@@ -68,7 +68,19 @@ class Receiver:
     async def _receive(self, stream: Any) -> None:
         async for batches in stream:
             self.batches.extend(batches)
-            await asyncio.sleep(self.busy_s)
+
+    async def produce_until(self, condition: Callable[[], bool]) -> int:
+        """Send records to partition 0, a few at a time, between which the loop stands still."""
+        producer = aiokafka.AIOKafkaProducer(bootstrap_servers=self.servers)
+        sent = 0
+        async with producer, asyncio.timeout(30):
+            while not condition():
+                for _ in range(5):
+                    await producer.send(self.topic, b"", partition=0)
+                sent += 5
+                await asyncio.sleep(0.01)
+                time.sleep(0.01)  # so that fetches lie ready
+        return sent
 
     def offsets(self, partition: int, epoch: int | None = None) -> list[int]:
         chosen = [b for b in self.batches if b.tp.partition == partition and epoch in (None, b.epoch)]
@@ -163,6 +175,7 @@ Interference = Callable[[driver.AIOKafkaConsumerThread, Any], Coroutine[Any, Any
 
 def interfere(monkeypatch: pytest.MonkeyPatch, interference: Interference | None = None) -> list[int]:
     """Do something before the second fetches of deliveries; the list gets how many records each of them brought."""
+    monkeypatch.setattr(delivery, "MORE_S", 0.5)
     fetch, brought = driver.AIOKafkaConsumerThread._fetch_records, list[int]()
 
     async def fetching(self: Any, consumer: Any, wanted: Any, timeout: float, max_records: int) -> Any:
@@ -184,13 +197,12 @@ def test_what_came_since_the_fetch_is_delivered_with_it(
     brought = interfere(monkeypatch)
 
     async def scenario() -> None:
-        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        receiver.app.conf.broker_max_poll_records = 1_000
         async with running(receiver):
-            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
-            await eventually(lambda: len(receiver.offsets(0)) >= 400)
-        assert receiver.offsets(0) == list(range(400))
+            sent = await receiver.produce_until(lambda: sum(brought) > 0)
+            await eventually(lambda: len(receiver.offsets(0)) >= sent)
+        assert receiver.offsets(0) == list(range(sent))
         assert [b.begin for b in receiver.batches] == [0] + [b.end for b in receiver.batches[:-1]]
-        assert sum(brought) > 0
 
     asyncio.run(scenario())
 
@@ -199,21 +211,22 @@ def test_a_seek_between_both_fetches_voids_the_first(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A partition sought while its delivery is completed is delivered from there on, and nothing from before it."""
-    tp, seeks = TP(receiver.topic, 0), iter(range(3))
+    tp, seeks = TP(receiver.topic, 0), list[int]()
 
     async def seek(thread: Any, consumer: Any) -> None:
-        if next(seeks, None) is not None:
+        if len(seeks) < 3:
+            seeks.append(5)
             await thread._seek_wait(consumer, {tp: 5})
 
     interfere(monkeypatch, seek)
 
     async def scenario() -> None:
-        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        receiver.app.conf.broker_max_poll_records = 1_000
         async with running(receiver):
-            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
-            await eventually(lambda: next(seeks, None) is None and receiver.offsets(0)[-1] == 399)
+            sent = await receiver.produce_until(lambda: len(seeks) == 3)
+            await eventually(lambda: receiver.offsets(0)[-1:] == [sent - 1])
         last = max(b.epoch for b in receiver.batches)
-        assert receiver.offsets(0, last) == list(range(5, 400))
+        assert receiver.offsets(0, last) == list(range(5, sent))
         for epoch in range(last):
             offsets = receiver.offsets(0, epoch)
             assert offsets == list(range(offsets[0], offsets[0] + len(offsets))) if offsets else True
@@ -225,10 +238,11 @@ def test_a_failure_between_both_fetches_loses_nothing(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first of them brought is sought back when the second fails, and delivered by a later one."""
-    fails = iter(range(3))
+    fails = list[int]()
 
     async def fail(thread: Any, consumer: Any) -> None:
-        if next(fails, None) is not None:
+        if len(fails) < 3:
+            fails.append(1)
             raise KafkaConnectionError("the broker is gone")
 
     interfere(monkeypatch, fail)
@@ -243,12 +257,11 @@ def test_a_failure_between_both_fetches_loses_nothing(
     monkeypatch.setattr(delivery.BatchConsumerThread, "_fetch_records", surviving)
 
     async def scenario() -> None:
-        receiver.busy_s, receiver.app.conf.broker_max_poll_records = 0.05, 1_000
+        receiver.app.conf.broker_max_poll_records = 1_000
         async with running(receiver):
-            await produce(broker.bootstrap_servers, receiver.topic, 0, 400)
-            await eventually(lambda: len(receiver.offsets(0)) >= 400)
-        assert next(fails, None) is None
-        assert receiver.offsets(0) == list(range(400))
+            sent = await receiver.produce_until(lambda: len(fails) == 3)
+            await eventually(lambda: len(receiver.offsets(0)) >= sent)
+        assert receiver.offsets(0) == list(range(sent))
         assert [b.begin for b in receiver.batches] == [0] + [b.end for b in receiver.batches[:-1]]
 
     asyncio.run(scenario())
