@@ -15,6 +15,7 @@ import pytest
 from aiokafka.errors import KafkaConnectionError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient, NewTopic
 from yarl import URL
 
@@ -32,6 +33,8 @@ class Receiver:
     def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
         self.batches: list[RecordBatch] = []
         self.servers = bootstrap_servers
+        self.busy_s = 0.0
+        """For how long a delivery keeps the event loop busy, so that the next one lies ready."""
         self.topic = f"{name}-in"
         self._changelog = f"{name}-numbers-changelog"
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
@@ -68,18 +71,23 @@ class Receiver:
     async def _receive(self, stream: Any) -> None:
         async for batches in stream:
             self.batches.extend(batches)
+            time.sleep(self.busy_s)
 
     async def produce_until(self, condition: Callable[[], bool]) -> int:
-        """Send records to partition 0, a few at a time, between which the loop stands still."""
-        producer = aiokafka.AIOKafkaProducer(bootstrap_servers=self.servers)
-        sent = 0
-        async with producer, asyncio.timeout(30):
-            while not condition():
-                for _ in range(5):
-                    await producer.send(self.topic, b"", partition=0)
-                sent += 5
-                await asyncio.sleep(0.01)
-                time.sleep(0.01)  # so that fetches lie ready
+        """Send records to partition 0 without a pause, from a thread of its own; returns how many."""
+
+        def produce() -> int:
+            producer, sent, end = KafkaProducer(bootstrap_servers=self.servers), 0, time.monotonic() + 30
+            while not condition() and time.monotonic() < end:
+                producer.send(self.topic, b"", partition=0)
+                sent += 1
+                time.sleep(0.002)
+            producer.close()
+            return sent
+
+        self.busy_s = 0.05
+        sent = await asyncio.to_thread(produce)
+        assert condition()
         return sent
 
     def offsets(self, partition: int, epoch: int | None = None) -> list[int]:
