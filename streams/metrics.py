@@ -131,7 +131,7 @@ LATENCY_BOUNDS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 """Around the objectives of freshness: p50 10 ms, p99 50 ms, 500 ms through a fault."""
 WORK_BOUNDS_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 RESTORE_BOUNDS_SECONDS = (0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
-BATCH_BOUNDS_USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BATCH_BOUNDS_USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:

@@ -37,20 +37,9 @@ from encoder.inference.twin import TorchKernel, _Block
 from encoder.model import EncoderConfig
 from encoder.release import Release
 from tests.unit.inference.histories import forward, random_release, sequences
-from tests.unit.inference.test_runtimes import SHAPES, SMALL, disturb, user
+from tests.unit.inference.test_runtimes import SHAPES, SMALL, WINDOW, disturb, user
 
 CUDA = torch.device("cuda", 0)
-WINDOW = EncoderConfig(
-    kind="window",
-    d_model=32,
-    heads=4,
-    kv_heads=4,
-    windows=(20, 20),
-    embedding_dim=16,
-    item_dim=12,
-    sequence_length=20,
-    time_bias=False,
-)
 HALF = Precision(torch.bfloat16, torch.bfloat16)
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

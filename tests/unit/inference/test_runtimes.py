@@ -19,6 +19,17 @@ from encoder.model import EncoderConfig
 from encoder.release import Release
 from tests.unit.inference.histories import User, forward, random_actions, random_release, sequences
 
+WINDOW = EncoderConfig(
+    kind="window",
+    d_model=32,
+    heads=4,
+    kv_heads=4,
+    windows=(20, 20),
+    embedding_dim=16,
+    item_dim=12,
+    sequence_length=20,
+    time_bias=False,
+)
 SMALL = EncoderConfig(
     d_model=32, heads=4, kv_heads=2, windows=(5, 9, 7), embedding_dim=16, item_dim=12, sequence_length=24
 )
@@ -71,18 +82,7 @@ def test_incremental_equals_forward(shape: str, native: bool) -> None:
 def test_full_equals_forward_for_both_encoders(tmp_path: Path) -> None:
     """Full passes of the streaming and of the published encoder are the model's forward pass, ragged batches too."""
     rng = np.random.default_rng(5)
-    window = EncoderConfig(
-        kind="window",
-        d_model=32,
-        heads=4,
-        kv_heads=4,
-        windows=(20, 20),
-        embedding_dim=16,
-        item_dim=12,
-        sequence_length=20,
-        time_bias=False,
-    )
-    for name, config in (("streaming", SMALL), ("window", window)):
+    for name, config in (("streaming", SMALL), ("window", WINDOW)):
         release = random_release(config, 5)
         release.save(tmp_path / name)
         runtime = load_runtime(tmp_path / name, kind="full", cache_bytes_max=1 << 20, dtype="fp32")
