@@ -94,7 +94,7 @@ class Tokens:
         at = np.where(padding, 0, rows) if padding.any() else rows
 
         def column(values: Ints) -> Tensor:
-            taken = values[at]
+            taken = values.take(at)
             if at is not rows:
                 taken[padding] = 0
             return torch.from_numpy(taken)

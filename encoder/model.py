@@ -194,16 +194,22 @@ class Encoder(nn.Module):
     def _extra_width(self) -> int:
         return 0
 
-    def _columns(self, features: Features) -> list[Tensor]:
+    def looked_up(self, features: Features) -> list[Tensor]:
+        """The first columns that `project` reads of each token: rows of tables [..., n], and the duration."""
         duration = torch.log1p(features.duration_ms.float() / 1_000).unsqueeze(-1)
         return [
             self.items(features.item),
             F.embedding(features.action, self.action),
             F.embedding(features.surface, self.surface),
             duration,
-            self.clock(features.time_ms),
-            self.gap(features.gap_ms),
         ]
+
+    def timed(self, features: Features) -> list[tuple[TimeEncoding, Tensor]]:
+        """The columns behind them: encodings, each with the times [...] that it encodes."""
+        return [(self.clock, features.time_ms), (self.gap, features.gap_ms)]
+
+    def _columns(self, features: Features) -> list[Tensor]:
+        return [*self.looked_up(features), *(encoding(time_ms) for encoding, time_ms in self.timed(features))]
 
     def item_embeddings(self) -> Tensor:
         """[I + 1, E], compared with a user's embedding by dot product; row 0 is the unknown item."""
@@ -224,12 +230,8 @@ class StreamingEncoder(Encoder):
 
     def inputs(self, features: Features) -> Tensor:
         """Tokens [..., D]; each is a function of its own row of features alone."""
-        projected: Tensor = self.project(self.columns(features))
+        projected: Tensor = self.project(torch.cat(self._columns(features), dim=-1))
         return projected
-
-    def columns(self, features: Features) -> Tensor:
-        """What `project` reads of each token: [..., C]."""
-        return torch.cat(self._columns(features), dim=-1)
 
     def forward(self, features: Features, lengths: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Hidden states [B, L, D] of padded sequences [B, L]; rows behind a sequence's end are meaningless.

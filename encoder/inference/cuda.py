@@ -23,7 +23,7 @@ from encoder.inference.transfer import fetched, sent
 from encoder.inference.twin import TorchKernel
 from encoder.release import Release
 
-SIZES = (64, 256, 512)
+SIZES = (64, 256, 1_024)
 """Users of a padded step; one of more users than the last is not padded."""
 WARM_UP = 3
 """Runs before a step is recorded, in which libraries set themselves up."""

@@ -45,7 +45,7 @@ class _FullRuntime:
         check(batch)
         embeddings = np.empty((len(batch), self.embedding_dim), np.float32)
         lengths = np.minimum(np.diff(batch.starts), self._reach)
-        for part in bounded(lengths, 2 * TOKENS_MAX, self._users_max):
+        for part in bounded(lengths, TOKENS_MAX, self._users_max):
             embeddings[part] = self._pass(batch, part, lengths[part])
         self.prefills += len(batch)
         return embeddings

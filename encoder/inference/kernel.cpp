@@ -1,6 +1,6 @@
 // What a step does between its matrix products: attention of new tokens over rings of cached keys and values, the
-// residual sum with its LayerNorm, GELU, and the logarithms of event-time distance. See kernel.py for the contract and
-// twin.py for the same in plain torch.
+// residual sum with its LayerNorm, GELU, encodings of time, the logarithms of event-time distance, and length one. See
+// kernel.py for the contract and twin.py for the same in plain torch.
 //
 // The build fixes HEAD_DIM (K, even), SHARE (query heads to a key/value head), WINDOW_MAX, and the types ROW (of what
 // products read and write) and CELL (of what slabs hold): float or bf16. Arithmetic is float throughout. Only vector
@@ -77,10 +77,10 @@ INLINE int64_t pair_index(const float*, int64_t j, int side) { return j / LANES 
 INLINE int64_t pair_index(const bf16*, int64_t j, int side) { return 2 * j + side; }
 INLINE void prefetch_pair(const cell_t* p, int i) {
   constexpr int bytes = 2 * LANES * sizeof(cell_t);
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)p + int64_t(i) * bytes + at, 0, 2);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)p + int64_t(i) * bytes + at, 0, 0);
 }
 
-// N pairs of vectors from number `at`, and the same of the next block on its way to the cache.
+// N pairs of vectors from number `at`, and the same of the next ring on its way to the cache.
 template <int N> INLINE void load_pairs(const cell_t* p, const cell_t* next, int at, vec* a, vec* b) {
   for (int n = 0; n < N; n++) {
     load_pair(p, at + n, a[n], b[n]);
@@ -116,7 +116,7 @@ INLINE vec exp2v(vec x) {
   p = p * f + 1.f;
   return (vec)((ivec)p + (__builtin_convertvector(whole, ivec) << 23));
 }
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f, PI = 3.14159265f;
 
 // ln x for normal x >= 1: exponent, and artanh's series of the mantissa m in [sqrt(1/2), sqrt(2)]; error 2e-7.
 INLINE vec logv(vec x) {
@@ -128,9 +128,35 @@ INLINE vec logv(vec x) {
   return __builtin_convertvector(e, vec) * LN2 + 2.f * s * (1.f + z * p);
 }
 
+// sin(2 pi x): x brought to a quarter turn around 0, where sin is its Taylor series; error 1e-7, and that of x.
+INLINE vec sin_turns(vec x) {
+  x -= (x + 12582912.f) - 12582912.f;
+  const vec half = (vec)(((uvec)x & 0x80000000u) | 0x3f000000u), size = (vec)((uvec)x & 0x7fffffffu);
+  x = size > 0.25f ? half - x : x;
+  const vec z = x * x;
+  vec p = vec{} - 15.0946426f;
+  p = p * z + 42.0586939f;
+  p = p * z - 76.7058598f;
+  p = p * z + 81.6052493f;
+  p = p * z - 41.3417022f;
+  p = p * z + 6.28318531f;
+  return p * x;
+}
+
+// What t / p has beyond the nearest whole number, for LANES periods; t in milliseconds is exact until here.
+typedef double dvec __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
+INLINE vec turns_of(double t, const double* periods) {
+  const dvec p = *(const dvec*)periods, whole = (t / p + 6755399441055744.) - 6755399441055744.;
+  return __builtin_convertvector((t - whole * p) / p, vec);
+}
+// Side 0: cos(2 pi turns + phase), side 1: the sine.
+INLINE vec wave(vec turns, const float* phase, int side) {
+  return sin_turns(turns + *(const vec*)phase * (0.5f / PI) + (side ? 0 : 0.25f));
+}
+
 // scores[h][place] for N vectors of places from `at`, all SHARE heads; pairs of key rows are `stride` pairs apart.
-template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride, const float (*q)[WIDTH],
-                                          float (*scores)[PLACES_MAX]) {
+template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride,
+                                          const float (*q)[WIDTH], float (*scores)[PLACES_MAX]) {
   vec acc[N][H] = {};
   for (int i = 0; i < HALF; i++) {
     vec a[N], b[N];
@@ -284,6 +310,16 @@ INLINE void write_only(const row_t* row, int g, const Layer& layer, const Token&
   ring.write(int(t.offset % layer.window), k, v);
 }
 
+// f(c, i) for every whole vector i of a row, in CHAINS sums that do not wait for each other.
+constexpr int CHAINS = 4;
+template <class F> INLINE void in_chains(int whole, F f) {
+  int i = 0;
+  for (; i + CHAINS * LANES <= whole; i += CHAINS * LANES)
+    for (int c = 0; c < CHAINS; c++) f(c, i + c * LANES);
+  for (; i < whole; i += LANES) f(0, i);
+}
+INLINE float sum_chains(const vec* v) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+
 extern "C" {
 
 int lanes() { return LANES; }
@@ -313,8 +349,10 @@ void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int
         for (int g = 0; g < kv_heads; g++) write_only(row, g, layer, t, Ring(block, g, window));
         continue;
       }
-      for (int g = 0; g < kv_heads; g++)
-        attend_head(row, g, layer, t, Ring(block, g, window), Ring(next, g, window), out);
+      for (int g = 0; g < kv_heads; g++) {
+        const Ring then = g + 1 < kv_heads ? Ring(block, g + 1, window) : Ring(next, 0, window);
+        attend_head(row, g, layer, t, Ring(block, g, window), then, out);
+      }
       out += heads * HEAD_DIM;
       next = block;
     }
@@ -323,10 +361,13 @@ void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int
 
 // Enter the tokens' event times into rings of `widest` places a slot, and write the logarithms ln(1 + minutes) from
 // each token to the places of a ring of windows[n], n < kinds, to lags[n] [tokens, padded window].
+constexpr int AHEAD = 8;  // users whose times are on their way to the cache
 void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* starts, int64_t users,
           const int64_t* offsets, const int64_t* token_ms, int kinds, const int* windows, float** lags) {
   for (int64_t s = 0; s < users; s++) {
     int64_t* ring = times + slots[s] * widest;
+    if (s + AHEAD < users)
+      for (int w = 0; w < widest; w += 8) __builtin_prefetch(&times[slots[s + AHEAD] * widest + w], 1);
     for (int64_t i = starts[s]; i < starts[s + 1]; i++) {
       const int64_t offset = offsets[i], now = token_ms[i];
       ring[offset % widest] = now;
@@ -349,24 +390,66 @@ void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* start
 // x += y (where y is given), then out = LayerNorm(x), for `rows` rows of `dim`.
 void add_norm(float* x, const row_t* y, const float* weight, const float* bias, row_t* out, float eps, int64_t rows,
               int dim) {
+  const int whole = dim / LANES * LANES;
   for (int64_t r = 0; r < rows; r++, x += dim, out += dim) {
-    const int whole = dim / LANES * LANES;
-    vec total = {}, squares = {};
+    vec totals[CHAINS] = {}, squares[CHAINS] = {};
     float mean = 0, variance = 0;
     if (y) {
-      for (int i = 0; i < whole; i += LANES) *(vec*)&x[i] += load(&y[i]);
-      for (int i = whole; i < dim; i++) x[i] += widen(y[i]);
+      in_chains(whole, [&](int c, int i) { totals[c] += *(vec*)&x[i] += load(&y[i]); });
+      for (int i = whole; i < dim; i++) mean += x[i] += widen(y[i]);
       y += dim;
+    } else {
+      in_chains(whole, [&](int c, int i) { totals[c] += *(vec*)&x[i]; });
+      for (int i = whole; i < dim; i++) mean += x[i];
     }
-    for (int i = 0; i < whole; i += LANES) total += *(vec*)&x[i];
-    for (int i = whole; i < dim; i++) mean += x[i];
-    mean = (mean + sum(total)) / dim;
-    for (int i = 0; i < whole; i += LANES) squares += (*(vec*)&x[i] - mean) * (*(vec*)&x[i] - mean);
+    mean = (mean + sum_chains(totals)) / dim;
+    in_chains(whole, [&](int c, int i) { squares[c] += (*(vec*)&x[i] - mean) * (*(vec*)&x[i] - mean); });
     for (int i = whole; i < dim; i++) variance += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / sqrtf((variance + sum(squares)) / dim + eps);
+    const float scale = 1 / sqrtf((variance + sum_chains(squares)) / dim + eps);
     for (int i = 0; i < whole; i += LANES)
       store(&out[i], (*(vec*)&x[i] - mean) * scale * *(const vec*)&weight[i] + *(const vec*)&bias[i]);
     for (int i = whole; i < dim; i++) put(&out[i], (x[i] - mean) * scale * weight[i] + bias[i]);
+  }
+}
+
+// For each time t cos and sin of 2 pi t / p + phase for `count` periods p, and ln(1 + seconds) - origin, into rows of
+// `out` that are `stride` apart; phases are those of the cosines, then those of the sines.
+void encode_times(const int64_t* times_ms, const double* periods, const float* phases, int count, double origin,
+                  row_t* out, int64_t stride, int64_t rows) {
+  const int whole = count / LANES * LANES, rest = count - whole;
+  double last_period[LANES];  // what is no whole vector, filled up
+  float last_phase[2][LANES] = {};
+  row_t some[LANES];
+  for (int j = 0; j < LANES; j++) last_period[j] = j < rest ? periods[whole + j] : 1;
+  for (int side = 0; side < 2; side++) memcpy(last_phase[side], phases + side * count + whole, rest * sizeof(float));
+  for (int64_t r = 0; r < rows; r++, out += stride) {
+    const double t = times_ms[r] > 0 ? double(times_ms[r]) : 0;
+    for (int j = 0; j < whole; j += LANES) {
+      const vec turns = turns_of(t, &periods[j]);
+      for (int side = 0; side < 2; side++) store(&out[side * count + j], wave(turns, &phases[side * count + j], side));
+    }
+    if (rest) {
+      const vec turns = turns_of(t, last_period);
+      for (int side = 0; side < 2; side++) {
+        store(some, wave(turns, last_phase[side], side));
+        memcpy(&out[side * count + whole], some, rest * sizeof(row_t));
+      }
+    }
+    put(&out[2 * count], float(log1p(t / 1000) - origin));
+  }
+}
+
+// out = x / |x| for `rows` rows of `dim`; a NaN spreads over its row.
+void to_length_one(const row_t* x, float* out, int64_t rows, int dim) {
+  const int whole = dim / LANES * LANES;
+  for (int64_t r = 0; r < rows; r++, x += dim, out += dim) {
+    vec squares[CHAINS] = {};
+    float rest = 0;
+    in_chains(whole, [&](int c, int i) { squares[c] += load(&x[i]) * load(&x[i]); });
+    for (int i = whole; i < dim; i++) rest += widen(x[i]) * widen(x[i]);
+    const float length = sqrtf(rest + sum_chains(squares)), scale = 1 / (length < 1e-12f ? 1e-12f : length);
+    for (int i = 0; i < whole; i += LANES) *(vec*)&out[i] = load(&x[i]) * scale;
+    for (int i = whole; i < dim; i++) out[i] = widen(x[i]) * scale;
   }
 }
 

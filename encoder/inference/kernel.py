@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.inference.cone import Int64s, Plan
-from encoder.model import EncoderConfig
+from encoder.model import EncoderConfig, TimeEncoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +61,9 @@ class Kernel(Protocol):
 
     def gelu(self, x: Tensor) -> None:
         """The tanh form of GELU, in place."""
+
+    def encode_times(self, encoding: TimeEncoding, time_ms: Tensor, out: Tensor) -> None:
+        """out = encoding(time_ms), [R, 2P + 1] of int64 [R]; the rows of `out` may lie apart."""
+
+    def to_length_one(self, x: Tensor, out: Tensor) -> None:
+        """out = x / |x| in float32, both [R, E]; NaN where x has one."""

@@ -15,6 +15,7 @@ from encoder.attention import rotation_at
 from encoder.inference.build import load_library
 from encoder.inference.cone import Int64s, Plan
 from encoder.inference.kernel import Geometry
+from encoder.model import TimeEncoding
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -23,6 +24,8 @@ _SIGNATURES = {
     "lags": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
     "add_norm": [_POINTER] * 5 + [ctypes.c_float, _LONG, _INT],
     "gelu": [_POINTER, _LONG],
+    "encode_times": [_POINTER] * 3 + [_INT, ctypes.c_double, _POINTER, _LONG, _LONG],
+    "to_length_one": [_POINTER, _POINTER, _LONG, _INT],
 }
 
 
@@ -121,6 +124,23 @@ class NativeKernel:
 
     def gelu(self, x: Tensor) -> None:
         self._functions.gelu(x.data_ptr(), x.numel())
+
+    def encode_times(self, encoding: TimeEncoding, time_ms: Tensor, out: Tensor) -> None:
+        periods, phases = encoding.periods_ms, encoding.phases
+        assert time_ms.is_contiguous()
+        self._functions.encode_times(
+            time_ms.data_ptr(),
+            periods.data_ptr(),
+            phases.data_ptr(),
+            len(periods),
+            encoding.log_origin,
+            out.data_ptr(),
+            out.stride(0),
+            len(out),
+        )
+
+    def to_length_one(self, x: Tensor, out: Tensor) -> None:
+        self._functions.to_length_one(x.data_ptr(), out.data_ptr(), *x.shape)
 
     def scribble(self) -> None:
         """Fill the slabs and what is left of the last step with NaN."""

@@ -35,9 +35,8 @@ class Steps:
         self.windows = model.config.windows
         self.dtype = str(dtype).removeprefix("torch.")
         self._tokenizer = release.tokenizer
-        self._columns, self._project = model.columns, prepared(model.project, dtype)
+        self._input = _Input(model, kernel, dtype)
         self._kernel = kernel
-        self._width = model.config.d_model
         self.buffers = Buffers(dtype, model.device)
         self._layers = [_Layer(block, kernel, dtype) for block in model.layers]
         self._head = _Head(model.head, kernel, dtype)
@@ -55,9 +54,7 @@ class Steps:
 
     def embed(self, features: Features, layers: Sequence[LayerRows], buffers: Buffers) -> Tensor:
         """Embeddings [S, E] from the features of the new tokens, once the kernel knows the plan."""
-        columns = self._columns(features).to(buffers.dtype)
-        x = self._project(columns, columns.new_empty(len(columns), self._width)).float()
-        y: Tensor | None = None
+        x, y = self._input.run(features, buffers), None
         for number, (layer, rows) in enumerate(zip(self._layers, layers, strict=True)):
             x, y = layer.run(number, x, y, rows.kept, buffers)
         return self._head.run(x, y, buffers)
@@ -71,7 +68,7 @@ class Steps:
         wanted = suffixes(starts, fresh)
         row_positions = np.zeros(len(rows), np.int64)
         row_positions[wanted] = positions
-        return self._tokenizer.tokenize(batch.actions[rows], starts, row_positions).features(wanted)
+        return self._tokenizer.tokenize(batch.actions.take(rows), starts, row_positions).features(wanted)
 
 
 class Buffers:
@@ -100,6 +97,28 @@ class Buffers:
         """Fill everything with NaN: what a step did not write itself must not show in its result."""
         for held in self._held.values():
             held.fill_(float("nan"))
+
+
+class _Input:
+    """The model's `inputs`; a token is a row of scratch memory until it is projected."""
+
+    def __init__(self, model: StreamingEncoder, kernel: Kernel, dtype: torch.dtype) -> None:
+        self._model, self._kernel = model, kernel
+        self._project = prepared(model.project, dtype)
+        self._width, self._out = model.project.in_features, model.project.out_features
+
+    def run(self, features: Features, buffers: Buffers) -> Tensor:
+        """Tokens [R, D] in float32."""
+        rows = len(features.item)
+        columns = buffers.take("columns", rows, self._width)
+        at = 0
+        for values in self._model.looked_up(features):
+            columns[:, at : at + values.shape[1]] = values
+            at += values.shape[1]
+        for encoding, time_ms in self._model.timed(features):
+            self._kernel.encode_times(encoding, time_ms, columns[:, at : at + encoding.width])
+            at += encoding.width
+        return self._project(columns, buffers.take("input", rows, self._out)).float()
 
 
 class _FeedForward:
@@ -153,4 +172,7 @@ class _Head:
     def run(self, x: Tensor, y: Tensor | None, buffers: Buffers) -> Tensor:
         normed = buffers.take("normed", *x.shape)
         self._kernel.add_norm(x, y, self._norm, normed)
-        return nn.functional.normalize(self._ffn.run(normed, buffers).float(), dim=-1)
+        y = self._ffn.run(normed, buffers)
+        embeddings = torch.empty(y.shape, device=y.device)
+        self._kernel.to_length_one(y, embeddings)
+        return embeddings

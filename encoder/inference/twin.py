@@ -21,6 +21,7 @@ from encoder.device import CPU
 from encoder.inference.cone import Int64s, Plan, suffixes
 from encoder.inference.kernel import Geometry
 from encoder.inference.transfer import sent
+from encoder.model import TimeEncoding
 
 
 class TorchKernel:
@@ -77,6 +78,12 @@ class TorchKernel:
 
     def gelu(self, x: Tensor) -> None:
         x.copy_(F.gelu(x.float(), approximate="tanh"))
+
+    def encode_times(self, encoding: TimeEncoding, time_ms: Tensor, out: Tensor) -> None:
+        out.copy_(encoding(time_ms))
+
+    def to_length_one(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(F.normalize(x.float(), dim=-1))
 
     def _mix(self, layer: int, block: _Block, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Softmax attention of rows q [R, H, K] over keys and values [S, W - 1 + P, G, K]; [R, H K]."""

@@ -13,6 +13,7 @@ Rounds are interleaved, speeds are medians of five, CPU seconds are those of the
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ ROUNDS = 5
 SLICE_S = 0.5
 """CPU seconds of each contestant in each round."""
 BATCH_USERS = TOKENS_MAX
+ORDERS = 4
+"""Random orders of the hot users, one after another."""
 KEPT = 8
 """Actions that a hot user's request carries; the runtime reads the newest two."""
 ITEMS = 10_000
@@ -173,21 +176,22 @@ class HotUsers:
         self._runtime = IncrementalRuntime(
             release.version, release.config, Steps(release, kernel, precision.products), table
         )
-        self._rng = rng
-        self._order = np.zeros(0, np.int64)
-        self._actions = random_actions(rng, 4_096)
+        self._actions = random_actions(rng, KEPT * BATCH_USERS)
+        self._starts = np.arange(BATCH_USERS + 1) * KEPT
+        self._revisions = np.zeros(BATCH_USERS, np.int64)
+        self._turns = itertools.cycle(self._random_turns(rng))
+
+    def _random_turns(self, rng: np.random.Generator) -> list[tuple[Ints, list[bytes]]]:
+        """Who acts in each step, made before any clock runs: several random orders of all users."""
+        whole = len(self._names) // BATCH_USERS * BATCH_USERS
+        orders = [rng.permutation(len(self._names))[:whole].reshape(-1, BATCH_USERS) for _ in range(ORDERS)]
+        return [(users, [self._names[user] for user in users.tolist()]) for order in orders for users in order]
 
     def step(self) -> int:
         """The next users of a random order act once and are embedded."""
-        if len(self._order) < BATCH_USERS:
-            self._order = self._rng.permutation(len(self._names))
-        users, self._order = self._order[:BATCH_USERS], self._order[BATCH_USERS:]
+        users, names = next(self._turns)
         self._counts[users] += 1
-        zeros = np.zeros(len(users), np.int64)
-        rows = self._actions[: KEPT * len(users)]
-        starts = np.arange(len(users) + 1) * KEPT
-        names = [self._names[user] for user in users.tolist()]
-        self._runtime.embed(SequenceBatch(names, rows, starts, self._counts[users], zeros))
+        self._runtime.embed(SequenceBatch(names, self._actions, self._starts, self._counts[users], self._revisions))
         if self._runtime.prefills:
             raise RuntimeError("a hot user was computed from scratch: the benchmark measures the wrong thing")
         return len(users)

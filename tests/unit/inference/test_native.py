@@ -17,6 +17,7 @@ from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.native import Library, NativeKernel
 from encoder.inference.runtime import make_incremental, make_kernel
 from encoder.inference.twin import TorchKernel
+from encoder.model import TimeEncoding
 from tests.unit.inference.histories import random_release
 from tests.unit.inference.test_runtimes import SMALL
 
@@ -70,10 +71,7 @@ def test_attention_equals_the_twin(
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
 def test_norms_and_gelu_equal_the_twin(rows: torch.dtype) -> None:
     """Sums, LayerNorm and GELU agree for widths that are no whole vectors, and for values far out."""
-    geometry = Geometry(2, 1, 6, (4,), rows, torch.float32)
-    library = Library.load(geometry)
-    assert library is not None
-    kernels: list[Kernel] = [NativeKernel(library, 1, None), TorchKernel(geometry, 1, None)]
+    kernels = kernels_of(rows)
     generator = torch.Generator().manual_seed(3)
     norm = nn.LayerNorm(53)
     nn.init.normal_(norm.weight, generator=generator)
@@ -89,6 +87,59 @@ def test_norms_and_gelu_equal_the_twin(rows: torch.dtype) -> None:
     tolerance = 1e-5 if rows is torch.float32 else 2e-2
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("periods", [1, 12, 16, 32, 45])
+def test_time_encodings_equal_the_twin(rows: torch.dtype, periods: int) -> None:
+    """Any number of periods and phase, from before 1970 to the year 5000 in milliseconds, beside other columns."""
+    kernels = kernels_of(rows)
+    generator = torch.Generator().manual_seed(periods)
+    lengths_ms = 1_000 * torch.logspace(0, 7.5, periods, dtype=torch.float64)
+    encoding = TimeEncoding(tuple(lengths_ms.tolist()), log_origin=3.5)
+    nn.init.normal_(encoding.phases, std=4, generator=generator)
+    spread = torch.rand(300, dtype=torch.float64, generator=generator)
+    times_ms = torch.cat([torch.tensor([-7, 0, 1, 999, 1_000, 10**14]), torch.exp(32 * spread).long()])
+    results = []
+    with torch.inference_mode():
+        for kernel in kernels:
+            wide = torch.full((len(times_ms), 3 + encoding.width + 2), torch.nan, dtype=rows)
+            kernel.encode_times(encoding, times_ms, wide[:, 3:-2])
+            assert wide[:, :3].isnan().all()
+            assert wide[:, -2:].isnan().all()
+            results.append(wide[:, 3:-2])
+    exact = rows is torch.float32
+    torch.testing.assert_close(*results, rtol=0 if exact else 1e-2, atol=5e-6 if exact else 1e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+def test_length_one_equals_the_twin(rows: torch.dtype) -> None:
+    """For widths that are no whole vectors, far from one, of zeros; and what is not finite stays so and spreads."""
+    x = torch.randn(7, 53, generator=torch.Generator().manual_seed(1)).to(rows)
+    x[1] *= 1e15
+    x[2] *= 1e-15
+    x[3] = 0
+    x[4, 50] = torch.nan
+    x[5, 2] = torch.inf
+    results = []
+    for kernel in kernels_of(rows):
+        out = torch.full((7, 53), -5.0)
+        kernel.to_length_one(x, out)
+        results.append(out)
+    ours, theirs = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert ours[4].isnan().all()
+    assert ours[5].isnan().any()
+
+
+def kernels_of(rows: torch.dtype) -> list[Kernel]:
+    """Both kernels, for what does not depend on slots."""
+    geometry = Geometry(2, 1, 6, (4,), rows, torch.float32)
+    library = Library.load(geometry)
+    assert library is not None
+    return [NativeKernel(library, 1, None), TorchKernel(geometry, 1, None)]
 
 
 @needs_compiler
