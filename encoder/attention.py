@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +54,12 @@ def rotation_at(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
     angle = position.double().unsqueeze(-1) * ROTARY_BASE**-exponent
     return torch.cos(angle).float().unsqueeze(-2), torch.sin(angle).float().unsqueeze(-2)
+
+
+def rotary_periods(head_dim: int) -> npt.NDArray[np.float64]:
+    """[K / 2] positions in which each pair of `rotation_at` turns once."""
+    half = head_dim // 2
+    return 2 * math.pi * ROTARY_BASE ** (np.arange(half) / half)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

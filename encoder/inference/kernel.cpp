@@ -143,16 +143,42 @@ INLINE vec sin_turns(vec x) {
   return p * x;
 }
 
-// What t / p has beyond the nearest whole number, for LANES periods; t in milliseconds is exact until here.
-typedef double dvec __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
-INLINE vec turns_of(double t, const double* periods) {
-  const dvec p = *(const dvec*)periods, whole = (t / p + 6755399441055744.) - 6755399441055744.;
-  return __builtin_convertvector((t - whole * p) / p, vec);
-}
-// Side 0: cos(2 pi turns + phase), side 1: the sine.
-INLINE vec wave(vec turns, const float* phase, int side) {
-  return sin_turns(turns + *(const vec*)phase * (0.5f / PI) + (side ? 0 : 0.25f));
-}
+// cos(2 pi t / p + phase) for `count` periods p, and the same sines behind them. t, a whole number, is exact until it
+// is a fraction of a turn.
+struct Waves {
+  const double* periods;
+  const float* phases;  // [2, count]
+  int count, whole, rest;
+  double last_periods[LANES];  // what is no whole vector, filled up
+  float last_phases[2][LANES] = {};
+  Waves(const double* periods, const float* phases, int count)
+      : periods(periods), phases(phases), count(count), whole(count / LANES * LANES), rest(count - whole) {
+    for (int j = 0; j < LANES; j++) last_periods[j] = j < rest ? periods[whole + j] : 1;
+    for (int side = 0; side < 2; side++) memcpy(last_phases[side], phases + side * count + whole, rest * sizeof(float));
+  }
+  template <class T> void write(double t, T* out) const {
+    for (int j = 0; j < whole; j += LANES) {
+      const vec turns = turns_of(t, &periods[j]);
+      for (int side = 0; side < 2; side++) store(&out[side * count + j], at(turns, &phases[side * count + j], side));
+    }
+    if (rest) {
+      const vec turns = turns_of(t, last_periods);
+      for (int side = 0; side < 2; side++) {
+        T some[LANES];
+        store(some, at(turns, last_phases[side], side));
+        memcpy(&out[side * count + whole], some, rest * sizeof(T));
+      }
+    }
+  }
+  static vec turns_of(double t, const double* periods) {
+    typedef double dvec __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
+    const dvec p = *(const dvec*)periods, nearest = (t / p + 6755399441055744.) - 6755399441055744.;
+    return __builtin_convertvector((t - nearest * p) / p, vec);
+  }
+  static vec at(vec turns, const float* phase, int side) {
+    return sin_turns(turns + *(const vec*)phase * (0.5f / PI) + (side ? 0 : 0.25f));
+  }
+};
 
 // scores[h][place] for N vectors of places from `at`, all SHARE heads; pairs of key rows are `stride` pairs apart.
 template <int N, int H> INLINE void score(const cell_t* keys, const cell_t* next, int at, int stride,
@@ -333,7 +359,7 @@ int64_t block_bytes(int kv_heads, int window) {
 // which the first silent[s] have no output; its first row is token tokens[s] of the plan, its first token firsts[s].
 void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int heads, int kv_heads, int window,
             const float* slopes, int64_t users, const int64_t* slots, const int64_t* starts, const int64_t* tokens,
-            const int64_t* silent, const int64_t* firsts, const int64_t* offsets, const float* cos, const float* sin,
+            const int64_t* silent, const int64_t* firsts, const int64_t* offsets, const float* rotations,
             const float* lags) {
   const Layer layer{heads, kv_heads, window, slopes};
   for (int64_t s = 0; s < users; s++) {
@@ -344,7 +370,8 @@ void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int
     for (int64_t r = starts[s]; r < starts[s + 1]; r++) {
       const int64_t i = tokens[s] + r - starts[s];
       const row_t* row = rows + r * (heads + 2 * kv_heads) * HEAD_DIM;
-      const Token t{offsets[i], cos + i * HALF, sin + i * HALF, lags ? lags + i * padded(window) : nullptr};
+      const float* cos = rotations + i * HEAD_DIM;
+      const Token t{offsets[i], cos, cos + HALF, lags ? lags + i * padded(window) : nullptr};
       if (r < starts[s] + silent[s]) {
         for (int g = 0; g < kv_heads; g++) write_only(row, g, layer, t, Ring(block, g, window));
         continue;
@@ -416,27 +443,19 @@ void add_norm(float* x, const row_t* y, const float* weight, const float* bias, 
 // `out` that are `stride` apart; phases are those of the cosines, then those of the sines.
 void encode_times(const int64_t* times_ms, const double* periods, const float* phases, int count, double origin,
                   row_t* out, int64_t stride, int64_t rows) {
-  const int whole = count / LANES * LANES, rest = count - whole;
-  double last_period[LANES];  // what is no whole vector, filled up
-  float last_phase[2][LANES] = {};
-  row_t some[LANES];
-  for (int j = 0; j < LANES; j++) last_period[j] = j < rest ? periods[whole + j] : 1;
-  for (int side = 0; side < 2; side++) memcpy(last_phase[side], phases + side * count + whole, rest * sizeof(float));
+  const Waves waves(periods, phases, count);
   for (int64_t r = 0; r < rows; r++, out += stride) {
     const double t = times_ms[r] > 0 ? double(times_ms[r]) : 0;
-    for (int j = 0; j < whole; j += LANES) {
-      const vec turns = turns_of(t, &periods[j]);
-      for (int side = 0; side < 2; side++) store(&out[side * count + j], wave(turns, &phases[side * count + j], side));
-    }
-    if (rest) {
-      const vec turns = turns_of(t, last_period);
-      for (int side = 0; side < 2; side++) {
-        store(some, wave(turns, last_phase[side], side));
-        memcpy(&out[side * count + whole], some, rest * sizeof(row_t));
-      }
-    }
+    waves.write(t, out);
     put(&out[2 * count], float(log1p(t / 1000) - origin));
   }
+}
+
+// For each position cos, then sin, of its rotary angles: [rows, K]; `periods` [K / 2] are positions to a turn.
+void rotations(const int64_t* positions, const double* periods, float* out, int64_t rows) {
+  const float phases[2 * HALF] = {};
+  const Waves waves(periods, phases, HALF);
+  for (int64_t r = 0; r < rows; r++) waves.write(double(positions[r]), &out[r * 2 * HALF]);
 }
 
 // out = x / |x| for `rows` rows of `dim`; a NaN spreads over its row.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from encoder.attention import rotation_at
+from encoder.attention import rotary_periods
 from encoder.inference.build import load_library
 from encoder.inference.cone import Int64s, Plan
 from encoder.inference.kernel import Geometry
@@ -20,11 +20,12 @@ from encoder.model import TimeEncoding
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _SIGNATURES = {
-    "attend": [_POINTER] * 3 + [_LONG] + [_INT] * 3 + [_POINTER, _LONG] + [_POINTER] * 9,
+    "attend": [_POINTER] * 3 + [_LONG] + [_INT] * 3 + [_POINTER, _LONG] + [_POINTER] * 8,
     "lags": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
     "add_norm": [_POINTER] * 5 + [ctypes.c_float, _LONG, _INT],
     "gelu": [_POINTER, _LONG],
     "encode_times": [_POINTER] * 3 + [_INT, ctypes.c_double, _POINTER, _LONG, _LONG],
+    "rotations": [_POINTER] * 3 + [_LONG],
     "to_length_one": [_POINTER, _POINTER, _LONG, _INT],
 }
 
@@ -82,10 +83,12 @@ class NativeKernel:
         self._times_ms = np.zeros((slots if slopes is not None else 0, max(self._geometry.windows)), np.int64)
         self._kinds = np.unique(np.array(self._geometry.windows, np.int32))
         self._lags = [np.zeros((0, library.places(int(window))), np.float32) for window in self._kinds]
+        self._periods = rotary_periods(self._geometry.head_dim)
+        self._rotations = np.zeros((0, self._geometry.head_dim), np.float32)
 
     def begin(self, plan: Plan, times_ms: Int64s) -> None:
         self._plan = plan
-        self._cos, self._sin = rotation_at(torch.from_numpy(plan.positions), self._geometry.head_dim)
+        self._find_rotations(plan.positions)
         if self._slopes is not None:
             self._find_lags(plan, np.ascontiguousarray(times_ms))
 
@@ -110,8 +113,7 @@ class NativeKernel:
             rows.silent.ctypes.data,
             plan.starts.ctypes.data,
             plan.offsets.ctypes.data,
-            self._cos.data_ptr(),
-            self._sin.data_ptr(),
+            self._rotations.ctypes.data,
             None if self._slopes is None else self._lags_of(g.windows[layer]).ctypes.data,
         )
 
@@ -145,11 +147,19 @@ class NativeKernel:
     def scribble(self) -> None:
         """Fill the slabs and what is left of the last step with NaN."""
         self.slab.view(np.uint8).fill(0xFF)
-        for lags in self._lags:
-            lags.fill(np.nan)
+        for rows in (*self._lags, self._rotations):
+            rows.fill(np.nan)
 
     def _lags_of(self, window: int) -> npt.NDArray[Any]:
         return self._lags[int(np.searchsorted(self._kinds, window))]
+
+    def _find_rotations(self, positions: Int64s) -> None:
+        """Take the cosines and sines that all heads and layers share."""
+        if len(self._rotations) < len(positions):
+            self._rotations = np.zeros((len(positions), self._geometry.head_dim), np.float32)
+        self._functions.rotations(
+            positions.ctypes.data, self._periods.ctypes.data, self._rotations.ctypes.data, len(positions)
+        )
 
     def _find_lags(self, plan: Plan, times_ms: Int64s) -> None:
         """Store the event times, and take the logarithms that all heads and layers share."""
