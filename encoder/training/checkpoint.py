@@ -51,10 +51,13 @@ def fingerprint(log: LogParts, recipe: Recipe) -> str:
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, standing: Standing, of: str) -> None:
-    """Write the state of a training whose fingerprint is `of`."""
+    """Write the state of a training whose fingerprint is `of`; its processes call this together, the first writes."""
+    state = {"of": of, "processes": trainer.world.size, "trainer": trainer.state(), "standing": asdict(standing)}
+    if trainer.world.rank:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / (NAME + ".part")
-    torch.save(on_cpu({"of": of, "trainer": trainer.state(), "standing": asdict(standing)}), beside)
+    torch.save(on_cpu(state), beside)
     beside.replace(folder / NAME)
 
 
@@ -76,6 +79,11 @@ def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> Standing:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["of"] != of:
             raise CheckpointError(f"checkpoint is of another recipe or log: {path}; remove it or name another folder")
+        if state["processes"] != trainer.world.size:
+            raise CheckpointError(
+                f"checkpoint is of a training by {state['processes']} processes, not {trainer.world.size}: {path}; "
+                "start as many, or remove it to begin anew"
+            )
         trainer.restore(state["trainer"])
         return Standing(**state["standing"])
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:

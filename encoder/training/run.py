@@ -159,7 +159,7 @@ class Run:
         if now - self.reported >= PROGRESS_EVERY_S:
             self.reported = now
             self.report(fraction)
-        if self.resume and self.world.rank == 0 and now - self.saved >= self.checkpoint_every_s:
+        if self.resume and self.world.furthest(now - self.saved) >= self.checkpoint_every_s:
             self.saved = now
             self.save()
 

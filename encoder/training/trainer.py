@@ -167,14 +167,14 @@ class Trainer:
         return torch.full((len(user_ids),), 1 / len(user_ids))
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint needs; tensors and plain values."""
+        """Everything that a checkpoint needs, of all processes, which call it together; tensors and plain values."""
         sketch = self.sampler.sketch
         return {
             "model": self.model.state_dict(),
             "log_scale": self.log_scale.detach(),
             "optimizer": self.optimizer.state_dict(),
-            "sketch": torch.from_numpy(sketch.counts),
-            "sketch_total": sketch.total,
+            "sketches": self.world.gathered(torch.from_numpy(sketch.counts)),
+            "sketch_totals": self.world.gathered(torch.tensor(sketch.total)),
             "counters": [self.epoch, self.step, self.tokens],
             "read": [self.part_of_epoch, self.step_of_part],
         }
@@ -185,8 +185,8 @@ class Trainer:
         with torch.no_grad():
             self.log_scale.copy_(state["log_scale"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.sketch.counts[:] = state["sketch"].numpy()
-        self.sampler.sketch.total = state["sketch_total"]
+        self.sampler.sketch.counts[:] = state["sketches"][self.world.rank].numpy()
+        self.sampler.sketch.total = int(state["sketch_totals"][self.world.rank])
         self.part_of_epoch, self.step_of_part = state["read"]
         self.epoch, self.step, self.tokens = state["counters"]
 

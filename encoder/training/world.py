@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from encoder.device import CPU, own_device
 
@@ -45,6 +45,15 @@ class World:
     def furthest(self, value: float) -> float:
         """The largest of the processes' values: how they agree on a clock."""
         return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The processes' tensors of one shape [...], in order of rank, on the CPU: [processes, ...]."""
+        if self.size == 1:
+            return values.unsqueeze(0).cpu()
+        ours = values.to(self.device)
+        everybody = [torch.empty_like(ours) for _ in range(self.size)]
+        dist.all_gather(everybody, ours)
+        return torch.stack(everybody).cpu()
 
     def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)

@@ -27,6 +27,7 @@ from encoder.training.recipe import Recipe, RecipeError, parse_recipe
 from encoder.training.run import Progress, make_trainer, train_release
 from encoder.training.splits import make_split
 from encoder.training.world import World
+from infra.demo.worker import free_port
 from tests.unit.encoder.walks import small_recipe, walks, walks_table
 
 SEED = 20_260_602
@@ -81,37 +82,79 @@ def test_a_walk_is_learned_and_saved(tmp_path: Path) -> None:
     assert release.training["later_ms"] == make_split(log, small_recipe().split, seed=1).later_ms
 
 
-KILLED = """
+TRAIN = """
 import sys
 from pathlib import Path
 from encoder.training.run import train_release
-from tests.unit.encoder.test_training import LONGER, SEED
+from tests.unit.encoder.test_training import SEED, longer
 from tests.unit.encoder.walks import walks
-train_release(walks(SEED), LONGER, out_dir=Path(sys.argv[1]), threads=1, resume=True, checkpoint_every_s=0.2)
+recipe = longer(int(sys.argv[2]))
+release = train_release(walks(SEED), recipe, out_dir=Path(sys.argv[1]), threads=1, resume=True, checkpoint_every_s=0.2)
+print(release.version, release.training["processes"])
 """
-LONGER = small_recipe(
-    budget={"tokens_max": 12_000, "validate_tokens": 4_000, "patience": 100},
-    loss={"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8, "log_q": "sketch"},
-    optimizer={"dropout": 0.1},
-)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """Killed with SIGKILL in the middle and begun again, training makes the release that it makes undisturbed."""
+def longer(validate_tokens: int) -> Recipe:
+    return small_recipe(
+        budget={"tokens_max": 12_000, "validate_tokens": validate_tokens, "patience": 100},
+        loss={"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8, "log_q": "sketch"},
+        optimizer={"dropout": 0.1},
+    )
+
+
+@pytest.mark.parametrize("validate_tokens", [4_000, 100_000], ids=["the best", "the last"])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, validate_tokens: int) -> None:
+    """Killed with SIGKILL in the middle and begun again, training makes the release that it makes undisturbed: that of
+    the best validation, or, where there is none before the end, that of the last step.
+    """
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while not (killed / NAME).exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert (killed / NAME).exists()
-    undisturbed = train_release(walks(SEED), LONGER, out_dir=whole, threads=1)
+    kill_after_a_checkpoint(start(killed, validate_tokens, processes=1), killed)
+    recipe = longer(validate_tokens)
+    undisturbed = train_release(walks(SEED), recipe, out_dir=whole, threads=1)
     steps: list[Progress] = []
-    resumed = train_release(walks(SEED), LONGER, out_dir=killed, threads=1, resume=True, progress=steps.append)
+    resumed = train_release(walks(SEED), recipe, out_dir=killed, threads=1, resume=True, progress=steps.append)
     assert resumed.version == undisturbed.version
     assert resumed.metrics == undisturbed.metrics
     assert not (killed / NAME).exists()
+
+
+def test_two_killed_processes_go_on_to_the_same_weights(tmp_path: Path) -> None:
+    """The same for two processes, each with counts of its own; one process alone does not go on from where two were."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after_a_checkpoint(start(killed, 100_000, processes=2), killed)
+    with pytest.raises(CheckpointError, match="by 2 processes, not 1"):
+        train_release(walks(SEED), longer(100_000), out_dir=killed, threads=1, resume=True)
+    resumed, undisturbed = (
+        [process.communicate(timeout=120)[0] for process in start(folder, 100_000, processes=2)]
+        for folder in (killed, whole)
+    )
+    assert resumed == undisturbed
+    assert [text.split()[-1] for text in resumed] == ["2", "2"]
+
+
+def start(folder: Path, validate_tokens: int, *, processes: int) -> list[subprocess.Popen[str]]:
+    """The processes of one training, told of each other as torchrun does it."""
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, str(folder), str(validate_tokens)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def kill_after_a_checkpoint(processes: list[subprocess.Popen[str]], folder: Path) -> None:
+    """End a training with SIGKILL as soon as there is something to go on from."""
+    deadline = time.monotonic() + 60
+    while not (folder / NAME).exists() and time.monotonic() < deadline and processes[0].poll() is None:
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes)
+    assert (folder / NAME).exists()
 
 
 @pytest.mark.parametrize("rows_max", [5_000, 800], ids=["in memory", "in shards"])
