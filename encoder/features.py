@@ -88,8 +88,10 @@ class Tokens:
     gap_ms: Ints
     position: Ints
 
-    def features(self, rows: Ints) -> Features:
-        """Gather rows of any shape; a negative row is padding and reads as an unknown action at time 0."""
+    def features(self, rows: Ints | None = None) -> Features:
+        """All rows, or those named in any shape; a negative one is padding and reads as an unknown action at time 0."""
+        if rows is None:
+            return Features(*(torch.from_numpy(getattr(self, name)) for name in self.__slots__))
         padding = rows < 0
         at = np.where(padding, 0, rows) if padding.any() else rows
 
@@ -110,20 +112,23 @@ class Tokenizer:
         self._action_rows = code_rows(vocabularies.actions)
         self._surface_rows = code_rows(vocabularies.surfaces)
 
-    def tokenize(self, actions: Actions, starts: Ints, positions: Ints) -> Tokens:
-        """Columns of N actions, users one after another, each oldest first.
+    def tokenize(self, actions: Actions, starts: Ints, positions: Ints, rows: Ints | None = None) -> Tokens:
+        """Columns of N actions, users one after another, each oldest first, or of R `rows` of them alone.
 
-        `starts` [U + 1] bounds the users as in `SequenceBatch`; `positions` [N] counts each user's actions from the
-        first ever. A late clock cannot make a gap negative: rows are in event-time order, and a gap is at least 0.
+        `starts` [U + 1] bounds the users as in `SequenceBatch`; `positions` [N] or [R] counts each user's actions from
+        the first ever. A late clock cannot make a gap negative: rows are in event-time order, and a gap is at least 0.
         """
         time_ms = actions["timestamp_ms"].astype(np.int64)
+        gap_ms = gaps_ms(time_ms, starts)
+        if rows is not None:
+            actions, time_ms, gap_ms = actions.take(rows), time_ms.take(rows), gap_ms.take(rows)
         return Tokens(
             item=self.vocabularies.item_rows(actions["item"]),
             action=self._action_rows[actions["action"]],
             surface=self._surface_rows[actions["surface"]],
             duration_ms=actions["duration_ms"].astype(np.int64),
             time_ms=time_ms,
-            gap_ms=gaps_ms(time_ms, starts),
+            gap_ms=gap_ms,
             position=np.asarray(positions, np.int64),
         )
 

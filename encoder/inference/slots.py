@@ -8,6 +8,7 @@ claim more than they hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,7 @@ class SlotTable:
 
     def take(self, users: Sequence[bytes]) -> Int64s:
         """The slots [U] of at most `slots` distinct users; who has none gets one that holds nothing."""
-        slot_of = self._slot_of.get
-        taken = np.array([slot_of(user, -1) for user in users], np.int64)
+        taken = self._found(users)
         self._now += 1
         self._used_at[taken[taken >= 0]] = self._now
         new = np.flatnonzero(taken < 0)
@@ -70,6 +70,17 @@ class SlotTable:
 
     def __len__(self) -> int:
         return len(self._slot_of)
+
+    def _found(self, users: Sequence[bytes]) -> Int64s:
+        """The slots [U], -1 for users without one.
+
+        If all have one they are looked up by one call, in which the processor waits for many at once.
+        """
+        try:
+            found = itemgetter(*users)(self._slot_of) if len(users) > 1 else [self._slot_of[user] for user in users]
+        except KeyError:
+            found = [self._slot_of.get(user, -1) for user in users]
+        return np.array(found, np.int64)
 
     def _allot(self, users: list[bytes]) -> Int64s:
         """Free slots first, then those that were used longest ago; never one that this call has used."""

@@ -66,9 +66,7 @@ class Steps:
         rows = np.repeat(ends - np.cumsum(known), known) + np.arange(known.sum())
         starts = offsets_of(known)
         wanted = suffixes(starts, fresh)
-        row_positions = np.zeros(len(rows), np.int64)
-        row_positions[wanted] = positions
-        return self._tokenizer.tokenize(batch.actions.take(rows), starts, row_positions).features(wanted)
+        return self._tokenizer.tokenize(batch.actions.take(rows), starts, positions, wanted).features()
 
 
 class Buffers:

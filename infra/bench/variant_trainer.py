@@ -49,7 +49,7 @@ class TokensWithout(Tokens):
 
     hidden: tuple[str, ...] = ()
 
-    def features(self, rows: Ints) -> Features:
+    def features(self, rows: Ints | None = None) -> Features:
         seen = super().features(rows)
         constant = {name: torch.full_like(getattr(seen, name), CONSTANT.get(name, 0)) for name in self.hidden}
         return replace(seen, **constant)
