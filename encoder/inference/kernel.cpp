@@ -144,7 +144,7 @@ INLINE vec sin_turns(vec x) {
 }
 
 // cos(2 pi t / p + phase) for `count` periods p, and the same sines behind them. t, a whole number, is exact until it
-// is a fraction of a turn.
+// is a fraction of a turn: what goes beyond whole turns is rounded once.
 struct Waves {
   const double* periods;
   const float* phases;  // [2, count]
@@ -173,7 +173,9 @@ struct Waves {
   static vec turns_of(double t, const double* periods) {
     typedef double dvec __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
     const dvec p = *(const dvec*)periods, nearest = (t / p + 6755399441055744.) - 6755399441055744.;
-    return __builtin_convertvector((t - nearest * p) / p, vec);
+    double beyond[LANES];
+    for (int j = 0; j < LANES; j++) beyond[j] = __builtin_fma(-nearest[j], p[j], t);
+    return __builtin_convertvector(*(const dvec*)beyond / p, vec);
   }
   static vec at(vec turns, const float* phase, int side) {
     return sin_turns(turns + *(const vec*)phase * (0.5f / PI) + (side ? 0 : 0.25f));
