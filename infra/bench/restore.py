@@ -68,7 +68,7 @@ FULL = Plan(
     bursts=4,
 )
 QUICK = Plan(
-    restored=Population(10_000, 64),
+    restored=Population(50_000, 64),
     few=Population(20_000, 8),
     many=Population(60_000, 8),
     hot_users_max=4_096,
@@ -105,7 +105,7 @@ class Memory:
         return float(np.median(self.rss_mb[len(self.rss_mb) // 2 :]))
 
 
-def main(quick: Annotated[bool, typer.Option("--quick", help="A hundredth of everything.")] = False) -> None:
+def main(quick: Annotated[bool, typer.Option("--quick", help="A small part of everything.")] = False) -> None:
     """Measure restore, warm restart, and memory over users on disk."""
     plan = QUICK if quick else FULL
     with (
