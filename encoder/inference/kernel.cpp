@@ -3,8 +3,8 @@
 // kernel.py for the contract and twin.py for the same in plain torch.
 //
 // The build fixes HEAD_DIM (K, even), SHARE (query heads to a key/value head), WINDOW_MAX, and the types ROW (of what
-// products read and write) and CELL (of what slabs hold): float or bf16. Arithmetic is float throughout. Only vector
-// extensions of GCC and Clang, no intrinsics.
+// products read and write) and CELL (of what slabs hold): float or bf16. Arithmetic is float, double where times
+// and positions are taken modulo a period. Only vector extensions of GCC and Clang, no intrinsics.
 //
 // A block holds one layer of one slot: for each key/value head first the keys, then the values.
 //   keys   [K / 2][ring places][2]  two neighbours of a head side by side
@@ -388,9 +388,10 @@ void attend(const row_t* rows, row_t* out, char* blocks, int64_t slot_bytes, int
   }
 }
 
+constexpr int AHEAD = 8;  // users whose event times are on their way to the cache
+
 // Enter the tokens' event times into rings of `widest` places a slot, and write the logarithms ln(1 + minutes) from
 // each token to the places of a ring of windows[n], n < kinds, to lags[n] [tokens, padded window].
-constexpr int AHEAD = 8;  // users whose times are on their way to the cache
 void lags(int64_t* times, int widest, const int64_t* slots, const int64_t* starts, int64_t users,
           const int64_t* offsets, const int64_t* token_ms, int kinds, const int* windows, float** lags) {
   for (int64_t s = 0; s < users; s++) {
