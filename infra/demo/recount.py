@@ -132,19 +132,25 @@ async def count_records(settings: Settings, topic: str) -> int:
 
 
 async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int, list[Any]]]:
-    """(partition, records) from the beginning to the end as of the call, committed ones only; raises `InfraError`."""
+    """(partition, records) from the beginning to the end as of the call, committed ones only; raises `InfraError`.
+
+    A commit is acknowledged before its markers are written, and until then a reader of committed records sees the end
+    before it: the end read up to is that of everything written, and transactions still open are waited for.
+    """
+    partitions = [TopicPartition(topic, number) for number in range(settings.topics.partitions)]
+    client = settings.kafka.client_options()
     consumer = AIOKafkaConsumer(
         enable_auto_commit=False,
         isolation_level="read_committed",
         max_partition_fetch_bytes=FETCH_BYTES_MAX,
-        **settings.kafka.client_options(),
+        **client,
     )
     try:
+        async with AIOKafkaConsumer(isolation_level="read_uncommitted", **client) as everything:
+            ends = await everything.end_offsets(partitions)
         await consumer.start()
-        partitions = [TopicPartition(topic, number) for number in range(settings.topics.partitions)]
         consumer.assign(partitions)
         await consumer.seek_to_beginning()
-        ends = await consumer.end_offsets(partitions)
         left = set(partitions)
         while left := {tp for tp in left if await consumer.position(tp) < ends[tp]}:
             for tp, records in (await consumer.getmany(timeout_ms=200, max_records=RECORDS_MAX)).items():

@@ -34,8 +34,17 @@ def producer(names: ChangelogNames, client: dict[str, Any]) -> ChangelogProducer
     return ChangelogProducer(names, client, transaction_timeout_ms=10_000)
 
 
-async def read_all(tp: TopicPartition, client: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    reader = LogReader(tp, client)
+async def succeed(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """What a successor does before it reads: a commit is acknowledged before its markers are written, and a start
+    returns after they are."""
+    successor = producer(names, client)
+    await successor.start()
+    await successor.stop()
+
+
+async def read_all(names: ChangelogNames, client: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    await succeed(names, client)
+    reader = LogReader(names.changelog, client)
     await reader.open()
     try:
         return [(r.key, r.value) async for batch in reader.batches(reader.begin, records_max=500) for r in batch]
@@ -44,6 +53,7 @@ async def read_all(tp: TopicPartition, client: dict[str, Any]) -> list[tuple[byt
 
 
 async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None:
+    await succeed(names, client)
     consumer = aiokafka.AIOKafkaConsumer(**client, group_id=names.group_id, enable_auto_commit=False)
     await consumer.start()
     try:
@@ -75,7 +85,7 @@ def test_commit_writes_records_and_offset_together(names: ChangelogNames, client
         assert await commit(writer, numbered(3), 7) == 2
         assert await commit(writer, numbered(2), 9) == 5  # offset 3 is the marker of the first
         await writer.stop()
-        assert await read_all(names.changelog, client) == [*numbered(3), *numbered(2)]
+        assert await read_all(names, client) == [*numbered(3), *numbered(2)]
         assert await committed(names, client) == 9
 
     asyncio.run(scenario())
@@ -90,7 +100,7 @@ def test_a_commit_larger_than_one_batch_arrives_whole(names: ChangelogNames, cli
         await writer.start()
         await commit(writer, records, 1)
         await writer.stop()
-        assert await read_all(names.changelog, client) == records
+        assert await read_all(names, client) == records
 
     asyncio.run(scenario())
 
@@ -108,7 +118,7 @@ def test_a_predecessor_is_fenced_and_leaves_nothing(names: ChangelogNames, clien
         await old.stop()
         await commit(new, numbered(2), 2)
         await new.stop()
-        assert await read_all(names.changelog, client) == [*numbered(1), *numbered(2)]
+        assert await read_all(names, client) == [*numbered(1), *numbered(2)]
         assert await committed(names, client) == 2
 
     asyncio.run(scenario())
@@ -125,7 +135,7 @@ def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNa
         await new.start()
         await commit(new, numbered(1), 4)
         await new.stop()
-        assert await read_all(names.changelog, client) == numbered(1)
+        assert await read_all(names, client) == numbered(1)
         await old.stop()
 
     asyncio.run(scenario())
@@ -142,6 +152,7 @@ def test_reader_ends_behind_trailing_markers(names: ChangelogNames, client: dict
         await writer.append(numbered(3))
         await writer._producer.abort_transaction()
         await writer.stop()
+        await succeed(names, client)
         reader = LogReader(names.changelog, client)
         await reader.open()
         async with asyncio.timeout(10):

@@ -16,16 +16,15 @@ import aiokafka
 import numpy as np
 import pytest
 import torch
-from aiokafka.structs import TopicPartition
 
 from encoder.actions import item_key
 from encoder.features import Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder
 from encoder.release import make_release
+from infra.demo.recount import read_topic
 from infra.demo.worker import WorkerProcess, free_port, with_values, worker_process
 from infra.topics import ensure_topics
-from streams.engine.changelog import LogReader
 from streams.settings import Settings, load_settings
 from streams.state.codec import decode_head
 
@@ -86,14 +85,7 @@ class Application:
 
     def read(self, topic: str) -> list[Any]:
         async def work() -> list[Any]:
-            records: list[Any] = []
-            for partition in range(PARTITIONS):
-                reader = LogReader(TopicPartition(topic, partition), self.client)
-                await reader.open()
-                async for batch in reader.batches(reader.begin, records_max=10_000):
-                    records += batch
-                await reader.close()
-            return records
+            return [record async for _, records in read_topic(self.settings, topic) for record in records]
 
         return asyncio.run(work())
 

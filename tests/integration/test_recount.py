@@ -1,0 +1,55 @@
+"""What the recount reads of a topic, on the real broker."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiokafka.structs import TopicPartition
+
+from infra.demo.recount import read_topic
+from infra.demo.worker import with_values
+from infra.topics import ensure_topics
+from streams.engine.changelog import ChangelogNames, ChangelogProducer
+from streams.settings import load_settings
+
+pytestmark = pytest.mark.broker
+RECORDS = 20
+MARKERS_S = 1.0
+"""Long enough that the reader has read its end."""
+
+
+def test_what_is_written_is_waited_for(broker: Any, topic_prefix: str) -> None:
+    """The broker acknowledges a commit before it writes the markers that show it: nothing may count as lost for that.
+
+    The commit itself is late here, which a reader cannot tell from late markers.
+    """
+    settings = with_values(
+        load_settings(),
+        {
+            "app_id": topic_prefix,
+            "kafka.bootstrap_servers": broker.bootstrap_servers,
+            "topics.actions": f"{topic_prefix}-in",
+            "topics.partitions": 1,
+        },
+    )
+    ensure_topics(settings)
+    source, changelog = TopicPartition(settings.topics.actions, 0), TopicPartition(settings.changelog_topic, 0)
+    names = ChangelogNames(topic_prefix, source, changelog)
+
+    async def read() -> int:
+        return sum([len(records) async for _, records in read_topic(settings, settings.changelog_topic)])
+
+    async def scenario() -> int:
+        writer = ChangelogProducer(names, settings.kafka.client_options(), transaction_timeout_ms=10_000)
+        await writer.start()
+        await writer.begin()
+        await writer.append([(b"k", b"v")] * RECORDS)
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(MARKERS_S)
+        await writer.commit()
+        await writer.stop()
+        return await reading
+
+    assert asyncio.run(scenario()) == RECORDS
