@@ -48,6 +48,8 @@ def test_attention_equals_the_twin(
     firsts = rng.integers(0, 10**9, 6) * rng.integers(0, 2, 6)
     counts = firsts.copy()
     now_ms = np.zeros(6, np.int64)
+    exact = cells is torch.float32
+    differences = []
     for _ in range(12):
         some = rng.permutation(6)[: rng.integers(1, 7)]
         fresh = np.minimum(rng.choice([1, 1, 2, 9, 70], len(some)), reaches(windows)[0])
@@ -64,10 +66,10 @@ def test_attention_equals_the_twin(
                 if layer == 0:
                     kernel.begin(plan, times_ms)
                 kernel.attend(layer, qkv, out)
-            # A key that lies between two bfloat16 may round either way, so there only the mean is held tight.
-            exact = cells is torch.float32
             torch.testing.assert_close(*outputs, rtol=0, atol=2e-5 if exact else 1e-2)
-            assert (outputs[0] - outputs[1]).abs().mean() <= (2e-6 if exact else 1e-4)
+            differences.append((outputs[0] - outputs[1]).abs().flatten())
+    # A key that lies between two bfloat16 may round either way: a few outputs of all differ, and the mean hardly does.
+    assert torch.cat(differences).mean() <= (1e-6 if exact else 2e-5)
 
 
 @needs_compiler
