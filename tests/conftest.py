@@ -6,10 +6,13 @@ import re
 import uuid
 from collections.abc import Iterator
 
-import hypothesis  # noqa: F401  # CPython 3.11 can fail to parse it late in a run, where its pytest plugin would import it
+import hypothesis  # early: CPython 3.11 can fail to parse it late in a run, where its pytest plugin would import it
 import pytest
 
 from infra.kafka.broker import Broker, ExternalBroker, broker_or_external
+
+hypothesis.settings.register_profile("shared machines", deadline=None)
+hypothesis.settings.load_profile("shared machines")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), steps=st.lists(STEP, max_size=STEPS))
 def test_generated_histories_break_no_law(seed: int, steps: list[h.Step]) -> None:
     """Whatever steps follow one another, under whatever policy, no law is broken."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from streams.core.deadlines import BUCKET_MS, Deadlines
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(due_ms=st.lists(st.integers(0, 3_000), max_size=80), tick_ms=st.integers(1, 250), limit=st.integers(1, 30))
 def test_every_entry_comes_when_it_should(due_ms: list[int], tick_ms: int, limit: int) -> None:
     """Each entry comes exactly once, not before its deadline and less than a bucket and a tick after it."""

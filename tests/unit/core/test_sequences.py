@@ -48,7 +48,7 @@ def _contents(state: SequenceState) -> list[object]:
     return [actions.tolist(), starts.tolist(), [headers[name].tolist() for name in names]]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     events=st.lists(EVENT, max_size=60),
     rising=st.booleans(),
@@ -67,7 +67,7 @@ def test_batches_give_what_single_events_give(
     assert _contents(batched) == _contents(single)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(events=st.lists(EVENT, max_size=60))
 def test_slow_path_gives_what_the_fast_path_gives(events: list[tuple[bytes, int, int, bool]]) -> None:
     """Every event taken one by one leaves the sequences that the vectorised path leaves."""

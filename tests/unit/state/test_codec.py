@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from encoder.actions import ACTION_DTYPE
@@ -59,7 +59,6 @@ def _snapshot(users: list[bytes], tails: list[int], chunks: list[tuple[int, int]
 USERS = st.lists(st.binary(max_size=40), min_size=1, max_size=6, unique=True)
 
 
-@settings(deadline=None)
 @given(users=USERS, data=st.data(), seed=st.integers(0, 2**31))
 def test_what_is_written_is_read(users: list[bytes], data: st.DataObject, seed: int) -> None:
     """Any header, tail and chunk comes back as it was, for any user id."""

@@ -28,7 +28,7 @@ def _write(state: PartitionState, store: MemoryStore) -> int:
     return len(records)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rounds=st.lists(
         st.lists(st.tuples(st.sampled_from(USERS), st.integers(0, 60), st.integers(0, 19)), max_size=12), max_size=8

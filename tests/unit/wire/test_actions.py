@@ -253,7 +253,7 @@ events = st.fixed_dictionaries(
 bad_records = st.sampled_from([record for record, _ in BAD_RECORDS.values() if len(record.value or b"") < 10**6])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.one_of(events, bad_records), max_size=12), st.booleans())
 def test_columns_equal_the_obvious_reading(inputs: list[dict[str, object] | FetchedRecord], escape: bool) -> None:
     """Whatever is good decodes as `json.loads` would read it, in order; whatever is bad costs itself alone."""
@@ -280,7 +280,7 @@ def test_columns_equal_the_obvious_reading(inputs: list[dict[str, object] | Fetc
     assert [one.index for one in decoded.refused] == [i for i, one in enumerate(inputs) if not isinstance(one, dict)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=60), st.none() | st.binary(max_size=6))
 def test_no_bytes_raise(value: bytes, key: bytes | None) -> None:
     """Arbitrary bytes are refused, never an exception."""

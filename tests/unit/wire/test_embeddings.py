@@ -73,7 +73,7 @@ def test_other_codecs_write_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("codec", EmbeddingCodec)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vectors=hnp.arrays(
         np.float32, st.tuples(st.integers(0, 5), st.integers(1, 9)), elements=st.floats(-6e4, 6e4, width=32)
