@@ -2,7 +2,8 @@
 
 Starting a `ChangelogProducer` raises the epoch of its `transactional.id` at the broker: an open transaction of the
 predecessor is aborted, and the predecessor itself, stopped or cut off, can never write again. Only after that are
-end offsets and committed offsets worth reading.
+end offsets and committed offsets worth reading: the broker acknowledges a commit before it writes the markers that show
+it, and a start waits for them.
 
 Traps of aiokafka's transactions that the code below closes: a failed batch leaves the transaction open and a commit
 would succeed without it (so every batch is awaited); offsets sent while batches are in flight are refused and retried

@@ -38,10 +38,10 @@ def test_a_million_pending_are_exact_and_cost_nothing_while_not_due() -> None:
     rng = np.random.default_rng(3)
     due_ms = rng.integers(10_000, 3_600_000, 1_000_000)
     wheel.add_cold([b"%d" % index for index in range(len(due_ms))], due_ms)
-    began = time.perf_counter()
+    began = time.thread_time()
     for now_ms in range(1_000):
         assert wheel.next_ms is not None
         assert wheel.next_ms > now_ms
-    assert time.perf_counter() - began < 0.1
+    assert time.thread_time() - began < 0.1
     _, users = wheel.pop(60_000, 10**9)
     assert sorted(map(int, users)) == np.flatnonzero(due_ms <= 60_000).tolist()
