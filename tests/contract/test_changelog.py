@@ -34,16 +34,15 @@ def producer(names: ChangelogNames, client: dict[str, Any]) -> ChangelogProducer
     return ChangelogProducer(names, client, transaction_timeout_ms=10_000)
 
 
-async def succeed(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """What a successor does before it reads: a commit is acknowledged before its markers are written, and a start
-    returns after they are."""
+async def fence_predecessors(names: ChangelogNames, client: dict[str, Any]) -> None:
+    """As every owner before it reads: a commit is acknowledged before its markers are written, a start after it."""
     successor = producer(names, client)
     await successor.start()
     await successor.stop()
 
 
 async def read_all(names: ChangelogNames, client: dict[str, Any]) -> list[tuple[bytes, bytes]]:
-    await succeed(names, client)
+    await fence_predecessors(names, client)
     reader = LogReader(names.changelog, client)
     await reader.open()
     try:
@@ -53,7 +52,7 @@ async def read_all(names: ChangelogNames, client: dict[str, Any]) -> list[tuple[
 
 
 async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None:
-    await succeed(names, client)
+    await fence_predecessors(names, client)
     consumer = aiokafka.AIOKafkaConsumer(**client, group_id=names.group_id, enable_auto_commit=False)
     await consumer.start()
     try:
@@ -152,7 +151,7 @@ def test_reader_ends_behind_trailing_markers(names: ChangelogNames, client: dict
         await writer.append(numbered(3))
         await writer._producer.abort_transaction()
         await writer.stop()
-        await succeed(names, client)
+        await fence_predecessors(names, client)
         reader = LogReader(names.changelog, client)
         await reader.open()
         async with asyncio.timeout(10):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiokafka.structs import TopicPartition
 
-from infra.demo.recount import read_topic
+from infra.demo.recount import count_records
 from infra.demo.worker import with_values
 from infra.topics import ensure_topics
 from streams.engine.changelog import ChangelogNames, ChangelogProducer
@@ -38,15 +38,12 @@ def test_what_is_written_is_waited_for(broker: Any, topic_prefix: str) -> None:
     source, changelog = TopicPartition(settings.topics.actions, 0), TopicPartition(settings.changelog_topic, 0)
     names = ChangelogNames(topic_prefix, source, changelog)
 
-    async def read() -> int:
-        return sum([len(records) async for _, records in read_topic(settings, settings.changelog_topic)])
-
     async def scenario() -> int:
         writer = ChangelogProducer(names, settings.kafka.client_options(), transaction_timeout_ms=10_000)
         await writer.start()
         await writer.begin()
         await writer.append([(b"k", b"v")] * RECORDS)
-        reading = asyncio.create_task(read())
+        reading = asyncio.create_task(count_records(settings, settings.changelog_topic))
         await asyncio.sleep(MARKERS_S)
         await writer.commit()
         await writer.stop()
