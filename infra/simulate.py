@@ -1,11 +1,12 @@
 """`python -m infra.simulate --seed N --runs M`: run histories of trouble against the real core, codec and checkpoint.
 
 No broker and no Faust. After a violation the shortest history that shows it is printed, and the exit code is 1. The
-last line on standard output is `{"bench":"simulate","seed":…,"histories":…,"violations":…}`.
+last line on standard output is `{"bench":"simulate","seed":…,"histories":…,"violations":…,"digest":…}`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from random import SystemRandom
@@ -28,9 +29,9 @@ def simulate(
         raise typer.Exit(2) from error
     seed = SystemRandom().randrange(10**9) if seed is None else seed
     typer.echo(f"seed {seed}, {runs} histories")
-    violations, done, reported = 0, 0, time.monotonic()
+    violations, done, reported, digest = 0, 0, time.monotonic(), hashlib.sha256()
     for done, history in enumerate(histories(seed, runs), 1):
-        error_found = failure(history)
+        error_found = failure(history, digest)
         if error_found is not None:
             violations += 1
             typer.echo(f"history {done - 1} of seed {seed}: {error_found!r}\n{as_source(shortest(history))}")
@@ -38,7 +39,7 @@ def simulate(
         if time.monotonic() - reported > PROGRESS_EVERY_S:
             typer.echo(f"{done} histories, no violation")
             reported = time.monotonic()
-    summary = {"bench": "simulate", "seed": seed, "histories": done, "violations": violations}
+    summary = {"bench": "simulate", "seed": seed, "histories": done, "violations": violations, "digest": digest.hexdigest()}
     typer.echo(json.dumps(summary, separators=(",", ":")))
     if violations:
         raise typer.Exit(1)

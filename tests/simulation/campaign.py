@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from random import Random
 
 from tests.simulation.history import History, random_history, shrink
-from tests.simulation.world import run_history
+from tests.simulation.world import Digest, run_history
 
 STEPS = 60
 
@@ -16,10 +16,10 @@ def histories(seed: int, runs: int) -> Iterator[History]:
     return (random_history(Random(f"{seed}/{run}"), STEPS) for run in range(runs))
 
 
-def failure(history: History) -> Exception | None:
+def failure(history: History, digest: Digest | None = None) -> Exception | None:
     """What a history breaks, None when it breaks nothing. Any exception counts: no input stops a worker."""
     try:
-        run_history(history)
+        run_history(history, digest)
     except Exception as error:
         return error
     return None

@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from typing import Protocol
 
 from encoder.actions import Actions, item_key
 from streams.core.deadlines import BUCKET_MS
@@ -41,13 +42,22 @@ RESTARTS = (h.TornCheckpoint, h.Crash, h.TornRestore, h.Rebalance, h.NewRelease)
 NOT_YET = 10**9
 
 
-def run_history(history: h.History) -> list[str]:
-    """Run a history to its end; return its event log. Raises `Violation`."""
-    world = World(history)
+def run_history(history: h.History, digest: Digest | None = None) -> list[str]:
+    """Run a history to its end; return its event log. Raises `Violation`.
+
+    `digest` is updated after every step with the plain values of the log, which no renaming changes.
+    """
+    world = World(history, digest=digest)
     for step in history.steps:
         world.take(step)
     world.settle()
     return world.event_log
+
+
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 class CrashAt:
@@ -75,6 +85,7 @@ class World:
     """The worker's clock is ahead of the senders', or it would not believe the times of tombstones."""
     version: int = 1
     event_log: list[str] = field(default_factory=list)
+    digest: Digest | None = None
 
     def __post_init__(self) -> None:
         self.crash_at = CrashAt()
@@ -115,6 +126,9 @@ class World:
             self._alive(self.worker.wake)
         self._check(sequences=not isinstance(step, SENDERS))
         self.event_log.append(f"{step} {self.now_ms} {self.worker.next_offset} {self.broker.outputs[-1:]}")
+        if self.digest is not None:
+            last = [astuple(output) for output in self.broker.outputs[-1:]]
+            self.digest.update(f"{astuple(step)} {self.now_ms} {self.worker.next_offset} {last}\n".encode())
 
     def settle(self) -> None:
         """Let everything come to rest; then nobody may be left out, and a restore must give the same."""
