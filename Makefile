@@ -33,33 +33,33 @@ $(STAMP): pyproject.toml constraints.txt
 
 # make simulate SEED=7 RUNS=10000: without SEED a fresh one is drawn and printed.
 simulate: $(STAMP)
-	$(BIN)/python -m infra.simulate $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000)
+	$(BIN)/python -m infra.harness.simulation $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000)
 
 bench-encoder: $(STAMP)
-	$(BIN)/python -m infra.bench.encoder
+	$(BIN)/python -m infra.bench.encoder.encoder
 
 bench-freshness: $(STAMP) .venv-peers/installed
-	$(BIN)/python -m infra.bench.freshness
+	$(BIN)/python -m infra.bench.stream.freshness
 
 bench-ingest: $(STAMP) .venv-peers/installed
-	$(BIN)/python -m infra.bench.ingest
+	$(BIN)/python -m infra.bench.stream.ingest
 
 # make chaos SEED=7 MINUTES=60; without a seed a fresh one is drawn and printed.
 chaos: $(STAMP)
 	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10)
 
 bench-restore: $(STAMP)
-	$(BIN)/python -m infra.bench.restore
+	$(BIN)/python -m infra.bench.stream.restore
 
 # make evaluate-ml1m SEEDS=1,2,3 MINUTES=60; without minutes a training ends with its recipe's budget.
 evaluate-ml1m: $(STAMP)
-	$(BIN)/python -m infra.bench.ml1m --seeds $(or $(SEEDS),1) --minutes $(or $(MINUTES),0)
+	$(BIN)/python -m infra.bench.training.ml1m --seeds $(or $(SEEDS),1) --minutes $(or $(MINUTES),0)
 
 bench-train: $(STAMP) .venv-peers/rectools
-	$(BIN)/python -m infra.bench.train
+	$(BIN)/python -m infra.bench.training.train
 
 # A peer that cannot be installed is left out of the comparison, which then says so.
-.venv-peers/installed: infra/bench/peers/requirements.txt
+.venv-peers/installed: infra/bench/baselines/requirements.txt
 	@echo "installing the peers into .venv-peers"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@grep -v '^#' $< | while read -r peer; do \
@@ -67,7 +67,7 @@ bench-train: $(STAMP) .venv-peers/rectools
 	done
 	@touch $@
 
-.venv-peers/rectools: infra/bench/peers/rectools.txt
+.venv-peers/rectools: infra/bench/baselines/rectools.txt
 	@echo "installing RecTools into .venv-peers (about 5 GB, for it brings its own torch)"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $< || echo "not installed: RecTools"

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from streams.metrics import Histogram, Metrics
-from streams.setting_groups import Group
-from streams.settings import CONFIG_VARIABLE, Settings, secret_keys, variable
+from streams.config.groups import Group
+from streams.config.settings import CONFIG_VARIABLE, Settings, secret_keys, variable
+from streams.telemetry.metrics import Histogram, Metrics
 
 DOCS = Path(__file__).parent
 
@@ -24,7 +24,7 @@ def _settings() -> str:
     secrets = " and ".join(f"`{variable(key)}_FILE`" for key in secret_keys())
     head = f"""# Settings
 
-Made from `streams/setting_groups.py` and `settings.py` by `python docs/generate.py`.
+Made from `streams/config/groups.py` and `settings.py` by `python docs/generate.py`.
 
 A value comes from its environment variable, else from the TOML file that `--config` or `{CONFIG_VARIABLE}` names, else
 it is the default. A key `kafka.poll_records_max` stands in the file as `poll_records_max` under `[kafka]`, and its
@@ -66,7 +66,7 @@ def _default(field: Any) -> str:
 def _metrics() -> str:
     head = """# Metrics
 
-Made from `streams/metrics.py` by `python docs/generate.py`.
+Made from `streams/telemetry/metrics.py` by `python docs/generate.py`.
 
 A worker serves them at `/metrics` of its web address (`web.host`, `web.port`). Beside it, `/livez` answers 503 when the
 worker makes no progress, `/readyz` while it restores or cannot encode. Labels never hold users.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from encoder.actions import Actions, name_code
+from encoder.actions.columns import Actions, name_code
 
 Ints = npt.NDArray[np.int64]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from xxhash import xxh3_64_intdigest
 
-from encoder.actions import item_key
+from encoder.actions.columns import item_key
 
 Keys = npt.NDArray[np.uint64]
 

@@ -16,9 +16,9 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from infra.commands import broker, replay, topics, worker
-from infra.memory import keep_freed_memory
+from streams.telemetry.memory import keep_freed_memory
 
-MOUNTED = ("streams.cli", "infra.demo.cli", "encoder.training.cli")
+MOUNTED = ("streams.cli", "infra.demo.cli", "encoder.cli")
 """Modules whose `app` adds its commands; imported only when one of them is asked for, since torch takes seconds."""
 
 OUR_PACKAGES = ("streams", "encoder", "infra")

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from streams.settings import Settings, load_settings, printed
+from streams.config.settings import Settings, load_settings, printed
 from streams.subscriber import Change, EmbeddingSubscriber, as_json
 from streams.wire.embeddings import Tombstone
 

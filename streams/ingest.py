@@ -16,15 +16,15 @@ import numpy as np
 from streams.core.effects import Effects
 from streams.core.merge import Outcome
 from streams.core.triggers import Reason
-from streams.encode_queue import EncodeQueue
-from streams.encode_source import PartitionSource
+from streams.encoding.partition_jobs import PartitionSource
+from streams.encoding.queue import EncodeQueue
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
-from streams.engine.owned import OwnedPartition
+from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
-from streams.metrics import Metrics
-from streams.state.store import StoreDamaged
-from streams.state.users import read_users
+from streams.storage.reader import read_users
+from streams.storage.store import StoreDamaged
+from streams.telemetry.metrics import Metrics
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
 from streams.wire.embeddings import encode_tombstone

@@ -25,25 +25,25 @@ from rocksdict import Cache
 from yarl import URL
 
 from encoder.inference import EncoderRuntime, load_runtime
+from streams.config.settings import Settings
 from streams.core.layout import StateLimits
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy, parse_policy
-from streams.encode_queue import EncodeQueue, EncodeQueuePolicy
-from streams.encode_source import PartitionSource
+from streams.encoding.partition_jobs import PartitionSource
+from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.delivery import BatchTransport
 from streams.engine.outputs import Outputs, OutputsConfig, Published
-from streams.engine.owned import OwnedPartition
+from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions, PartitionsConfig
 from streams.engine.recovery import with_take_over
 from streams.engine.table import STORE_URL, TABLE_NAME, SequenceTable
 from streams.errors import SettingsError
 from streams.ingest import Ingest
-from streams.metrics import Metrics
-from streams.prometheus import HealthServer
-from streams.repeats import RepeatFilter
-from streams.settings import Settings
-from streams.state.store import PartitionStore
-from streams.watchdog import Progress, Watchdog
+from streams.storage.store import PartitionStore
+from streams.telemetry.log_filter import RepeatFilter
+from streams.telemetry.metrics import Metrics
+from streams.telemetry.prometheus import HealthServer
+from streams.telemetry.watchdog import Progress, Watchdog
 from streams.wire.actions import DecodeLimits
 from streams.wire.embeddings import EmbeddingCodec
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.actions import SequenceBatch
+from encoder.actions.columns import SequenceBatch
 from encoder.features import Features
-from encoder.inference.cone import Int64s, plan_tokens
-from encoder.inference.steps import Buffers, Floats, Steps
+from encoder.inference.forward import Buffers, Floats, Steps
+from encoder.inference.plan import Int64s, plan_tokens
+from encoder.inference.reference import TorchKernel
 from encoder.inference.transfer import fetched, sent
-from encoder.inference.twin import TorchKernel
 from encoder.release import Release
 
 SIZES = (64, 256, 1_024)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.actions import SequenceBatch
+from encoder.actions.columns import SequenceBatch
 from encoder.attention import attend
 from encoder.features import padded_rows, sequence_positions
-from encoder.inference.cone import Int64s, offsets_of
+from encoder.inference.forward import Floats, Steps
 from encoder.inference.incremental import TOKENS_MAX, bounded, check
-from encoder.inference.steps import Floats, Steps
+from encoder.inference.plan import Int64s, offsets_of
 from encoder.inference.transfer import fetched, sent
 from encoder.model import WindowEncoder, newest
 from encoder.release import Release

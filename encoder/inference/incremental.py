@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from encoder.actions import SequenceBatch
-from encoder.inference.cone import Int64s
+from encoder.actions.columns import SequenceBatch
+from encoder.inference.forward import Floats, Steps
+from encoder.inference.plan import Int64s
 from encoder.inference.slots import SlotTable
-from encoder.inference.steps import Floats, Steps
 from encoder.model import EncoderConfig
 
 TOKENS_MAX = 1_024

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from encoder.inference.cone import Int64s, Plan
+from encoder.inference.plan import Int64s, Plan
 from encoder.model import EncoderConfig, TimeEncoding
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from encoder.attention import rotary_periods
 from encoder.inference.build import load_library
-from encoder.inference.cone import Int64s, Plan
 from encoder.inference.kernel import Geometry
+from encoder.inference.plan import Int64s, Plan
 from encoder.model import TimeEncoding
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

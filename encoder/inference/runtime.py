@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encoder.actions import SequenceBatch
-from encoder.device import CPU, gpu_precision, own_device
+from encoder.actions.columns import SequenceBatch
+from encoder.hardware import CPU, gpu_precision, own_device
 from encoder.inference.cuda import CudaSteps
+from encoder.inference.forward import Steps
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.linear import prepared
 from encoder.inference.native import Library, NativeKernel
+from encoder.inference.reference import TorchKernel
 from encoder.inference.slots import SlotTable
-from encoder.inference.steps import Steps
-from encoder.inference.twin import TorchKernel
 from encoder.model import StreamingEncoder
 from encoder.release import Release, load_release
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from encoder.inference.cone import Int64s
+from encoder.inference.plan import Int64s
 
 
 def sent(device: torch.device, *columns: Int64s) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.training.log import LogParts
+from encoder.data.log import LogParts
 from encoder.training.recipe import Recipe
 from encoder.training.trainer import Trainer
 

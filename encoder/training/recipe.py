@@ -10,11 +10,11 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from encoder.data.log import LogColumns
+from encoder.data.split import SplitConfig
 from encoder.model import EncoderConfig
-from encoder.negatives import LossConfig
-from encoder.objectives import ObjectiveConfig
-from encoder.training.log import LogColumns
-from encoder.training.splits import SplitConfig
+from encoder.training.negatives import LossConfig
+from encoder.training.objectives import ObjectiveConfig
 
 
 class RecipeError(ValueError):

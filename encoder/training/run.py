@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.negatives import LossConfig
+from encoder.data.log import ActionLog, LogError, LogParts
+from encoder.data.shards import Shards
+from encoder.data.split import ShardedSplit, Split, make_split, split_shards
+from encoder.distributed import World, join_world
+from encoder.evaluation.next_item import Exam
+from encoder.hardware import device_name, faster_precision, faster_threads, machine
 from encoder.release import Release, make_release
 from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
-from encoder.training.log import ActionLog, LogError, LogParts
-from encoder.training.machine import device_name, faster_precision, faster_threads, machine
-from encoder.training.next_item import Exam
+from encoder.training.negatives import LossConfig
 from encoder.training.recipe import Recipe
-from encoder.training.shards import Shards
 from encoder.training.sources import make_items
-from encoder.training.splits import ShardedSplit, Split, make_split, split_shards
 from encoder.training.trainer import Trainer
-from encoder.training.world import World, join_world
 
 PROGRESS_EVERY_S = 2.0
 CHECKPOINT_EVERY_S = 60.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder.actions import item_key
+from encoder.actions.columns import item_key
+from encoder.data.log import LogParts
 from encoder.features import Vocabularies
 from encoder.items import FixedItems, ItemError, ItemVectors, TextItems, TrainedItems, read_vectors, texts_by_key
-from encoder.training.log import LogParts
 from encoder.training.recipe import ItemConfig, Recipe
 
 

@@ -17,17 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from encoder.data.batches import epoch_batches
+from encoder.data.log import ActionLog, LogParts
+from encoder.distributed import World
 from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
 from encoder.items import ItemVectors
-from encoder.losses import SCALE_MAX, equal_user_weights, softmax_loss
 from encoder.model import AnyEncoder, StreamingEncoder, build_encoder, initialize
-from encoder.negatives import NegativeSampler
-from encoder.objectives import Pairs, Positives, make_pairs
-from encoder.training.batches import epoch_batches
 from encoder.training.cooccurrence import cooccurrence_vectors
-from encoder.training.log import ActionLog, LogParts
+from encoder.training.losses import SCALE_MAX, equal_user_weights, softmax_loss
+from encoder.training.negatives import NegativeSampler
+from encoder.training.objectives import Pairs, Positives, make_pairs
 from encoder.training.recipe import Recipe
-from encoder.training.world import World
 
 
 class Trainer:

@@ -20,14 +20,14 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from encoder.actions import ACTION_DTYPE, ActionBatch
-from infra.bench.common import Spread, machine, print_result, print_table, run_command
+from encoder.actions.columns import ACTION_DTYPE, ActionBatch
+from infra.harness.reporting import Spread, machine, print_result, print_table, run_command
 from streams.core.layout import Ints, StateLimits, nothing_stored
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy
-from streams.state.codec import encode
-from streams.state.store import PartitionStore
-from streams.state.users import read_users
+from streams.storage.codec import encode
+from streams.storage.reader import read_users
+from streams.storage.store import PartitionStore
 
 USERS, BATCH, CHECKPOINT_EVENTS = 20_000, 2_000, 150_000
 BEGIN_MS = 1_700_000_000_000

@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from infra.bench.common import console, print_result, run_command
 from infra.chaos import report
-from infra.chaos.campaign import Outcome, Plan, run
 from infra.chaos.faults.catalogue import BY_NAME, PAIRED
+from infra.chaos.schedule import Outcome, Plan, run
+from infra.harness.reporting import console, print_result, run_command
 
 VIOLATIONS_SHOWN = 20
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from infra.bench.common import machine, print_table
-from infra.chaos.campaign import Outcome
-from infra.chaos.episode import Episode
+from infra.chaos.round import Episode
+from infra.chaos.schedule import Outcome
+from infra.harness.reporting import machine, print_table
 
 HEADINGS = ("fault", "alone", "paired", "seconds to resume", "p99 freshness ms", "violations")
 

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from infra.datasets import movielens_1m
-from infra.event_log import Columns, EventLog, event_log, load_log
-from infra.generator import GeneratorPolicy, generate
-from infra.replay import Acknowledged, Pace, ReplayTotals
-from infra.replay import replay as replay_log
+from infra.datasets.event_log import Columns, EventLog, event_log, load_log
+from infra.datasets.generator import GeneratorPolicy, generate
+from infra.datasets.movielens import movielens_1m
+from infra.datasets.replay import Acknowledged, Pace, ReplayTotals
+from infra.datasets.replay import replay as replay_log
 from streams.cli import BootstrapServers, Config, settings_of
-from streams.settings import Settings
+from streams.config.settings import Settings
 
 PLAIN_LINE_EVENTS = 100_000
 

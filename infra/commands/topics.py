@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from infra.topics import ensure_topics, topics_of, verify_topics
+from infra.kafka.topics import ensure_topics, topics_of, verify_topics
 from streams.cli import BootstrapServers, Config, settings_of
 
 Replication = Annotated[int, typer.Option(min=1, help="Replicas of each partition of a topic that is created.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from infra.topics import verify_topics
+from infra.kafka.topics import verify_topics
 from streams.cli import BootstrapServers, Config, run_worker, settings_of
 
 

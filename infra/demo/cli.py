@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 
 from encoder.training.recipe import read_recipe
+from infra.datasets.generator import GeneratorPolicy
 from infra.demo.forever import go_on
 from infra.demo.live import Screen
 from infra.demo.plot import save_plot
 from infra.demo.report import TEXT_COLUMNS, as_json, print_report, save_text
 from infra.demo.run import DemoOptions, Outcome, open_stage, run
-from infra.generator import GeneratorPolicy
 
 app = typer.Typer()
 RECIPE = Path(__file__).parents[2] / "encoder" / "runs" / "demo.toml"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+from infra.datasets.event_log import event_log
+from infra.datasets.generator import GeneratorPolicy, generate
+from infra.datasets.replay import Pace, replay
 from infra.demo.live import Screen
 from infra.demo.observer import now_ms
 from infra.demo.run import Stage
 from infra.demo.worker import WorkerProcess, worker_process
-from infra.event_log import event_log
-from infra.generator import GeneratorPolicy, generate
-from infra.replay import Pace, replay
-from streams.settings import Settings, variable
+from streams.config.settings import Settings, variable
 
 RATE = 200.0
 """Events a second."""

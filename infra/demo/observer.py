@@ -20,10 +20,10 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
+from infra.datasets.replay import Acknowledged
 from infra.demo.recall import Publications
 from infra.errors import InfraError, detail
-from infra.replay import Acknowledged
-from streams.settings import Settings
+from streams.config.settings import Settings
 from streams.wire.embeddings import Tombstone, decode_embedding
 
 Ints = npt.NDArray[np.int64]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encoder.actions import item_key
+from encoder.actions.columns import item_key
 from encoder.release import Release
-from infra.demo.parts import Parts, distinct_items
 from infra.demo.recall import (
     Acts,
     Bools,
@@ -20,6 +19,7 @@ from infra.demo.recall import (
     last_midnight_ms,
     popularity_hits,
 )
+from infra.demo.split import Parts, distinct_items
 
 GROUPS = {"all": "all actions", "known": "of users known at the start", "unknown": "of users unknown then"}
 """Groups of actions; a user is known with an action before the replay."""

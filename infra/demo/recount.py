@@ -17,13 +17,13 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
-from encoder.actions import Actions, SequenceBatch
+from encoder.actions.columns import Actions, SequenceBatch
 from encoder.inference import load_runtime
 from infra.demo.histories import Histories, recompute
 from infra.demo.observer import Observer, now_ms
 from infra.errors import InfraError, detail
-from streams.settings import Settings
-from streams.state.codec import decode_head
+from streams.config.settings import Settings
+from streams.storage.codec import decode_head
 from streams.wire.actions import DecodeLimits, decode_actions
 
 Ints = npt.NDArray[np.int64]

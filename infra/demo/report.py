@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infra.bench.common import machine
 from infra.demo.readers import GROUPS
 from infra.demo.run import Outcome
+from infra.harness.reporting import machine
 
 READERS = {
     "fresh": "as published, just before the action",

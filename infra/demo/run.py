@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from encoder.data.log import LogColumns, log_from_table
 from encoder.release import Release
-from encoder.training.log import LogColumns, log_from_table
 from encoder.training.recipe import Recipe
 from encoder.training.run import Progress, train_release
+from infra.datasets.generator import GeneratorPolicy
 from infra.demo.live import Screen
 from infra.demo.observer import Observer
-from infra.demo.parts import Parts, demo_parts
 from infra.demo.readers import Recalls, compare
 from infra.demo.recount import Recount, recount
+from infra.demo.split import Parts, demo_parts
 from infra.demo.stream import Ledger, Streamed, backfill, stream
 from infra.demo.worker import free_port, with_values, worker_process
-from infra.generator import GeneratorPolicy
 from infra.kafka.broker import ExternalBroker, broker_or_external
-from infra.topics import delete_topics, ensure_topics
-from streams.settings import Settings, load_settings
+from infra.kafka.topics import delete_topics, ensure_topics
+from streams.config.settings import Settings, load_settings
 
 WORKER_ID = "demo"
 

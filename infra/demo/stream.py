@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from infra.datasets.event_log import EventLog
+from infra.datasets.replay import Acknowledged, Pace, ReplayTotals, replay
 from infra.demo.histories import recompute
 from infra.demo.live import Meter, Screen
 from infra.demo.observer import Observer, Seen, Sent
-from infra.demo.parts import Parts
+from infra.demo.split import Parts
 from infra.demo.worker import WorkerProcess
 from infra.errors import InfraError
-from infra.event_log import EventLog
-from infra.replay import Acknowledged, Pace, ReplayTotals, replay
-from streams.settings import Settings
+from streams.config.settings import Settings
 
 Ints = npt.NDArray[np.int64]
 

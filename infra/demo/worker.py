@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import InfraError
-from streams.settings import Settings, variable
+from streams.config.settings import Settings, variable
 
 STOP_SLACK_S = 5.0
 PR_SET_PDEATHSIG = 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import SequenceBatch
+from encoder.actions.columns import SequenceBatch
 from streams.core.layout import Ints, spans, starts_of
 from streams.core.merge import Outcome
 

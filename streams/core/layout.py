@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import ACTION_DTYPE, Actions
+from encoder.actions.columns import ACTION_DTYPE, Actions
 
 Ints = npt.NDArray[np.int64]
 Columns = npt.NDArray[np.void]

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from encoder.actions import Actions
+from encoder.actions.columns import Actions
 
 
 class Outcome(IntEnum):

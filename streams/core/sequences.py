@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import ACTION_DTYPE, ActionBatch, Actions
+from encoder.actions.columns import ACTION_DTYPE, ActionBatch, Actions
 from streams.core.layout import (
     HAD_DEADLINE,
     HEADER_DTYPE,

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from encoder.actions import name_code
+from encoder.actions.columns import name_code
 from streams.core.layout import NEVER, Columns, Ints
 
 Bools = npt.NDArray[np.bool_]

@@ -23,8 +23,8 @@ import aiokafka
 from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
-from streams.engine.records import as_parsed
-from streams.state.store import Record
+from streams.engine.compat import as_parsed
+from streams.storage.store import Record
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ChangelogNames:
 class ChangelogProducer:
     """The changelog and the committed offset of one source partition, written in transactions.
 
-    Implements `streams.state.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new
+    Implements `storage.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new
     owner, and `KafkaError` when it failed or its outcome is unknown: then this producer is to be stopped and replaced.
     """
 

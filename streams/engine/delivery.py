@@ -30,7 +30,7 @@ import aiokafka
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
-from streams.engine.records import as_parsed
+from streams.engine.compat import as_parsed
 
 PREFETCH_BACKOFF_S = 0.002
 MORE_S = 0.005
@@ -47,7 +47,7 @@ class RecordBatch:
     end: int
     """Position after the fetch: above the last record, beyond control records that follow it."""
     records: list[Any]
-    """Records as parsed (see `streams.engine.records`); at least one."""
+    """Records as parsed (see `streams.engine.compat`); at least one."""
     epoch: int
     """How often the partition had been sought when the batch was fetched: tells batches from before a seek."""
 

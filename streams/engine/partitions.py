@@ -28,16 +28,16 @@ from aiokafka.structs import TopicPartition
 from faust.types import TP
 from mode import Service
 
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
-from streams.engine.owned import Joint, OwnedPartition, SendFailed, Sent
+from streams.engine.ownership import Joint, OwnedPartition, SendFailed, Sent
 from streams.engine.restore import IncompleteRestore, restore
-from streams.metrics import Metrics
-from streams.state.checkpoint import CheckpointMark, checkpoint
-from streams.state.store import PartitionStore, StoreDamaged, StoreFailed
-from streams.watchdog import Progress
+from streams.storage.checkpoint import CheckpointMark, checkpoint
+from streams.storage.store import PartitionStore, StoreDamaged, StoreFailed
+from streams.telemetry.metrics import Metrics
+from streams.telemetry.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 

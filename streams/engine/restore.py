@@ -18,7 +18,7 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
-from streams.state.store import PartitionStore
+from streams.storage.store import PartitionStore
 
 logger = logging.getLogger(__name__)
 

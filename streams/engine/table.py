@@ -16,7 +16,7 @@ from faust.stores.base import SerializedStore
 from faust.types import TP
 
 from streams.engine.partitions import Partitions
-from streams.state.codec import head_key
+from streams.storage.codec import head_key
 
 TABLE_NAME = "user-sequences"
 STORE_URL = "streamformer-rocksdb://"

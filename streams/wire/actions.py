@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_digest
 
-from encoder.actions import ACTION_DTYPE, ActionBatch, item_key, name_code
+from encoder.actions.columns import ACTION_DTYPE, ActionBatch, item_key, name_code
 
 Headers = Sequence[tuple[str, bytes]]
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from infra.chaos.episode import _is_fine
+from infra.chaos.checks.violations import Kind
+from infra.chaos.fault_context import Scene, play
 from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs
 from infra.chaos.faults.workers import rebalances_seen
-from infra.chaos.fleet import ABORTED
-from infra.chaos.scene import Scene, play
-from infra.chaos.stage import set_up
-from infra.chaos.traffic import Habits, Traffic
-from infra.chaos.trial import Trial
-from infra.chaos.violations import Kind
-from infra.chaos.watch import Watch
+from infra.chaos.round import _is_fine
+from infra.harness.deployment import set_up
+from infra.harness.run import Trial
+from infra.harness.stall_monitor import Watch
+from infra.harness.supervisor import ABORTED
+from infra.harness.workload import Habits, Traffic
 from infra.kafka.broker import Broker
 
 SEED = 7

@@ -13,15 +13,15 @@ from encoder.inference import EncoderRuntime
 from encoder.inference.kernel import Precision
 from encoder.inference.runtime import make_full
 from encoder.model import EncoderConfig
-from infra.chaos.checker import Checker, Evidence, Rules, Verdict
-from infra.chaos.truth import LogRecord
-from infra.chaos.violations import Explained, Kind
+from infra.chaos.checks.checker import Checker, Evidence, Rules, Verdict
+from infra.chaos.checks.violations import Explained, Kind
+from infra.harness.model import LogRecord
 from streams.core.layout import StateLimits
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy
-from streams.state.codec import CheckpointMark, encode, encode_mark
-from streams.state.store import MemoryStore
-from streams.state.users import read_users
+from streams.storage.codec import CheckpointMark, encode, encode_mark
+from streams.storage.reader import read_users
+from streams.storage.store import MemoryStore
 from streams.wire.actions import DecodeLimits, decode_actions
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
 from tests.unit.inference.histories import random_release

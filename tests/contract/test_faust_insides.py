@@ -21,7 +21,7 @@ from faust.tables.recovery import Recovery
 from faust.transport.consumer import Consumer
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 
-from streams.engine.records import ParsedRecords
+from streams.engine.compat import ParsedRecords
 
 PARTITION_RECORDS = ParsedRecords.__mro__[1]
 """aiokafka's own class, whose name in its module is ours."""

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from streams.core.layout import NEVER, StateLimits, new_headers
-from streams.state.codec import CheckpointMark, encode_mark, head_key, seal
-from streams.state.store import (
+from streams.storage.codec import CheckpointMark, encode_mark, head_key, seal
+from streams.storage.store import (
     RECORDS_PER_WRITE,
     MemoryStore,
     PartitionStore,
@@ -93,7 +93,7 @@ def test_deadlines_are_indexed(store: AnyStore) -> None:
 
 def test_scan_passes_page_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan over several pages gives every user once, also ids that are prefixes of one another."""
-    monkeypatch.setattr("streams.state.store.SCAN_USERS", 3)
+    monkeypatch.setattr("streams.storage.store.SCAN_USERS", 3)
     users = sorted([b"", b"a", b"aa", b"a\x00", b"b", b"\xff", b"\xff\xff"])
     store = PartitionStore.open(tmp_path / "store")
     store.write([head(user, due_ms=1) for user in users], 1)
@@ -183,7 +183,7 @@ def test_broken_data_file_is_damage(tmp_path: Path, fault: str) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from streams.state.store import PartitionStore
+from streams.storage.store import PartitionStore
 store = PartitionStore.open(Path(sys.argv[1]), write_buffer_bytes=1 << 20)
 for checkpoint in range(10**6):
     records = [(b"c%05d\\x00" % index, b"%d" % checkpoint + b" " * 400) for index in range(3_000)]

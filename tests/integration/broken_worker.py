@@ -14,18 +14,18 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder.actions import ActionBatch
+from encoder.actions.columns import ActionBatch
 from infra.cli import main
 from streams import ingest as ingest_module
 from streams.core.sequences import Applied, SequenceState
 from streams.engine import partitions as partitions_module
 from streams.engine.changelog import ChangelogProducer, LogReader
 from streams.engine.delivery import RecordBatch
-from streams.engine.owned import Joint, OwnedPartition
+from streams.engine.ownership import Joint, OwnedPartition
 from streams.engine.partitions import Partitions
 from streams.ingest import Ingest
-from streams.state.codec import encode, encode_mark
-from streams.state.store import OFFSET_KEY, PartitionStore, Record
+from streams.storage.codec import encode, encode_mark
+from streams.storage.store import OFFSET_KEY, PartitionStore, Record
 
 CRASHED = 9
 RESTORE_S = 4.0

@@ -12,8 +12,8 @@ import kafka
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, LogReader
-from streams.state.codec import CheckpointMark, encode_mark
-from streams.state.store import Record
+from streams.storage.codec import CheckpointMark, encode_mark
+from streams.storage.store import Record
 
 COMPACT_S = 90
 CONFIGS = {

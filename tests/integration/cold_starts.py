@@ -18,13 +18,13 @@ from faust.types import TP
 from rocksdict import Cache
 
 from streams.core.layout import StateLimits
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.engine.outputs import Published
-from streams.engine.owned import OwnedPartition
+from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions, PartitionsConfig
-from streams.metrics import Metrics
-from streams.state.store import PartitionStore
+from streams.storage.store import PartitionStore
+from streams.telemetry.metrics import Metrics
 from tests.integration.changelogs import Log
 
 Predecessor = Callable[[Log], Awaitable[None]]

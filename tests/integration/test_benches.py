@@ -22,7 +22,7 @@ def test_bench_ingest_ends_with_plausible_figures(
     """The quick ingest benchmark, without peers, prints as its last line all keys, with speeds a machine can have."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     ended = subprocess.run(
-        [sys.executable, "-m", "infra.bench.ingest", "--quick", "--no-peers"],
+        [sys.executable, "-m", "infra.bench.stream.ingest", "--quick", "--no-peers"],
         capture_output=True,
         text=True,
         timeout=QUICK_S,
@@ -42,7 +42,7 @@ def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.Monke
     """Where no broker answers at the address given, the benchmark says so in one line and exits with 1."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     ended = subprocess.run(
-        [sys.executable, "-m", "infra.bench.ingest", "--quick", "--no-peers"],
+        [sys.executable, "-m", "infra.bench.stream.ingest", "--quick", "--no-peers"],
         capture_output=True,
         text=True,
         timeout=QUICK_S,
@@ -63,7 +63,7 @@ def test_bench_freshness_serves_every_event(
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     ended = subprocess.run(
-        [sys.executable, "-m", "infra.bench.freshness", "--quick", "--no-peers"],
+        [sys.executable, "-m", "infra.bench.stream.freshness", "--quick", "--no-peers"],
         capture_output=True,
         text=True,
         timeout=390,
@@ -92,7 +92,7 @@ def test_bench_restore_ends_with_plausible_figures(
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     ended = subprocess.run(
-        [sys.executable, "-m", "infra.bench.restore", "--quick"],
+        [sys.executable, "-m", "infra.bench.stream.restore", "--quick"],
         capture_output=True,
         text=True,
         timeout=360,

@@ -19,7 +19,7 @@ from aiokafka.structs import TopicPartition
 from streams.engine import partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
-from streams.state.store import PartitionStore, StoreDamaged
+from streams.storage.store import PartitionStore, StoreDamaged
 from tests.integration.changelogs import SHAPES, Log, Shape, an_open_transaction, left_open, many_small_ones, written
 from tests.integration.cold_starts import Starts, alone, started
 

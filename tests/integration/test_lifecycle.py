@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from infra.bench.contestants import sample
-from infra.chaos.fleet import ABORTED, FORCED, STOPPED, WORKER
-from infra.chaos.stage import Stage, set_up
-from infra.chaos.trial import Trial
+from infra.bench.baselines.processes import sample
+from infra.harness.deployment import Stage, set_up
+from infra.harness.run import Trial
+from infra.harness.supervisor import ABORTED, FORCED, STOPPED, WORKER
 from tests.integration.broken_worker import (
     Fault,
     blocks_the_loop,

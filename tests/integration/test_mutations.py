@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from kafka.errors import KafkaError
 
-from infra.chaos.fleet import ABORTED
-from infra.chaos.stage import Stage, set_up
-from infra.chaos.trial import Trial
+from infra.harness.deployment import Stage, set_up
+from infra.harness.run import Trial
+from infra.harness.supervisor import ABORTED
 from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, restore_ends_at_a_silence
 from tests.integration.trials import Sent, action, send
 

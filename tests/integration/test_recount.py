@@ -10,9 +10,9 @@ from aiokafka.structs import TopicPartition
 
 from infra.demo.recount import count_records
 from infra.demo.worker import with_values
-from infra.topics import ensure_topics
+from infra.kafka.topics import ensure_topics
+from streams.config.settings import load_settings
 from streams.engine.changelog import ChangelogNames, ChangelogProducer
-from streams.settings import load_settings
 
 pytestmark = pytest.mark.broker
 RECORDS = 20

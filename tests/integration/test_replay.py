@@ -17,13 +17,13 @@ import pytest
 from kafka.structs import TopicPartition
 
 from infra import replay as replay_module
-from infra.event_log import EventLog, event_log
-from infra.generator import GeneratorPolicy, generate
+from infra.datasets.event_log import EventLog, event_log
+from infra.datasets.generator import GeneratorPolicy, generate
+from infra.datasets.replay import Acknowledged, Pace, ReplayFailed, replay
 from infra.kafka.broker import Broker
-from infra.replay import Acknowledged, Pace, ReplayFailed, replay
-from infra.topics import ensure_topics
-from streams.setting_groups import KafkaSettings, TopicsSettings
-from streams.settings import Settings
+from infra.kafka.topics import ensure_topics
+from streams.config.groups import KafkaSettings, TopicsSettings
+from streams.config.settings import Settings
 
 pytestmark = pytest.mark.broker
 

@@ -10,9 +10,9 @@ import pytest
 
 from infra.errors import InfraError
 from infra.kafka.broker import BrokerFailed
-from infra.topics import Topic, TopicMismatch, delete_topics, ensure_topics, topics_of, verify_topics
-from streams.setting_groups import KafkaSettings, TopicsSettings
-from streams.settings import Settings
+from infra.kafka.topics import Topic, TopicMismatch, delete_topics, ensure_topics, topics_of, verify_topics
+from streams.config.groups import KafkaSettings, TopicsSettings
+from streams.config.settings import Settings
 
 pytestmark = pytest.mark.broker
 

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from encoder.actions import item_key
+from encoder.actions.columns import item_key
 from encoder.features import Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder
 from encoder.release import make_release
 from infra.demo.recount import read_topic
 from infra.demo.worker import WorkerProcess, free_port, with_values, worker_process
-from infra.topics import ensure_topics
-from streams.settings import Settings, load_settings
-from streams.state.codec import decode_head
+from infra.kafka.topics import ensure_topics
+from streams.config.settings import Settings, load_settings
+from streams.storage.codec import decode_head
 
 pytestmark = pytest.mark.broker
 PARTITIONS = 2

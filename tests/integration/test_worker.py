@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from infra.chaos.checker import Verdict
+from infra.chaos.checks.checker import Verdict
 from infra.chaos.faults.disk import alter_data_files
-from infra.chaos.fleet import ABORTED, STOPPED
-from infra.chaos.stage import Stage, set_up
-from infra.chaos.traffic import Habits, Traffic
-from infra.chaos.trial import Trial
-from infra.chaos.truth import LogRecord
+from infra.harness.deployment import Stage, set_up
+from infra.harness.model import LogRecord
+from infra.harness.run import Trial
+from infra.harness.supervisor import ABORTED, STOPPED
+from infra.harness.workload import Habits, Traffic
 from streams.wire.actions import RefusalReason
 from tests.integration.trials import Sent, action, asked, is_ready, send, until
 

@@ -14,8 +14,8 @@ from typing import Any
 import aiokafka
 from aiokafka.partitioner import murmur2
 
-from infra.chaos.trial import Trial
-from streams.settings import Settings
+from infra.harness.run import Trial
+from streams.config.settings import Settings
 
 Sent = tuple[bytes | None, bytes | None]
 """Key and value."""

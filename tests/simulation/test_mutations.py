@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from encoder.actions import ActionBatch
-from streams.core import pipeline, snapshots
+from encoder.actions.columns import ActionBatch
+from infra.harness.simulation import worker
+from infra.harness.simulation.broker import Transaction
+from infra.harness.simulation.history import History
+from infra.harness.simulation.schedule import failure, histories
+from streams.core import partition_state, snapshots
 from streams.core.layout import LONG_AGO, Ints
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
-from streams.state import checkpoint as checkpoint_module
-from streams.state import codec
-from streams.state.codec import encode, encode_mark
-from streams.state.store import OFFSET_KEY, MemoryStore, Record
-from tests.simulation import worker
-from tests.simulation.broker import Transaction
-from tests.simulation.campaign import failure, histories
-from tests.simulation.history import History
+from streams.storage import checkpoint as checkpoint_module
+from streams.storage import codec
+from streams.storage.codec import encode, encode_mark
+from streams.storage.store import OFFSET_KEY, MemoryStore, Record
 from tests.simulation.test_simulation import REGRESSIONS
 
 HISTORIES = 400
@@ -114,19 +114,19 @@ def no_fencing(patch: Patch) -> None:
 
 
 def published_outputs_are_not_noted(patch: Patch) -> None:
-    patch.setattr(pipeline.PartitionState, "note_published", lambda self, users, offsets: None)
+    patch.setattr(partition_state.PartitionState, "note_published", lambda self, users, offsets: None)
 
 
 def mark_passes_outputs_not_taken_up(patch: Patch) -> None:
-    patch.setattr(pipeline.PartitionState, "has_notes", False)
+    patch.setattr(partition_state.PartitionState, "has_notes", False)
 
 
 def outdated_embeddings_are_published(patch: Patch) -> None:
-    patch.setattr(pipeline.PartitionState, "publishable", lambda self, job: np.arange(len(job)))
+    patch.setattr(partition_state.PartitionState, "publishable", lambda self, job: np.arange(len(job)))
 
 
 def due_users_are_forgotten_in_a_crash(patch: Patch) -> None:
-    patch.setattr("streams.state.store.deadline_of", lambda head: 2**63 - 1)
+    patch.setattr("streams.storage.store.deadline_of", lambda head: 2**63 - 1)
 
 
 def cooldown_is_ignored(patch: Patch) -> None:
@@ -149,14 +149,14 @@ def staleness_fires_late(patch: Patch) -> None:
 
 
 def a_batch_may_evict_its_own_users(patch: Patch) -> None:
-    missing = pipeline.PartitionState.missing
+    missing = partition_state.PartitionState.missing
 
-    def careless(self: pipeline.PartitionState, users: Sequence[bytes]) -> list[bytes]:
+    def careless(self: partition_state.PartitionState, users: Sequence[bytes]) -> list[bytes]:
         cold = missing(self, users)
         self._wanted = ()
         return cold
 
-    patch.setattr(pipeline.PartitionState, "missing", careless)
+    patch.setattr(partition_state.PartitionState, "missing", careless)
 
 
 def chunks_are_not_written(patch: Patch) -> None:

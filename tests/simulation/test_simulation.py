@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infra.harness.simulation import history as h
+from infra.harness.simulation.schedule import STEPS, as_source, failure, histories, shortest
+from infra.harness.simulation.world import run_history
 from streams.core.triggers import Reason, TriggerPolicy
-from tests.simulation import history as h
-from tests.simulation.campaign import STEPS, as_source, failure, histories, shortest
-from tests.simulation.world import run_history
 
 
 def _check(seed: int, runs: int) -> None:

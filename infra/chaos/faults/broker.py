@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from infra.chaos.scene import Scene, Steps, delete_topic, set_topic_config
-from infra.topics import ensure_topics
+from infra.chaos.fault_context import Scene, Steps, delete_topic, set_topic_config
+from infra.kafka.topics import ensure_topics
 
 
 def killed(scene: Scene) -> Steps:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from infra.chaos.fault_context import Scene, Steps
 from infra.chaos.faults import broker, changelog, disk, encoder, input, workers
-from infra.chaos.fleet import ABORTED, REFUSED
-from infra.chaos.scene import Scene, Steps
+from infra.harness.supervisor import ABORTED, REFUSED
 
 
 class Group(Enum):

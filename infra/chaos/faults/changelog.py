@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from infra.chaos.fleet import ABORTED
-from infra.chaos.scene import Scene, Steps, delete_records, delete_topic, set_topic_config
-from infra.chaos.stage import set_up
-from infra.chaos.traffic import Habits, Traffic
-from infra.chaos.trial import Trial
-from infra.chaos.violations import Kind, Violation
-from infra.topics import ensure_topics
+from infra.chaos.checks.violations import Kind, Violation
+from infra.chaos.fault_context import Scene, Steps, delete_records, delete_topic, set_topic_config
+from infra.harness.deployment import set_up
+from infra.harness.run import Trial
+from infra.harness.supervisor import ABORTED
+from infra.harness.workload import Habits, Traffic
+from infra.kafka.topics import ensure_topics
 
 Harm = Callable[[Trial], None]
 FEED_S, OUTCOME_S, LOOK_S = 8.0, 90.0, 0.5

@@ -8,7 +8,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from infra.chaos.scene import TICK_S, Scene, Steps
+from infra.chaos.fault_context import TICK_S, Scene, Steps
 
 NUMBER = 0
 DISK_MB = 48

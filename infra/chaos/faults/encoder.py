@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from infra.chaos.fault_context import Scene, Steps
 from infra.chaos.faults.workers import LAUNCHER
-from infra.chaos.fleet import REFUSED, WORKER
-from infra.chaos.scene import Scene, Steps
+from infra.harness.supervisor import REFUSED, WORKER
 
 LOOK_S, REFUSED_MAX_S = 0.2, 60.0
 

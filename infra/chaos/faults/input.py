@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from infra.chaos.scene import Scene, Steps
+from infra.chaos.fault_context import Scene, Steps
 
 SECONDS = (8.0, 12.0)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 
-from infra.chaos.fleet import READY, WORKER
-from infra.chaos.scene import Scene, Steps
+from infra.chaos.fault_context import Scene, Steps
+from infra.harness.supervisor import READY, WORKER
 
-LAUNCHER = (sys.executable, "-m", "infra.chaos.launcher")
+LAUNCHER = (sys.executable, "-m", "infra.harness.faulty_worker")
 HELPERS_FROM = 10
 """Numbers of workers that come and go only to cause rebalances."""
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.actions import ActionBatch
+from encoder.actions.columns import ActionBatch
 from streams.core.layout import nothing_stored
 from streams.core.merge import Outcome
 from streams.core.sequences import SequenceState, StateFull

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streams.core.pipeline import PartitionState
+from streams.core.partition_state import PartitionState
 from streams.core.triggers import PolicyError, Reason, TriggerPolicy, parse_policy
 from tests.unit.core.build import batch, state_of
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from infra.datasets.replay import Acknowledged
 from infra.demo.live import Meter
 from infra.demo.observer import ForeignEvents, Observer, Seen, Sent
-from infra.replay import Acknowledged
-from streams.settings import Settings
+from streams.config.settings import Settings
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
 
 USERS = [b"ann", b"bob"]

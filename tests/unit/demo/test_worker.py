@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from infra.demo.worker import WorkerFailed, WorkerProcess, environment, with_values, worker_process
-from streams.settings import Settings, load_settings
+from streams.config.settings import Settings, load_settings
 
 
 def _process(code: str, log: Path) -> WorkerProcess:

@@ -18,17 +18,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from encoder.device import CPU, DeviceError
+from encoder.data.split import make_split
+from encoder.distributed import World, join_world
+from encoder.evaluation.next_item import Exam, known_items
+from encoder.hardware import CPU, DeviceError
 from encoder.release import load_release
 from encoder.training import trainer as trainer_module
 from encoder.training.checkpoint import Standing, save_checkpoint
-from encoder.training.next_item import Exam, known_items
 from encoder.training.recipe import Recipe
 from encoder.training.run import make_trainer, train_release
 from encoder.training.sources import make_items
-from encoder.training.splits import make_split
 from encoder.training.trainer import Trainer
-from encoder.training.world import World, join_world
 from tests.unit.encoder.walks import small_recipe, walks
 
 SEED = 20_261_128

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from encoder.data.log import DAY_MS, ActionLog, LogError
+from encoder.data.split import SplitConfig, make_split
+from encoder.evaluation.evaluate import Grading, grade, leave_one_out, rolling
+from encoder.evaluation.freshness import STALENESS_MS, freshness_table, session_starts_ms
+from encoder.evaluation.next_item import MISSED, Exam
+from encoder.evaluation.queries import NewestRows, embeddings_after
+from encoder.evaluation.ranking import target_ranks
 from encoder.features import UNKNOWN, Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder, initialize
-from encoder.ranking import target_ranks
 from encoder.release import Release, make_release
-from encoder.training.evaluate import Grading, grade, leave_one_out, rolling
-from encoder.training.freshness import STALENESS_MS, freshness_table, session_starts_ms
-from encoder.training.log import DAY_MS, ActionLog, LogError
-from encoder.training.next_item import MISSED, Exam
-from encoder.training.queries import NewestRows, embeddings_after
 from encoder.training.run import train_release
-from encoder.training.splits import SplitConfig, make_split
 from tests.unit.encoder.walks import START_MS, small_recipe, walks
 
 SEED = 20_260_603

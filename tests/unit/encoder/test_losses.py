@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoder.losses import CHUNK, equal_user_weights, softmax_loss
-from encoder.negatives import CountMinSketch, LossConfig, NegativeSampler, expected_count_log_q
+from encoder.training.losses import CHUNK, equal_user_weights, softmax_loss
+from encoder.training.negatives import CountMinSketch, LossConfig, NegativeSampler, expected_count_log_q
 
 SEED = 20_260_102
 PAIRS, ITEMS, DIM = CHUNK + 37, 40, 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encoder.actions import ACTION_DTYPE, Actions, item_key, name_code
+from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
 from encoder.attention import attend, log_minutes, rotation_at, time_bias
 from encoder.features import Features, Tokenizer, Vocabularies, padded_rows, sequence_positions
 from encoder.items import TrainedItems

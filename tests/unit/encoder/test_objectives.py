@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from encoder.features import padded_rows
-from encoder.objectives import DAY_MS, ObjectiveConfig, Positives, make_pairs
+from encoder.training.objectives import DAY_MS, ObjectiveConfig, Positives, make_pairs
 
 SEED = 20_260_103
 

@@ -22,14 +22,14 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from encoder.data.batches import epoch_batches
+from encoder.data.log import ActionLog, LogColumns, LogError, read_log
+from encoder.data.shards import MANIFEST, Shards, open_log
+from encoder.data.split import SplitConfig, make_split, split_shards
+from encoder.distributed import World
 from encoder.features import Tokens
-from encoder.training.batches import epoch_batches
 from encoder.training.checkpoint import NAME
-from encoder.training.log import ActionLog, LogColumns, LogError, read_log
 from encoder.training.run import Progress, make_trainer, train_release
-from encoder.training.shards import MANIFEST, Shards, open_log
-from encoder.training.splits import SplitConfig, make_split, split_shards
-from encoder.training.world import World
 from tests.unit.encoder.walks import MINUTE_MS, START_MS, small_recipe, walks
 
 SEED = 20_260_606

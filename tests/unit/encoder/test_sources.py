@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from encoder.actions import item_key
+from encoder.actions.columns import item_key
+from encoder.distributed import World
 from encoder.features import UNKNOWN
 from encoder.items import FixedItems, ItemError, TextItems, text_grams
 from encoder.training.run import make_trainer, train_release
 from encoder.training.sources import make_items
-from encoder.training.world import World
 from tests.unit.encoder.walks import small_recipe, walks
 
 SEED = 20_260_605

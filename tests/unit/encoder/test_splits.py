@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from encoder.training.batches import epoch_batches
-from encoder.training.evaluate import rolling
-from encoder.training.log import ActionLog
+from encoder.data.batches import epoch_batches
+from encoder.data.log import ActionLog
+from encoder.data.split import Questions, Split, SplitConfig, make_split
+from encoder.evaluation.evaluate import rolling
 from encoder.training.recipe import DataConfig
-from encoder.training.splits import Questions, Split, SplitConfig, make_split
 from tests.unit.encoder.walks import START_MS, walks
 
 SEED = 20_260_601

@@ -16,17 +16,17 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from encoder.data.log import ActionLog
+from encoder.data.split import make_split
+from encoder.distributed import World
+from encoder.evaluation.next_item import Exam
 from encoder.features import UNKNOWN
+from encoder.hardware import faster_precision
 from encoder.release import load_release
 from encoder.training.checkpoint import NAME, CheckpointError
 from encoder.training.cooccurrence import cooccurrence_vectors
-from encoder.training.log import ActionLog
-from encoder.training.machine import faster_precision
-from encoder.training.next_item import Exam
 from encoder.training.recipe import Recipe, RecipeError, parse_recipe
 from encoder.training.run import Progress, make_trainer, train_release
-from encoder.training.splits import make_split
-from encoder.training.world import World
 from infra.demo.worker import free_port
 from tests.unit.encoder.walks import small_recipe, walks, walks_table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from encoder.training.log import ActionLog, LogColumns, log_from_table
+from encoder.data.log import ActionLog, LogColumns, log_from_table
 from encoder.training.recipe import Recipe, parse_recipe
 
 MINUTE_MS = 60_000

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encoder.actions import ACTION_DTYPE, Actions, SequenceBatch, item_key, name_code
+from encoder.actions.columns import ACTION_DTYPE, Actions, SequenceBatch, item_key, name_code
 from encoder.features import Vocabularies, padded_rows, sequence_positions
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder, initialize

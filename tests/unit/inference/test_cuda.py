@@ -21,19 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from encoder.actions import SequenceBatch
-from encoder.device import CPU
+from encoder.actions.columns import SequenceBatch
 from encoder.features import Features
+from encoder.hardware import CPU
 from encoder.inference import cuda, full, load_runtime
 from encoder.inference import runtime as runtime_module
-from encoder.inference.cone import plan_tokens
 from encoder.inference.cuda import COLUMNS, CudaSteps, SingleStep
+from encoder.inference.forward import Steps
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
+from encoder.inference.plan import plan_tokens
+from encoder.inference.reference import TorchKernel, _Block
 from encoder.inference.runtime import choose, kernel_bytes, make_full, make_incremental, make_kernel, slopes
 from encoder.inference.slots import SlotTable
-from encoder.inference.steps import Steps
-from encoder.inference.twin import TorchKernel, _Block
 from encoder.model import EncoderConfig
 from encoder.release import Release
 from tests.unit.inference.histories import forward, random_release, sequences

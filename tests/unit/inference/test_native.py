@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from encoder.inference.build import find_compiler
-from encoder.inference.cone import plan_tokens, reaches
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.native import Library, NativeKernel
+from encoder.inference.plan import plan_tokens, reaches
+from encoder.inference.reference import TorchKernel
 from encoder.inference.runtime import make_incremental, make_kernel
-from encoder.inference.twin import TorchKernel
 from encoder.model import TimeEncoding
 from tests.unit.inference.histories import random_release
 from tests.unit.inference.test_runtimes import SMALL

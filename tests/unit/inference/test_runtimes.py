@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from encoder.inference import load_runtime
+from encoder.inference.forward import Steps
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
+from encoder.inference.reference import TorchKernel
 from encoder.inference.runtime import kernel_bytes, make_incremental, slopes
 from encoder.inference.slots import SlotTable
-from encoder.inference.steps import Steps
-from encoder.inference.twin import TorchKernel
 from encoder.model import EncoderConfig
 from encoder.release import Release
 from tests.unit.inference.histories import User, forward, random_actions, random_release, sequences

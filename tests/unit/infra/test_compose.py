@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from infra.cli import command_names
-from streams.settings import Settings, keys, variable
+from streams.config.settings import Settings, keys, variable
 
 ROOT = Path(__file__).parents[3]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -62,7 +62,7 @@ def test_worker_starts_after_the_topics_and_replies_on_the_published_port() -> N
     port = worker["environment"].get("STREAMFORMER_WEB_PORT", Settings.model_fields["web"].default.port)
     assert worker["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert f":{port}/livez" in worker["healthcheck"]["test"][-1]
-    scrape = yaml.safe_load((ROOT / "infra/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    scrape = yaml.safe_load((ROOT / "infra/deploy/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
     assert scrape["static_configs"][0]["targets"] == [f"worker:{port}"]
 
 
@@ -94,7 +94,7 @@ def test_only_loopback_is_published() -> None:
 def test_dockerfile_copies_what_exists() -> None:
     """Every source of a COPY is in the repository and let through by .dockerignore."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for line in (ROOT / "infra/docker/Dockerfile").read_text().splitlines():
+    for line in (ROOT / "infra/deploy/docker/Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):
             for source in line.split()[1:-1]:
                 assert source in allowed

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from infra import datasets
-from infra.datasets import DatasetUnavailable, movielens_1m
+from infra.datasets import movielens as datasets
+from infra.datasets.movielens import DatasetUnavailable, movielens_1m
 from infra.errors import InfraError
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"

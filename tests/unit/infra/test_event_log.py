@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from infra.event_log import Columns, EventLog, LogUnreadable, event_log, load_log
+from infra.datasets.event_log import Columns, EventLog, LogUnreadable, event_log, load_log
 
 ROWS: dict[str, list[Any]] = {
     "user_id": ["b", "a", "a", "ü"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infra.generator import GeneratorPolicy, generate
+from infra.datasets.generator import GeneratorPolicy, generate
 
 POLICY = GeneratorPolicy(users=300, items=600, categories=20, events=40_000)
 

@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 BROKEN = {
-    "infra stands over streams, streams over encoder": ("encoder/model.py", "import streams.errors"),
+    "infra over streams, streams over encoder": ("encoder/model.py", "import streams.errors"),
     "arrows in streams never run back up": ("streams/engine/outputs.py", "import streams.worker"),
     "the core is pure": ("streams/core/layout.py", "import time"),
     "wire knows msgspec and numpy only": ("streams/wire/actions.py", "import aiokafka"),
-    "of the encoder, streams sees": ("streams/core/merge.py", "import encoder.model"),
+    "streams sees only actions": ("streams/core/merge.py", "import encoder.model"),
     "Faust in engine and worker only": ("streams/ingest.py", "import faust"),
-    "RocksDB in state": ("streams/engine/table.py", "import rocksdict"),
+    "RocksDB in storage": ("streams/engine/table.py", "import rocksdict"),
     "torch in the encoder": ("streams/ingest.py", "import torch"),
     "prometheus-client in one file": ("streams/worker.py", "import prometheus_client"),
 }

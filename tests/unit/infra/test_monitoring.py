@@ -12,11 +12,11 @@ import promql_parser
 import pytest
 import yaml
 
-from streams.metrics import Histogram, Metrics
+from streams.telemetry.metrics import Histogram, Metrics
 
-INFRA = Path(__file__).parents[3] / "infra"
-ALERTS: list[dict[str, Any]] = yaml.safe_load((INFRA / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
-DASHBOARD: dict[str, Any] = json.loads((INFRA / "grafana/dashboards/streamformer.json").read_text())
+DEPLOY = Path(__file__).parents[3] / "infra/deploy"
+ALERTS: list[dict[str, Any]] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana/dashboards/streamformer.json").read_text())
 PANEL_EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 EXPRESSIONS = [alert["expr"] for alert in ALERTS] + PANEL_EXPRESSIONS
 HISTOGRAM_SERIES = ("_bucket", "_sum", "_count")
@@ -66,7 +66,9 @@ def test_legends_and_summaries_name_labels_that_are_there() -> None:
 
 def test_panels_are_apart_and_use_the_provisioned_source() -> None:
     """No panel lies on another, ids differ, and all read the data source that is provisioned."""
-    provisioned = yaml.safe_load((INFRA / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
     assert len(set(places)) == len(places) == len({panel["id"] for panel in DASHBOARD["panels"]})
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {provisioned[0]["uid"]}
@@ -74,7 +76,7 @@ def test_panels_are_apart_and_use_the_provisioned_source() -> None:
 
 def test_rules_are_loaded_and_each_says_what_it_means() -> None:
     """Prometheus loads the file of alerts, and every alert has a severity and a summary."""
-    assert yaml.safe_load((INFRA / "prometheus/prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
+    assert yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
     for alert in ALERTS:
         assert alert["labels"]["severity"] in ("page", "ticket")
         assert alert["annotations"]["summary"]

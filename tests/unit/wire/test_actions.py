@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.actions import item_key, name_code
+from encoder.actions.columns import item_key, name_code
 from streams.wire import actions
 from streams.wire.actions import NAMES_KEPT_MAX, Decoded, DecodeLimits, RefusalReason, decode_actions
 

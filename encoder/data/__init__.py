@@ -1,0 +1,1 @@
+"""Event logs: read, split and cut into batches."""

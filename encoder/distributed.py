@@ -1,0 +1,76 @@
+"""The processes that train together: one, or those that torchrun started; each has a CUDA device where there is one.
+
+Each takes its share of the batches and compares with a pool of its own (`random_negatives` and its own positives);
+gradients are averaged, so weights stay equal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from encoder.hardware import CPU, own_device
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place, and the device it trains on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        if self.size == 1:
+            return
+        ours = list(parameters)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in ours]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = torch.split(flat, [p.numel() for p in ours])
+        for parameter, part in zip(ours, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def total(self, value: int) -> int:
+        """The sum over the processes."""
+        return int(self._reduced(float(value), dist.ReduceOp.SUM)) if self.size > 1 else value
+
+    def furthest(self, value: float) -> float:
+        """The largest of the processes' values: how they agree on a clock."""
+        return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The processes' tensors of one shape [...], in order of rank, on the CPU: [processes, ...]."""
+        if self.size == 1:
+            return values.unsqueeze(0).cpu()
+        ours = values.to(self.device)
+        everybody = [torch.empty_like(ours) for _ in range(self.size)]
+        dist.all_gather(everybody, ours)
+        return torch.stack(everybody).cpu()
+
+    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return float(tensor)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_world() -> World:
+    """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `DeviceError`."""
+    device = own_device()
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)

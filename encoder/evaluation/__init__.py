@@ -1,0 +1,1 @@
+"""Ranking metrics and the evaluations of a release on a log."""

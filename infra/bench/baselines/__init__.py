@@ -1,0 +1,1 @@
+"""Other systems on the same job, each written as its own documentation would have it."""

@@ -1,0 +1,1 @@
+"""Benchmarks of training, and the evaluations behind the quality tables."""

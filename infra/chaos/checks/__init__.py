@@ -1,0 +1,1 @@
+"""The checker: what the topics of a run hold against what the input topic demands."""

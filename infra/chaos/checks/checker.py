@@ -1,0 +1,167 @@
+"""Judges a run by its topics: what the changelog and the output topic hold against what the input topic demands.
+
+    checker = Checker(rules, encoder)
+    checker.feed(evidence)            # what the topics hold since the last call, at a moment of rest or not
+    verdict = checker.judge(committed)   # only at rest: no event unprocessed, no worker writing
+
+Held against the truth are: every checkpoint (the state of each user it touched, as of the offset its mark names), the
+final state (no action lost, doubled or swapped), every output record (it must say of itself what was true at its
+source offset), the last embedding of each user (that of the full history, recomputed), the dead letters and the
+committed offsets. Stale and repeated outputs are violations unless they fall into a time at which a fault explains
+them; then they are counted. A violation names what, who and where.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from encoder.inference import EncoderRuntime
+from infra.chaos.checks.outputs import OutputChecks
+from infra.chaos.checks.state import StateChecks
+from infra.chaos.checks.violations import Explained, Kind, Violation
+from infra.harness.model import LogRecord, Truth
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the run was set up with."""
+
+    sequence_length: int
+    chunk_length: int
+    encoder_version: str
+    source_topic: str
+    explained: Sequence[Explained] = ()
+    """When stale or repeated outputs are expected: a stopped worker woke up, or acknowledgements were lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Records of each topic, those of one partition in order of offset; of transactions the committed ones only."""
+
+    inputs: Sequence[LogRecord] = ()
+    changelog: Sequence[LogRecord] = ()
+    outputs: Sequence[LogRecord] = ()
+    dead_letters: Sequence[LogRecord] = ()
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found; `violations` is empty when every law held."""
+
+    violations: list[Violation]
+    counts: Counter[str] = field(default_factory=Counter)
+    """events, users, checkpoints, embeddings, explained stale and repeated outputs, ..."""
+    freshness_ms: Sequence[float] = ()
+    """For each applied action, from its arrival in the log to the first embedding that contains it."""
+
+    def kinds(self) -> Counter[Kind]:
+        return Counter(violation.kind for violation in self.violations)
+
+
+class Checker:
+    """Holds the truth, and everything found so far."""
+
+    def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
+        self.truth = Truth(rules.sequence_length)
+        self._rules = rules
+        self._state = StateChecks(self.truth, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
+        self._outputs = OutputChecks(self.truth, rules.encoder_version, encoder, rules.explained)
+        self._dead: dict[tuple[int, int], list[LogRecord]] = {}
+        self._records: Counter[str] = Counter()
+        self._violations: list[Violation] = []
+        self._settled: dict[int, int] = {}
+        """Partition -> up to where the input has been judged and forgotten."""
+
+    def feed(self, evidence: Evidence) -> None:
+        """Take in more of each topic; `inputs` must reach at least as far as the other topics do."""
+        self.truth.feed(evidence.inputs)
+        self._violations += self._state.feed(evidence.changelog)
+        self._violations += self._outputs.feed(evidence.outputs)
+        for record in evidence.dead_letters:
+            self._feed_dead_letter(record)
+        self._records.update(
+            changelog_records=len(evidence.changelog),
+            output_records=len(evidence.outputs),
+            dead_letters=len(evidence.dead_letters),
+        )
+
+    def is_behind(self) -> bool:
+        """Whether some user's last change is not in the output topic yet."""
+        return next(self._outputs.behind(), None) is not None
+
+    def judge(self, committed: Mapping[int, int]) -> Verdict:
+        """Compare everything as it stands at rest; `committed` holds the group's offset of each partition."""
+        violations = [
+            *self._violations,
+            *self._state.at_rest(),
+            *self._outputs.at_rest(),
+            *self._dead_letters_at_rest(),
+            *self._commits(committed),
+        ]
+        counts = Counter(
+            {
+                **self._records,
+                "events": self.truth.events,
+                "users": len(self.truth.users),
+                "refused": len(self.truth.refused),
+                "checkpoints": self._state.checkpoints,
+                **self._outputs.counts,
+            }
+        )
+        return Verdict(violations, counts, self._outputs.freshness_ms())
+
+    def settle(self) -> None:
+        """After a judgement at rest: keep what users must be now, and forget how they came to it."""
+        self._settled = dict(self.truth.ends)
+        self._state.settle()
+        self._outputs.settle()
+        self.truth.settle()
+        self._dead.clear()
+        self._violations.clear()
+
+    def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
+        """Committed is never ahead of processed, and at rest not behind the log either."""
+        found = []
+        for partition, end in self.truth.ends.items():
+            offset = committed.get(partition, 0)
+            marked = self._state.marks.get(partition, 0)
+            if offset != marked:
+                kind = Kind.COMMITTED_AHEAD if offset > marked else Kind.COMMITTED_BEHIND
+                found.append(Violation(kind, None, partition, offset, f"the last checkpoint's mark says {marked}"))
+            if offset < end:
+                found.append(Violation(Kind.UNPROCESSED, None, partition, offset, f"the log has records up to {end}"))
+        return found
+
+    def _feed_dead_letter(self, record: LogRecord) -> None:
+        headers = dict(record.headers)
+        if headers.get("source-topic") == self._rules.source_topic.encode() and "source-offset" in headers:
+            partition, offset = int(headers.get("source-partition", b"-1")), int(headers["source-offset"])
+            if offset >= self._settled.get(partition, 0):
+                self._dead.setdefault((partition, offset), []).append(record)
+
+    def _dead_letters_at_rest(self) -> list[Violation]:
+        found = []
+        for (partition, offset), (reason, record) in self.truth.refused.items():
+            letters = self._dead.get((partition, offset), [])
+            if not letters:
+                found.append(Violation(Kind.DEAD_LETTER_MISSING, record.key, partition, offset, reason))
+            for letter in letters:
+                if problem := _difference(letter, record, reason):
+                    found.append(Violation(Kind.DEAD_LETTER_WRONG, record.key, partition, offset, problem))
+        for (partition, offset), (letter, *_) in self._dead.items():
+            is_refused = (partition, offset) in self.truth.refused
+            if not is_refused and dict(letter.headers).get("error-reason") != b"encoder-failed":
+                found.append(Violation(Kind.DEAD_LETTER_WRONG, letter.key, partition, offset, "the action is valid"))
+        return found
+
+
+def _difference(letter: LogRecord, record: LogRecord, reason: str) -> str:
+    """How a dead letter differs from what it should be; empty when it does not."""
+    if (letter.key, letter.value) != (record.key, record.value):
+        return "its bytes are not those received"
+    told = dict(letter.headers).get("error-reason", b"").decode()
+    if told != reason:
+        return f"it says {told!r} where the reason is {reason!r}"
+    return "" if set(record.headers) <= set(letter.headers) else "headers of the record are missing"

@@ -1,0 +1,149 @@
+"""The output topic held against the truth: each record when it was published, each user's last one at rest."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from encoder.actions.columns import SequenceBatch
+from encoder.inference import EncoderRuntime
+from infra.chaos.checks.violations import Explained, Kind, Violation, is_explained
+from infra.harness.model import LogRecord, Truth
+
+COSINE_MIN = 0.9999
+USERS_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class _Published:
+    """What the output topic holds of one user, stale records dropped as a reader drops them."""
+
+    source_offset: int = -1
+    vector: npt.NDArray[np.float32] | None = None
+    """None: a tombstone."""
+    firsts: list[tuple[int, int]] = field(default_factory=list)
+    """(source offset, when published) of each record that was not stale, ascending in both."""
+
+
+class OutputChecks:
+    """Follows the output topic; `encoder` recomputes embeddings, None leaves vectors unchecked."""
+
+    def __init__(
+        self, truth: Truth, encoder_version: str, encoder: EncoderRuntime | None, explained: Sequence[Explained]
+    ) -> None:
+        self._truth, self._version, self._encoder, self._explained = truth, encoder_version, encoder, explained
+        self._users: dict[bytes, _Published] = defaultdict(_Published)
+        self.counts: Counter[str] = Counter()
+
+    def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
+        """Take in output records in order and check each one."""
+        found: list[Violation] = []
+        for record in records:
+            found += self._record(record)
+        return found
+
+    def _record(self, record: LogRecord) -> Iterator[Violation]:
+        headers = dict(record.headers)
+        name, offset = record.key or b"", int(headers.get("source-offset", b"-1"))
+        if problem := self._untrue(name, offset, record.value, headers):
+            yield Violation(Kind.WRONG_OUTPUT, name, record.partition, offset, problem)
+            return
+        self.counts["tombstones" if record.value is None else "embeddings"] += 1
+        published = self._users[name]
+        if offset <= published.source_offset:
+            yield from self._again(record, name, offset, published.source_offset)
+        if offset >= published.source_offset:
+            published.vector = None if record.value is None else np.frombuffer(record.value, "<f4")
+        if offset > published.source_offset:
+            published.source_offset = offset
+            published.firsts.append((offset, record.timestamp_ms))
+
+    def _untrue(self, name: bytes, offset: int, value: bytes | None, headers: dict[str, bytes]) -> str:
+        """What an output says that was not so at its source offset; empty when it is true."""
+        user = self._truth.users.get(name)
+        if user is None:
+            return "nobody sent an action of this user"
+        if value is None:
+            return "" if offset in user.tombstones else "no tombstone has this source offset"
+        stand = user.history.get(offset)
+        if stand is None or offset in user.tombstones:
+            return "no action of the user that was applied has this source offset"
+        if headers.get("encoder-version") != self._version.encode():
+            return f"encoder version {headers.get('encoder-version')!r} is not the one that runs"
+        told = int(headers["event-time-ms"]), int(headers["sequence-length"])
+        return "" if told == (stand.newest_ms, stand.length) else f"says {told} where {stand} is true"
+
+    def _again(self, record: LogRecord, name: bytes, offset: int, newest: int) -> Iterator[Violation]:
+        kind = Kind.REPEATED if offset == newest else Kind.STALE
+        if is_explained(record.timestamp_ms, self._explained):
+            self.counts[f"explained_{kind}"] += 1
+            return
+        detail = f"published at {record.timestamp_ms} ms after source offset {newest}"
+        yield Violation(kind, name, record.partition, offset, detail)
+
+    def behind(self) -> Iterator[Violation]:
+        """Users whose last output does not contain their last change, or that are forgotten and still have one."""
+        for name, user in self._truth.users.items():
+            newest = self._users[name].source_offset if name in self._users else -1
+            if newest < user.applied_offset:
+                kind = Kind.UNPUBLISHED if user.rows else Kind.RESURRECTED
+                detail = f"the last output is of source offset {newest}"
+                yield Violation(kind, name, user.partition, user.applied_offset, detail)
+
+    def at_rest(self) -> Iterator[Violation]:
+        """Each user's last output: of its last change, and equal to what the full history gives."""
+        behind = list(self.behind())
+        yield from behind
+        late = {violation.user for violation in behind}
+        current = [name for name, user in self._truth.users.items() if user.rows and name not in late]
+        for begin in range(0, len(current), USERS_AT_ONCE):
+            yield from self._recompute(current[begin : begin + USERS_AT_ONCE])
+
+    def _recompute(self, names: Sequence[bytes]) -> Iterator[Violation]:
+        if self._encoder is None:
+            return
+        expected = self._encoder.embed(self._sequences(names))
+        for name, vector in zip(names, expected, strict=True):
+            user, found = self._truth.users[name], self._users[name].vector
+            cosine = 0.0 if found is None or found.shape != vector.shape else _cosine(found, vector)
+            self.counts["recomputed"] += 1
+            if not cosine >= COSINE_MIN:
+                detail = f"cosine {cosine:.6f} to the embedding of the full history"
+                yield Violation(Kind.WRONG_EMBEDDING, name, user.partition, user.applied_offset, detail)
+
+    def _sequences(self, names: Sequence[bytes]) -> SequenceBatch:
+        users = [self._truth.users[name] for name in names]
+        return SequenceBatch(
+            users=names,
+            actions=np.concatenate([user.actions() for user in users]),
+            starts=np.cumsum([0, *(len(user.rows) for user in users)]).astype(np.int64),
+            counts=np.array([user.count for user in users], np.int64),
+            revisions=np.zeros(len(users), np.int64),
+        )
+
+    def settle(self) -> None:
+        """Forget every output but each user's last."""
+        for published in self._users.values():
+            del published.firsts[:-1]
+
+    def freshness_ms(self) -> list[float]:
+        """For each applied action of the log: from its arrival to the first output that contains it."""
+        ages: list[float] = []
+        for name, published in self._users.items():
+            user = self._truth.users[name]
+            offsets = [offset for offset, _ in published.firsts]
+            for offset in user.history:
+                arrived_ms = self._truth.arrived_ms.get((user.partition, offset))
+                at = bisect_left(offsets, offset)
+                if arrived_ms is not None and at < len(offsets):
+                    ages.append(max(0, published.firsts[at][1] - arrived_ms))
+        return ages
+
+
+def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    return float(a @ b) / max(float(np.linalg.norm(a)) * float(np.linalg.norm(b)), 1e-12)

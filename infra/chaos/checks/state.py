@@ -1,0 +1,156 @@
+"""The changelog held against the truth: each checkpoint as it was written, and what a restore would read at rest."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from encoder.actions.columns import Actions
+from infra.chaos.checks.violations import Kind, Violation
+from infra.harness.model import LogRecord, TrueUser, Truth
+from streams.core.layout import StateLimits
+from streams.storage.codec import MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
+
+
+@dataclass(slots=True)
+class _Partition:
+    """What the changelog of one partition says."""
+
+    values: dict[bytes, bytes] = field(default_factory=dict)
+    """The last value of each key."""
+    checked: int = 0
+    """Changes of the truth that a checkpoint has been held against."""
+
+
+class StateChecks:
+    """Reads the documented byte layout; decides by the truth."""
+
+    def __init__(self, truth: Truth, *, sequence_length: int, chunk_length: int) -> None:
+        self._truth = truth
+        self._limits = StateLimits(sequence_length=sequence_length, chunk_length=chunk_length)
+        self._partitions: dict[int, _Partition] = defaultdict(_Partition)
+        self.marks: dict[int, int] = {}
+        """Source offset that the last mark of each partition names."""
+        self.checkpoints = 0
+
+    def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
+        """Apply changelog records in order, and check at each mark what it completes."""
+        found: list[Violation] = []
+        for record in records:
+            assert record.key is not None
+            values = self._partitions[record.partition].values
+            if record.value is None:
+                values.pop(record.key, None)
+            else:
+                values[record.key] = record.value
+            if record.key == MARK_KEY:
+                found += self._at_mark(record)
+        return found
+
+    def _at_mark(self, record: LogRecord) -> Iterator[Violation]:
+        """The users changed up to the mark's source offset must stand exactly there."""
+        assert record.value is not None
+        partition, offset = record.partition, decode_mark(record.value).source_offset
+        self.checkpoints += 1
+        if offset < self.marks.get(partition, 0):
+            yield Violation(
+                Kind.WRONG_CHECKPOINT, None, partition, offset, f"a mark before it was {self.marks[partition]}"
+            )
+        self.marks[partition] = offset
+        part, changes = self._partitions[partition], self._truth.changes.get(partition, [])
+        last: dict[bytes, int] = {}
+        while part.checked < len(changes) and changes[part.checked][0] < offset:
+            changed_at, user = changes[part.checked]
+            last[user] = changed_at
+            part.checked += 1
+        for user, changed_at in last.items():
+            yield from self._stands(partition, user, changed_at)
+
+    def _stands(self, partition: int, name: bytes, offset: int) -> Iterator[Violation]:
+        """Whether a user's head is that of right after `offset`."""
+        value = self._partitions[partition].values.get(b"u" + name)
+        if value is None:
+            yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, "the user has no head")
+            return
+        try:
+            header, _ = decode_head(name, value)
+        except CorruptValue as error:
+            yield Violation(Kind.WRONG_STATE, name, partition, offset, str(error))
+            return
+        is_, must = (int(header["applied_offset"][0]), int(header["count"][0])), self._truth.users[name].history[offset]
+        if is_ != (offset, must.count):
+            detail = f"applied offset {is_[0]} and count {is_[1]} where {offset} and {must.count} are true"
+            yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, detail)
+
+    def at_rest(self) -> Iterator[Violation]:
+        """Compare what a restore would read with the truth, user by user and action by action."""
+        for name, user in self._truth.users.items():
+            if user.applied_offset >= 0:
+                yield from self._user_at_rest(name, user)
+        yield from self._unknown_users()
+
+    def settle(self) -> None:
+        """The changes that the truth is about to forget have been checked."""
+        for part in self._partitions.values():
+            part.checked = 0
+
+    def _user_at_rest(self, name: bytes, user: TrueUser) -> Iterator[Violation]:
+        where = (name, user.partition, user.applied_offset)
+        value = self._partitions[user.partition].values.get(b"u" + name)
+        if value is None:
+            yield Violation(Kind.LOST, *where, "the user is not in the changelog")
+            return
+        try:
+            header, tail = decode_head(name, value)
+            kept = self._kept(name, user.partition, int(header["count"][0]), tail)
+        except CorruptValue as error:
+            yield Violation(Kind.WRONG_STATE, *where, str(error))
+            return
+        yield from compare(*where, kept, user.actions())
+        if int(header["count"][0]) != user.count or int(header["applied_offset"][0]) != user.applied_offset:
+            detail = (
+                f"count {header['count'][0]} and applied offset {header['applied_offset'][0]} where {user.count} and "
+                f"{user.applied_offset} are true"
+            )
+            yield Violation(Kind.WRONG_STATE, *where, detail)
+
+    def _kept(self, name: bytes, partition: int, count: int, tail: Actions) -> Actions:
+        """Kept actions, oldest first: chunks by number, then the tail. Raises `CorruptValue`."""
+        length, values = self._limits.chunk_length, self._partitions[partition].values
+        first = max(0, count - self._limits.sequence_length)
+        numbers = range(first // length, count // length)
+        chunks = [
+            decode_chunk(name, number, values.get(chunk_key(name, number, self._limits)), self._limits)
+            for number in numbers
+        ]
+        return np.concatenate((*chunks, tail))[first - (first // length) * length :]
+
+    def _unknown_users(self) -> Iterator[Violation]:
+        for number, part in self._partitions.items():
+            for key in part.values:
+                if key[:1] == b"u" and key[1:] not in self._truth.users:
+                    yield Violation(Kind.FOREIGN, key[1:], number, -1, "nobody sent an action of this user")
+
+
+def compare(name: bytes, partition: int, offset: int, found: Actions, true: Actions) -> Iterator[Violation]:
+    """Name every action that is lost, doubled or foreign, and whether the order is wrong."""
+    rows, must = found.tolist(), true.tolist()
+    if rows == must:
+        return
+    surplus, missing = Counter(rows) - Counter(must), Counter(must) - Counter(rows)
+    for row in missing:
+        yield Violation(Kind.LOST, name, partition, offset, f"action {_told(row)} is missing")
+    for row in surplus:
+        kind = Kind.DOUBLED if row in must else Kind.FOREIGN
+        yield Violation(kind, name, partition, offset, f"action {_told(row)} is one too many")
+    if not surplus and not missing:
+        at = next(i for i, (a, b) in enumerate(zip(rows, must, strict=True)) if a != b)
+        yield Violation(Kind.SWAPPED, name, partition, offset, f"from action {at} of {len(must)} on the order is wrong")
+
+
+def _told(row: tuple[int, ...]) -> str:
+    """An action for a person: its number (sent as the duration) and event time."""
+    return f"number {row[4]} of {row[3]} ms"

@@ -1,0 +1,1 @@
+"""Data sets, the generator of synthetic logs, and their replay to Kafka."""

@@ -1,0 +1,179 @@
+"""Replays a log of actions to `user-actions`: in the log's order, at a fixed rate, at the log's own pace, or flat out.
+
+`load_log` reads Parquet or CSV into an `EventLog`; `replay` produces it and tells what the broker acknowledged. Values
+are the JSON of the contract, keyed by user id and partitioned by murmur2, so every event of a user keeps its order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.partitioner import murmur2
+
+from infra.datasets.event_log import EventLog
+from infra.errors import InfraError, detail
+from streams.config.settings import Settings
+
+Ints = npt.NDArray[np.int64]
+
+TICK_S = 0.01
+ROWS_PER_TICK_MAX = 10_000
+BATCH_BYTES_MAX = 900_000
+REQUEST_TIMEOUT_MS = 30_000
+TOPIC_TIMEOUT_S = 15.0
+ACKNOWLEDGE_S = 60.0
+STOP_S = 5.0
+
+
+class ReplayFailed(InfraError):
+    """The broker did not acknowledge an event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast: `rate` events a second, or event time running `speed` times as fast as the clock; neither: flat out."""
+
+    rate: float | None = None
+    speed: float | None = None
+
+    def due(self, log: EventLog, elapsed_s: float) -> int:
+        """How many of the log's first events are due after `elapsed_s` seconds."""
+        if self.rate is not None:
+            return min(len(log), int(self.rate * elapsed_s))
+        if self.speed is not None:
+            reached_ms = log.timestamp_ms[0] + elapsed_s * 1_000 * self.speed
+            return int(np.searchsorted(log.latest_ms, reached_ms, side="right"))
+        return len(log)
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """One batch that the broker has: row `rows[i]` of the log is at offset `base_offset + i` of `partition`."""
+
+    partition: int
+    base_offset: int
+    rows: Ints
+    sent_at_ms: int
+    """Clock time at which the batch was handed to the producer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayTotals:
+    """What a replay did; `acknowledged` equals the length of the log unless it was stopped."""
+
+    acknowledged: int
+    seconds: float
+
+
+async def replay(
+    log: EventLog,
+    settings: Settings,
+    pace: Pace,
+    *,
+    on_acknowledged: Callable[[Acknowledged], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> ReplayTotals:
+    """Produce the log's events to the actions topic and return once all that was sent is acknowledged.
+
+    `on_acknowledged` is called in the event loop for each batch; `stop` is asked before each tick. Events of one
+    partition are acknowledged in order. Raises `ReplayFailed`.
+    """
+    producer = AIOKafkaProducer(
+        enable_idempotence=True,
+        linger_ms=0,
+        max_batch_size=BATCH_BYTES_MAX,
+        request_timeout_ms=REQUEST_TIMEOUT_MS,
+        **settings.kafka.client_options(),
+    )
+    run = _Run(log, settings.topics.actions, producer, on_acknowledged)
+    try:
+        await producer.start()
+        await run.open()
+        await run.follow(pace, stop)
+    except (KafkaError, OSError) as error:  # a wait that was too long is an OSError as well
+        raise ReplayFailed(
+            f"the replay ended after {run.acknowledged:,} of {len(log):,} events",
+            detail(error),
+            "see that the broker is up and that the topic exists (`streamformer topics create`), then run it again",
+        ) from error
+    finally:
+        await _give_back(producer)
+    return ReplayTotals(run.acknowledged, time.monotonic() - run.started_s)
+
+
+async def _give_back(producer: AIOKafkaProducer) -> None:
+    """An idempotent producer whose broker is gone would wait for it for ever."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(producer.stop(), STOP_S)
+
+
+class _Run:
+    """One replay under way."""
+
+    def __init__(
+        self, log: EventLog, topic: str, producer: AIOKafkaProducer, on_acknowledged: Callable[[Acknowledged], None]
+    ) -> None:
+        self.acknowledged = 0
+        self.started_s = time.monotonic()
+        self._log = log
+        self._topic = topic
+        self._producer = producer
+        self._on_acknowledged = on_acknowledged
+        self._partitions: Ints = np.empty(0, np.int64)
+
+    async def open(self) -> None:
+        """Learn the topic's partitions and where each event goes."""
+        try:
+            count = len(await asyncio.wait_for(self._producer.partitions_for(self._topic), TOPIC_TIMEOUT_S))
+        except TimeoutError as error:
+            raise UnknownTopicOrPartitionError(f"no topic {self._topic}") from error
+        by_user = np.array([(murmur2(key) & 0x7FFFFFFF) % count for key in self._log.user_keys], np.int64)
+        self._partitions = by_user[self._log.user_index]
+        self.started_s = time.monotonic()
+
+    async def follow(self, pace: Pace, stop: Callable[[], bool]) -> None:
+        sent = 0
+        while sent < len(self._log) and not stop():
+            due = pace.due(self._log, time.monotonic() - self.started_s)
+            if due <= sent:
+                await asyncio.sleep(TICK_S)
+                continue
+            upto = min(due, sent + ROWS_PER_TICK_MAX)
+            await self._send(np.arange(sent, upto))
+            sent = upto
+            if pace.rate is not None or pace.speed is not None:
+                await asyncio.sleep(TICK_S if due == upto else 0)
+
+    async def _send(self, rows: Ints) -> None:
+        partitions = self._partitions[rows]
+        present = np.unique(partitions).tolist()
+        await asyncio.gather(*(self._send_partition(p, rows[partitions == p]) for p in present))
+
+    async def _send_partition(self, partition: int, rows: Ints) -> None:
+        """Each batch acknowledged before the next of its partition is sent."""
+        for batch, its_rows in self._batches(rows):
+            sent_at_ms = time.time_ns() // 1_000_000
+            future = await self._producer.send_batch(batch, self._topic, partition=partition)
+            metadata = await asyncio.wait_for(future, ACKNOWLEDGE_S)
+            self.acknowledged += len(its_rows)
+            self._on_acknowledged(Acknowledged(partition, metadata.offset, its_rows, sent_at_ms))
+
+    def _batches(self, rows: Ints) -> Iterable[tuple[Any, Ints]]:
+        batch, begin = self._producer.create_batch(), 0
+        for i, (key, value) in enumerate(self._log.records(rows)):
+            if batch.append(key=key, value=value, timestamp=None) is None:
+                batch.close()
+                yield batch, rows[begin:i]
+                batch, begin = self._producer.create_batch(), i
+                batch.append(key=key, value=value, timestamp=None)
+        batch.close()
+        yield batch, rows[begin:]

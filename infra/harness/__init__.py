@@ -1,0 +1,1 @@
+"""One rig under the demo, the benchmarks, chaos and the integration tests."""

@@ -1,0 +1,231 @@
+"""What every user's sequence must be, recomputed record by record from the input topic.
+
+Written from the contract (docs/architecture.md) and not from the worker's code: one event at a time, Python lists, no
+shortcuts. It knows of the project only the layout of an action (`encoder.actions`), in which sequences are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
+
+VALUE_BYTES_MAX = 65_536
+ID_CHARS_MAX = 256
+TIMESTAMP_MIN_MS = 315_532_800_000
+TIMESTAMP_AHEAD_MAX_MS = 600_000
+LONG_AGO = -(2**62)
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One record of a topic, whatever fetched it."""
+
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+Row = tuple[int, int, int, int, int, int]
+"""One action in the order of ACTION_DTYPE's fields: item, action, surface, timestamp_ms, duration_ms, event_id."""
+TIME, EVENT_ID = 3, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A user right after one source offset: what an embedding of that offset must say of itself."""
+
+    count: int
+    newest_ms: int
+    length: int
+
+
+@dataclass(slots=True)
+class TrueUser:
+    """One user's sequence: kept actions, oldest first, and its history by source offset."""
+
+    partition: int
+    rows: list[Row] = field(default_factory=list)
+    count: int = 0
+    applied_offset: int = -1
+    forgotten_ms: int = LONG_AGO
+    history: dict[int, Stand] = field(default_factory=dict)
+    tombstones: set[int] = field(default_factory=set)
+
+    def actions(self) -> Actions:
+        return np.array(self.rows, ACTION_DTYPE)
+
+
+class Refused(Exception):
+    """A record that is no action; the text is the reason its dead letter must give."""
+
+
+class Truth:
+    """Every user as it must be after the input read so far."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self._length_max = sequence_length
+        self.users: dict[bytes, TrueUser] = {}
+        self.refused: dict[tuple[int, int], tuple[str, LogRecord]] = {}
+        """(partition, offset) -> reason, and the record as received."""
+        self.changes: dict[int, list[tuple[int, bytes]]] = {}
+        """Partition -> (offset, user) of every event that changed a user, in order of offset."""
+        self.arrived_ms: dict[tuple[int, int], int] = {}
+        """(partition, offset) -> when the log took an applied action."""
+        self.ends: dict[int, int] = {}
+        """Partition -> past its last record."""
+        self.events = 0
+
+    def feed(self, records: Iterable[LogRecord]) -> None:
+        """Take in records; those of one partition in order of offset."""
+        for record in records:
+            self.ends[record.partition] = record.offset + 1
+            self.events += 1
+            try:
+                row = read(record)
+            except Refused as refused:
+                self.refused[record.partition, record.offset] = (str(refused), record)
+                continue
+            assert record.key is not None
+            self._apply(record, record.key, row)
+
+    def settle(self) -> None:
+        """Keep users as they are, with their last change; forget the history before it."""
+        for user in self.users.values():
+            last = user.applied_offset
+            user.history = {last: user.history[last]} if last in user.history else {}
+            user.tombstones &= {last}
+        self.changes.clear()
+        self.arrived_ms.clear()
+        self.refused.clear()
+
+    def _apply(self, record: LogRecord, name: bytes, row: Row | None) -> None:
+        user = self.users.setdefault(name, TrueUser(record.partition))
+        changed = self._forget(user, record) if row is None else self._insert(user, row)
+        if not changed:
+            return
+        user.applied_offset = record.offset
+        newest_ms = user.rows[-1][TIME] if user.rows else LONG_AGO
+        user.history[record.offset] = Stand(user.count, newest_ms, len(user.rows))
+        self.changes.setdefault(record.partition, []).append((record.offset, name))
+        if row is not None:
+            self.arrived_ms[record.partition, record.offset] = record.timestamp_ms
+
+    def _forget(self, user: TrueUser, record: LogRecord) -> bool:
+        user.rows, user.count = [], 0
+        user.forgotten_ms = max(user.forgotten_ms, record.timestamp_ms)
+        user.tombstones.add(record.offset)
+        return True
+
+    def _insert(self, user: TrueUser, row: Row) -> bool:
+        if row[TIME] <= user.forgotten_ms:
+            return False
+        if row[EVENT_ID] and any(kept[EVENT_ID] == row[EVENT_ID] for kept in user.rows):
+            return False
+        place = bisect_right(user.rows, row[TIME], key=lambda kept: kept[TIME])
+        if place == 0 and len(user.rows) == self._length_max:
+            return False
+        user.rows.insert(place, row)
+        user.count += 1
+        del user.rows[: max(0, len(user.rows) - self._length_max)]
+        return True
+
+
+def read(record: LogRecord) -> Row | None:
+    """The action of a record, None for a tombstone; raises `Refused` with the reason."""
+    if record.key is None:
+        raise Refused("key-missing")
+    if record.value is None:
+        if not _is_id(record.key):
+            raise Refused("key-invalid")
+        return None
+    if len(record.value) > VALUE_BYTES_MAX:
+        raise Refused("value-too-large")
+    event = _object(record.value[5:] if record.value[:1] == b"\0" else record.value)
+    row = (
+        item_key(_text(event, "item_id", ID_CHARS_MAX)),
+        name_code(_text(event, "action", 64)),
+        name_code(_optional(event, "surface", 64)),
+        _number(event, "timestamp_ms"),
+        event.get("duration_ms") or 0,
+        item_key(event_id) if (event_id := _optional(event, "event_id", ID_CHARS_MAX)) else 0,
+    )
+    if _text(event, "user_id", ID_CHARS_MAX).encode() != record.key:
+        raise Refused("key-mismatch")
+    _check_time(row[TIME], record.timestamp_ms)
+    _check_duration(event.get("duration_ms"))
+    return row
+
+
+def _object(value: bytes) -> dict[str, Any]:
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        raise Refused("not-utf8") from None
+    try:
+        event = json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        raise Refused("not-json") from None
+    if not isinstance(event, dict):
+        raise Refused("field-type")
+    return event
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _text(event: dict[str, Any], name: str, chars_max: int) -> str:
+    if name not in event:
+        raise Refused("field-missing")
+    text = event[name]
+    if not isinstance(text, str):
+        raise Refused("field-type")
+    if not 1 <= len(text) <= chars_max:
+        raise Refused("field-length")
+    return text
+
+
+def _optional(event: dict[str, Any], name: str, chars_max: int) -> str:
+    return "" if event.get(name) in (None, "") else _text(event, name, chars_max)
+
+
+def _number(event: dict[str, Any], name: str) -> int:
+    if name not in event:
+        raise Refused("field-missing")
+    number = event[name]
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise Refused("field-type")
+    return number
+
+
+def _check_duration(duration_ms: Any) -> None:
+    if duration_ms is not None and not isinstance(duration_ms, int):
+        raise Refused("field-type")
+    if duration_ms is not None and not 0 <= duration_ms < 2**32:
+        raise Refused("field-range")
+
+
+def _check_time(time_ms: int, arrived_ms: int) -> None:
+    latest_ms = arrived_ms + TIMESTAMP_AHEAD_MAX_MS
+    if TIMESTAMP_MIN_MS <= time_ms <= latest_ms:
+        return
+    if any(TIMESTAMP_MIN_MS <= time_ms / per_ms <= latest_ms for per_ms in (1e-3, 1e3, 1e6)):
+        raise Refused("timestamp-unit")
+    raise Refused("timestamp-past" if time_ms < TIMESTAMP_MIN_MS else "timestamp-future")
+
+
+def _is_id(key: bytes) -> bool:
+    try:
+        return 1 <= len(key.decode()) <= ID_CHARS_MAX
+    except UnicodeDecodeError:
+        return False

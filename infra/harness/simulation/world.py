@@ -1,0 +1,343 @@
+"""One history, run against the real code with the perfect model beside it, and checked after every step.
+
+What is checked, by law of the design:
+
+1. an embedding's items are those of the model at the source offset it names;
+2. and 3. every user's sequence in memory, and in the store when the user is not in memory, is the model's; what a
+   restore from the changelog yields is the model's sequence at the committed offset;
+4. a user with an unencoded action never waits longer than its policy says; in the end nobody is left out;
+5. per user and version, source offsets in the output topic increase strictly;
+6. exactly the poisonous records are refused;
+7. never more users in memory than the limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
+from typing import Protocol
+
+from encoder.actions.columns import Actions, item_key
+from infra.harness.simulation import history as h
+from infra.harness.simulation.broker import Broker, Fenced, Output, SourceRecord
+from infra.harness.simulation.model import Event, Model
+from infra.harness.simulation.worker import LIMITS, Died, Disk, Violation, Worker
+from streams.core.deadlines import BUCKET_MS
+from streams.core.layout import Columns, Ints
+from streams.storage.reader import read_users
+
+BEGIN_MS = 1_700_000_000_000
+POISON = [
+    b"{",
+    b"\xff\xfe",
+    b'{"user_id":"u0"}',
+    b"[]",
+    b'{"user_id":"u0","item_id":"i","action":"see","timestamp_ms":-5}',
+]
+SENDERS = (h.Act, h.Late, h.Duplicate, h.Tombstone, h.Poison)
+RESTARTS = (h.TornCheckpoint, h.Crash, h.TornRestore, h.Rebalance, h.NewRelease)
+"""After these the worker has not woken yet when the next step comes."""
+NOT_YET = 10**9
+
+
+def run_history(history: h.History, digest: Digest | None = None) -> list[str]:
+    """Run a history to its end; return its event log. Raises `Violation`.
+
+    `digest` is updated after every step with the plain values of the log, which no renaming changes.
+    """
+    world = World(history, digest=digest)
+    for step in history.steps:
+        world.take(step)
+    world.settle()
+    return world.event_log
+
+
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class CrashAt:
+    """Lets so many side effects happen, then the worker dies; None: for ever."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+
+    def __call__(self, name: str) -> None:
+        if self.left is not None:
+            if not self.left:
+                raise Died(name)
+            self.left -= 1
+
+
+@dataclass
+class World:
+    """Everything there is: broker, worker, model, and the clock."""
+
+    history: h.History
+    broker: Broker = field(default_factory=Broker)
+    model: Model = field(default_factory=lambda: Model(LIMITS.sequence_length))
+    now_ms: int = BEGIN_MS
+    clock_offset_ms: int = 10_000
+    """The worker's clock is ahead of the senders', or it would not believe the times of tombstones."""
+    version: int = 1
+    event_log: list[str] = field(default_factory=list)
+    digest: Digest | None = None
+
+    def __post_init__(self) -> None:
+        self.crash_at = CrashAt()
+        self._refused: set[int] = set()
+        self._checked_outputs = 0
+        self._trusted_ms = 0
+        self._newest: dict[tuple[bytes, int | None], int] = {}
+        self._steps: dict[type[h.Step], Callable[..., None]] = {
+            h.Act: lambda s: self._send(s.user, 0, "buy" if s.strong else "see"),
+            h.Late: lambda s: self._send(s.user, s.behind_ms, "see"),
+            h.Duplicate: self._duplicate,
+            h.Tombstone: self._tombstone,
+            h.Poison: self._poison,
+            h.Poll: lambda s: self._alive(lambda: self.worker.poll(s.records)),
+            h.Redeliver: lambda s: self._alive(lambda: self._redeliver(s.records)),
+            h.Silence: lambda s: self._pass(s.ms),
+            h.ClockJump: self._jump,
+            h.Encode: lambda s: self.worker.encode(s.users),
+            h.Publish: lambda _: self.worker.publish(),
+            h.Deliver: lambda s: self.worker.deliver(s.outputs),
+            h.Acknowledge: lambda _: self._alive(self.worker.acknowledge),
+            h.Shed: lambda s: self._alive(lambda: self.worker.shed(s.delay_ms)),
+            h.Checkpoint: lambda _: self._alive(self.worker.checkpoint),
+            h.TornCheckpoint: self._torn_checkpoint,
+            h.Crash: lambda s: self._restart(s.lost_writes),
+            h.TornRestore: self._torn_restore,
+            h.Rebalance: self._rebalance,
+            h.Compaction: lambda _: self.broker.compact(),
+            h.NewRelease: self._new_release,
+        }
+        self.worker = self._new_worker(Disk())
+        self.worker.start()
+
+    def take(self, step: h.Step) -> None:
+        """Do one step, let due deadlines fire, and check everything."""
+        self._steps[type(step)](step)
+        if not isinstance(step, RESTARTS):
+            self._alive(self.worker.wake)
+        self._check(sequences=not isinstance(step, SENDERS))
+        self.event_log.append(f"{step} {self.now_ms} {self.worker.next_offset} {self.broker.outputs[-1:]}")
+        if self.digest is not None:
+            last = [astuple(output) for output in self.broker.outputs[-1:]]
+            self.digest.update(f"{astuple(step)} {self.now_ms} {self.worker.next_offset} {last}\n".encode())
+
+    def settle(self) -> None:
+        """Let everything come to rest; then nobody may be left out, and a restore must give the same."""
+        self.take(h.Poll(10**6))
+        policy = self.history.policy
+        for _ in range(4):
+            self.take(h.Silence(max(policy.max_staleness_ms, policy.session_gap_ms, policy.cooldown_ms, 5_000) + 1_000))
+            self.worker.drain()
+        self._check(sequences=True)
+        for user in self.model.past:
+            self._check_covered(user)
+        self.take(h.Checkpoint())
+        self.take(h.Crash())
+        self.take(h.Rebalance(checkpointed=True, keeps_disk=False))
+        refused = {offset for offset, event in enumerate(self.model.log) if event is None}
+        if self._refused != refused:
+            raise Violation(f"refused {sorted(self._refused)}, poisonous {sorted(refused)}")
+
+    # -- the sender
+
+    def _send(self, user: int, behind_ms: int, action: str) -> None:
+        offset = len(self.model.log)
+        name, item = f"u{user}", f"i{offset}"
+        body = {"user_id": name, "item_id": item, "action": action, "timestamp_ms": self.now_ms - behind_ms}
+        event_id = f"e{offset}" if offset % 3 else ""
+        value = json.dumps(body | ({"event_id": event_id} if event_id else {})).encode()
+        event = Event(
+            name.encode(),
+            self.now_ms - behind_ms,
+            item_key(item),
+            item_key(event_id) if event_id else 0,
+            strong=action == "buy",
+        )
+        self._log(name.encode(), value, event)
+        self.now_ms += 1
+
+    def _duplicate(self, step: h.Duplicate) -> None:
+        back = len(self.broker.source) - step.back
+        if back >= 0:
+            record = self.broker.source[back]
+            self._log(record.key, record.value, self.model.log[back])
+
+    def _tombstone(self, step: h.Tombstone) -> None:
+        user = f"u{step.user}".encode()
+        self._log(user, None, Event(user, self.now_ms, tombstone=True))
+
+    def _poison(self, step: h.Poison) -> None:
+        self._log(b"u0", POISON[step.kind], None)
+
+    def _log(self, key: bytes | None, value: bytes | None, event: Event | None) -> None:
+        timestamp_ms = event.timestamp_ms if event is not None and event.tombstone else self.now_ms
+        self.broker.source.append(SourceRecord(key, value, len(self.broker.source), timestamp_ms))
+        self.model.append(event)
+
+    # -- the worker
+
+    def _new_worker(self, disk: Disk) -> Worker:
+        worker = Worker(
+            self.broker, disk, self.history.policy, self.version, self._clock_ms(), self.crash_at, self._note_applied
+        )
+        worker.refused = self._refused
+        return worker
+
+    def _clock_ms(self) -> int:
+        return self.now_ms + self.clock_offset_ms
+
+    def _alive(self, act: Callable[[], None]) -> None:
+        self.worker.now_ms = self._clock_ms()
+        act()
+
+    def _redeliver(self, records: int) -> None:
+        end = self.worker.next_offset
+        begin = max(0, end - min(records, LIMITS.hot_users_max))
+        self.worker.process(begin, end)
+
+    def _note_applied(self, begin: int, end: int) -> None:
+        """Remember since when users wait for an embedding, for the law of freshness."""
+        for offset, event in enumerate(self.model.log[begin:end], begin):
+            if event is None or self.model.at(event.user, offset + 1).changed_at != offset:
+                continue
+            if event.tombstone:
+                self.worker.unencoded_since_ms.pop(event.user, None)
+            elif offset > max((o.offset for o in self.broker.outputs if o.user == event.user), default=-1):
+                self.worker.unencoded_since_ms.setdefault(event.user, self.worker.now_ms)
+
+    def _pass(self, ms: int) -> None:
+        """Time passes in steps of one bucket, so that deadlines fire when they should."""
+        until_ms = self.now_ms + ms
+        while self.now_ms < until_ms:
+            self.now_ms = min(self.now_ms + BUCKET_MS, until_ms)
+            self._alive(self.worker.wake)
+
+    def _jump(self, step: h.ClockJump) -> None:
+        if step.ms < 0:  # deadlines of before hold on the clock that was set back: they come later by the jump
+            self._trusted_ms = max(self._trusted_ms, self._clock_ms())
+            self.worker.handed_over_ms.clear()
+        self.clock_offset_ms = max(self.clock_offset_ms + step.ms, 0)
+
+    def _torn_checkpoint(self, step: h.TornCheckpoint) -> None:
+        self.crash_at.left = step.step
+        with suppress(Died):
+            self._alive(self.worker.checkpoint)
+        self.crash_at.left = None
+        self._restart(step.lost_writes)
+
+    def _restart(self, lost_writes: int) -> None:
+        disk = self.worker.disk
+        disk.crash(lost_writes)
+        self.worker = self._new_worker(disk)
+        self.worker.start()
+        self._check_restored()
+
+    def _torn_restore(self, step: h.TornRestore) -> None:
+        disk = self.worker.disk
+        disk.crash(lost_writes=5)
+        self.crash_at.left = step.step
+        with suppress(Died):
+            self._new_worker(disk).start()
+        self.crash_at.left = None
+        self._restart(lost_writes=0)
+
+    def _rebalance(self, step: h.Rebalance) -> None:
+        old = self.worker
+        if step.checkpointed:
+            self._alive(old.checkpoint)
+        self.worker = self._new_worker(old.disk if step.keeps_disk else Disk())
+        self.worker.start()
+        self._check_restored()
+        old.sent.clear()  # what it still had on the way is lost; a subscriber drops what would come too late
+        before = (self.broker.committed_offset, dict(self.broker.changelog))
+        with suppress(Fenced):
+            old.checkpoint()
+        if before != (self.broker.committed_offset, self.broker.changelog):
+            raise Violation("a worker wrote to a partition that it has lost")
+
+    def _new_release(self, _: h.NewRelease) -> None:
+        self.version += 1
+        self._restart(lost_writes=0)
+
+    # -- the checks
+
+    def _check(self, *, sequences: bool) -> None:
+        self._check_outputs()
+        self._check_freshness()
+        if self.worker.state.hot_users > LIMITS.hot_users_max:
+            raise Violation(f"{self.worker.state.hot_users} users in memory")
+        if sequences:
+            self._compare(self.worker.next_offset)
+
+    def _compare(self, offset: int) -> None:
+        """Every sequence, wherever it is, is the model's once all records before `offset` are applied."""
+        state = self.worker.state._sequences
+        hot = [user for user in self.model.past if user in state.slot_of]
+        actions, starts = state.kept(state.slots(hot))
+        self._compare_all(hot, state.headers[state.slots(hot)], actions, starts, offset)
+        cold = [user for user in self.model.past if user not in state.slot_of]
+        stored = read_users(self.worker.disk, cold, LIMITS).stored
+        self._compare_all(cold, stored.headers, stored.actions, stored.starts, offset)
+
+    def _compare_all(self, users: list[bytes], headers: Columns, actions: Actions, starts: Ints, offset: int) -> None:
+        items = actions["item"].tolist()
+        for row, user in enumerate(users):
+            right = self.model.at(user, offset)
+            kept = tuple(items[starts[row] : starts[row + 1]])
+            if (kept, headers["count"][row], headers["applied_offset"][row]) != (
+                right.items,
+                right.count,
+                right.changed_at,
+            ):
+                raise Violation(f"{user!r} holds {kept}, {headers[row]} instead of {right}")
+
+    def _check_restored(self) -> None:
+        """The worker has just started: nothing but the restored state can be seen."""
+        if self.worker.state.hot_users:
+            raise Violation("a worker began with users in memory")
+        self._compare(self.broker.committed_offset or 0)
+
+    def _check_outputs(self) -> None:
+        for output in self.broker.outputs[self._checked_outputs :]:
+            newest = max(self._newest.get((output.user, v), -1) for v in (None, output.version or self.version))
+            if output.offset <= newest:
+                raise Violation(f"{output} follows an output of offset {newest}")
+            self._newest[output.user, output.version] = output.offset
+            self._check_content(output)
+        self._checked_outputs = len(self.broker.outputs)
+
+    def _check_content(self, output: Output) -> None:
+        right = self.model.at(output.user, output.offset + 1)
+        is_tombstone = output.version is None
+        if (output.offset, output.items, is_tombstone) != (right.changed_at, right.items, not right.items):
+            raise Violation(f"{output} should hold {right}")
+
+    def _check_freshness(self) -> None:
+        worker, policy = self.worker, self.history.policy
+        wait_ms = 0 if policy.every_n == 1 else policy.max_staleness_ms or NOT_YET
+        in_work = {user for job in worker.jobs for user in job.sequences.users}
+        in_work |= {user for sent in worker.sent if sent.job is not None for user in sent.job.sequences.users}
+        for user, since_ms in worker.unencoded_since_ms.items():
+            if user in worker.queue or user in in_work or user in worker.shed_users:
+                continue
+            # A cooldown may have begun in an earlier life, and a deadline on a clock that was set back since.
+            from_ms = max(worker.started_ms, self._trusted_ms)
+            cooled_ms = worker.handed_over_ms.get(user, from_ms) + policy.cooldown_ms
+            bound_ms = max(since_ms + wait_ms, self._trusted_ms + wait_ms, cooled_ms) + 2 * BUCKET_MS
+            if worker.now_ms > bound_ms:
+                raise Violation(f"{user!r} waits since {since_ms}, bound {bound_ms}, now {worker.now_ms}")
+
+    def _check_covered(self, user: bytes) -> None:
+        last = max((o.offset for o in self.broker.outputs if o.user == user), default=-1)
+        right = self.model.at(user, len(self.model.log))
+        if last != right.changed_at:
+            raise Violation(f"the last output of {user!r} is of offset {last} instead of {right.changed_at}")

@@ -1,0 +1,164 @@
+"""The topics as data, and what is done with them: create what is missing, verify what exists, delete.
+
+A topic's partition count decides which worker holds which user and its cleanup policy decides whether state survives,
+so a wrong one is refused and never changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import kafka
+from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from infra.errors import InfraError
+from infra.kafka.broker import require_broker
+from streams.config.settings import Settings
+
+DAY_MS = 86_400_000
+ADMIN_TIMEOUT_MS = 30_000
+
+
+class TopicMismatch(InfraError):
+    """A topic is missing, or exists with another partition count or cleanup policy than the code relies on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic as it has to be; `configs` holds what differs from the broker's defaults."""
+
+    name: str
+    partitions: int
+    cleanup_policy: Literal["delete", "compact"]
+    configs: Mapping[str, str] = field(default_factory=dict)
+
+    def creation(self, replication_factor: int) -> dict[str, Any]:
+        """The topic in the form that kafka-python's `create_topics` takes."""
+        return {
+            "num_partitions": self.partitions,
+            "replication_factor": replication_factor,
+            "configs": {"cleanup.policy": self.cleanup_policy, **self.configs},
+        }
+
+
+def topics_of(settings: Settings) -> tuple[Topic, ...]:
+    """Every topic of the application; all have one partition count, for they hold the same users by partition."""
+    names, partitions = settings.topics, settings.topics.partitions
+    return (
+        Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
+        Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}),
+        Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS),
+        Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS),
+    )
+
+
+# A refused record is written whole and gains headers on its way, so this topic takes more than any other.
+_DEAD_LETTER_CONFIGS: Mapping[str, str] = {
+    "max.message.bytes": str(64 << 20),
+    "retention.ms": str(30 * DAY_MS),
+}
+
+# The active segment is never compacted, so smaller segments bound what a restore reads twice; half of a closed log may
+# be outdated before it is rewritten, which costs less disk traffic than the default does once most keys are hot.
+_CHANGELOG_CONFIGS: Mapping[str, str] = {
+    "min.cleanable.dirty.ratio": "0.5",
+    "segment.bytes": str(128 << 20),
+    "segment.ms": str(DAY_MS),
+}
+
+
+def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[str]:
+    """Create the missing topics, verify all of them, and return the names of those created.
+
+    Raises `TopicMismatch` when one exists in another shape, `BrokerFailed` when no broker answers.
+    """
+    topics = topics_of(settings)
+    with closing(_admin(settings)) as admin:
+        existing = set(_asked(admin.list_topics))
+        missing = [topic for topic in topics if topic.name not in existing]
+        if missing:
+            _create(admin, missing, replication_factor)
+        _verify(admin, topics)
+    return [topic.name for topic in missing]
+
+
+def verify_topics(settings: Settings) -> None:
+    """Raise `TopicMismatch`, naming every difference and its remedy, unless all topics are as they must be."""
+    with closing(_admin(settings)) as admin:
+        _verify(admin, topics_of(settings))
+
+
+def delete_topics(settings: Settings) -> None:
+    """Delete the application's topics and all that is in them; those that are missing are no fault."""
+    with closing(_admin(settings)) as admin:
+        present = set(_asked(admin.list_topics))
+        names = [topic.name for topic in topics_of(settings) if topic.name in present]
+        if names:
+            _asked(admin.delete_topics, names)
+
+
+def _admin(settings: Settings) -> kafka.KafkaAdminClient:
+    options = settings.kafka.client_options()
+    require_broker(options)
+    return kafka.KafkaAdminClient(request_timeout_ms=ADMIN_TIMEOUT_MS, **options)
+
+
+def _create(admin: kafka.KafkaAdminClient, topics: Sequence[Topic], replication_factor: int) -> None:
+    wanted = {topic.name: topic.creation(replication_factor) for topic in topics}
+    try:
+        admin.create_topics(wanted, wait_for_metadata=True)
+    except TopicAlreadyExistsError:
+        admin.wait_for_topics(list(wanted), timeout_ms=ADMIN_TIMEOUT_MS)  # someone else was faster; verified next
+    except KafkaError as error:
+        raise InfraError(
+            "cannot create topics", f"{', '.join(wanted)}: {error}", "see the broker's log and this user's rights"
+        ) from error
+
+
+def _verify(admin: kafka.KafkaAdminClient, topics: Sequence[Topic]) -> None:
+    names = [topic.name for topic in topics]
+    described = {one["name"]: one for one in _asked(admin.describe_topics, names)}
+    present = [name for name in names if described.get(name, {}).get("partitions")]
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name, None) for name in present]
+    configs = _asked(admin.describe_configs, resources, config_filter="all").get("topic", {}) if resources else {}
+    problems = [
+        problem
+        for topic in topics
+        for problem in _differences(topic, len(described.get(topic.name, {}).get("partitions", ())), configs)
+    ]
+    if problems:
+        raise TopicMismatch(
+            "topics do not fit", " | ".join(problems), "stop the workers and change the topics, or the settings"
+        )
+
+
+def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one topic as found, each with its remedy."""
+    if not partitions:
+        return [f"{topic.name} is missing: create it with `streamformer topics create`"]
+    problems = []
+    if partitions != topic.partitions:
+        problems.append(
+            f"{topic.name} has {partitions} partitions where the settings say {topic.partitions}: set "
+            f"topics.partitions to {partitions}, or delete the topics of this application and create them again"
+        )
+    policy = configs[topic.name]["cleanup.policy"]["value"]
+    if policy != topic.cleanup_policy:
+        problems.append(
+            f"{topic.name} has cleanup.policy={policy} and needs {topic.cleanup_policy}: alter it with "
+            f"`kafka-configs.sh --alter --entity-type topics --entity-name {topic.name} "
+            f"--add-config cleanup.policy={topic.cleanup_policy}`"
+        )
+    return problems
+
+
+def _asked(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """The answer of an admin call, a failure of the broker told in one line."""
+    try:
+        return method(*args, **kwargs)
+    except KafkaError as error:
+        raise InfraError("the broker refused a request about topics", str(error), "see the broker's log") from error

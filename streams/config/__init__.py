@@ -1,0 +1,1 @@
+"""Settings: their groups, their sources and their checks."""

@@ -1,0 +1,198 @@
+"""Settings: one frozen object from `STREAMFORMER_*` environment variables over a TOML file over defaults.
+
+A key of group `kafka` is `[kafka] poll_records_max = 500` in the file and `STREAMFORMER_KAFKA_POLL_RECORDS_MAX` in the
+environment. Secrets may also come from a file: `STREAMFORMER_KAFKA_SASL_PASSWORD_FILE` names it. All problems are
+reported at once; what is printed is redacted. docs/settings.md lists every key.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
+
+from streams.config.groups import (
+    CheckpointSettings,
+    DecodeSettings,
+    EncoderSettings,
+    Group,
+    KafkaSettings,
+    Name,
+    OutputSettings,
+    QueueSettings,
+    StateSettings,
+    TopicsSettings,
+    TriggersSettings,
+    WebSettings,
+    WorkerSettings,
+)
+from streams.errors import SettingsError
+
+PREFIX = "STREAMFORMER_"
+CONFIG_VARIABLE = "STREAMFORMER_CONFIG"
+
+
+class Settings(BaseSettings):
+    """Everything a worker, a subscriber or a command reads. Keyword arguments are the TOML file's content."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    app_id: Name = "streamformer"
+    """Names the consumer group, the changelog topic and the transactions; one per independent application."""
+    data_dir: Path = Path("streamformer-data")
+    """Where the local databases live; a cache of the changelog, quick restarts need it kept."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of the log on standard error."""
+    kafka: KafkaSettings = KafkaSettings()
+    topics: TopicsSettings = TopicsSettings()
+    worker: WorkerSettings = WorkerSettings()
+    state: StateSettings = StateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    decode: DecodeSettings = DecodeSettings()
+    triggers: TriggersSettings = TriggersSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    queue: QueueSettings = QueueSettings()
+    output: OutputSettings = OutputSettings()
+    web: WebSettings = WebSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.kafka.poll_records_max > self.state.hot_users_max:
+            raise ValueError("kafka.poll_records_max must be at most state.hot_users_max: a batch's users are all hot")
+        if self.checkpoint.interval_ms >= self.worker.watchdog_timeout_ms:
+            raise ValueError("checkpoint.interval_ms must be below worker.watchdog_timeout_ms, which watches it")
+        return self
+
+    @property
+    def changelog_topic(self) -> str:
+        return f"{self.app_id}-user-sequences-changelog"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment over the TOML file."""
+        return _Environment(settings_cls), init_settings
+
+
+def load_settings(config_file: Path | None = None) -> Settings:
+    """Read the environment and `config_file` (or the file that `STREAMFORMER_CONFIG` names).
+
+    Raises `SettingsError` with every problem, each with its key.
+    """
+    problems = [f"{name}: unknown variable" for name in _unknown_variables(os.environ)]
+    content = _toml(config_file, problems)
+    try:
+        settings = Settings(**content)
+    except ValidationError as error:
+        problems += [_problem(one) for one in error.errors()]
+    except (SourceError, _SecretUnreadable) as error:
+        problems.append(str(error))
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def printed(settings: Settings) -> str:
+    """One line `key = value` for each setting, secrets as asterisks."""
+    values = settings.model_dump(mode="json")
+    lines = []
+    for key in keys():
+        group, _, name = key.rpartition(".")
+        lines.append(f"{key} = {(values[group] if group else values)[name]!r}")
+    return "\n".join(lines)
+
+
+def keys() -> Iterator[str]:
+    """Every key, `group.name` or `name`, in the order of this file."""
+    for name, field in Settings.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, Group):
+            yield from (f"{name}.{inner}" for inner in group.model_fields)
+        else:
+            yield name
+
+
+def variable(key: str) -> str:
+    """The environment variable of a key."""
+    return PREFIX + key.replace(".", "_").upper()
+
+
+def secret_keys() -> list[str]:
+    """Keys that hold secrets; their variables have a twin that ends in `_FILE`."""
+    return [key for key in keys() if _is_secret(key)]
+
+
+def _is_secret(key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    model: Any = Settings.model_fields[group].annotation if group else Settings
+    annotation = model.model_fields[name].annotation
+    return annotation is SecretStr or SecretStr in get_args(annotation)
+
+
+class _SecretUnreadable(Exception):
+    pass
+
+
+class _Environment(EnvSettingsSource):
+    """The environment; a secret is also read from the file that its `*_FILE` variable names, less the last newline."""
+
+    def __call__(self) -> dict[str, Any]:
+        content = super().__call__()
+        for key in secret_keys():
+            group, _, name = key.rpartition(".")
+            if path := content.get(group, {}).pop(f"{name}_file", None):
+                content[group].setdefault(name, self._read(key, path))
+        return content
+
+    @staticmethod
+    def _read(key: str, path: str) -> str:
+        try:
+            return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _SecretUnreadable(f"{key} ({variable(key)}_FILE): cannot read {path}: {error}") from None
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    known = {variable(key) for key in keys()} | {f"{variable(key)}_FILE" for key in secret_keys()} | {CONFIG_VARIABLE}
+    return sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+
+
+def _toml(config_file: Path | None, problems: list[str]) -> dict[str, Any]:
+    path = config_file or (Path(named) if (named := os.environ.get(CONFIG_VARIABLE)) else None)
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        problems.append(f"{path}: cannot be read as TOML: {error}")
+        return {}
+
+
+def _problem(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    text = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(text)
+    if key not in set(keys()):
+        return f"{key}: {'unknown key' if error['type'] == 'extra_forbidden' else text}"
+    got = "" if _is_secret(key) else f", got {str(error['input'])[:60]!r}"
+    return f"{key} ({variable(key)}): {text[:1].lower()}{text[1:]}{got}"

@@ -1,0 +1,1 @@
+"""From due users to published embeddings: the encode queue, and the jobs of each partition."""

@@ -1,0 +1,198 @@
+"""The bytes of a user's state: what goes to the changelog topic and, unchanged, to RocksDB.
+
+Three kinds of records, told apart by the first byte of the key:
+
+- `u` + user id: the *head*. 80 bytes of header (`streams.core.layout.HEADER_DTYPE`: version, flags, reason, number of
+  tail actions, then counts, offsets and times), 32 bytes for each tail action, 4 bytes of checksum. All a new or light
+  user needs.
+- `c` + user id + chunk key (one byte): a *chunk*. Version (1 byte), 0 (1), C (2), chunk number (8), C actions of 32
+  bytes, checksum (4). Chunk number k has key `k mod (M / C + 1)`, so a user never has more than M / C + 1 of them, and
+  the number inside tells an overwritten chunk from a missing one.
+- `m`: the checkpoint *mark*, last record of each checkpoint. Version (1), source offset the checkpoint commits (8),
+  offset in the output topic up to which every output is known (8), checksum (4).
+
+All numbers are little-endian. A checksum is CRC-32 over key and value, so a value under another key is found out as
+well. A deleted record has the value None. The version byte comes first in every value; each version ever written
+keeps its decoder, and what none of them reads is a `CorruptValue`: it is never guessed at.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from encoder.actions.columns import ACTION_DTYPE, Actions
+from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Columns, Snapshot, StateLimits
+
+Records = list[tuple[bytes, bytes | None]]
+
+MARK_KEY = b"m"
+_MARK = struct.Struct("<Bqq")
+_CHUNK_HEAD = np.dtype([("version", "u1"), ("zero", "u1"), ("chunk_length", "<u2"), ("number", "<i8")])
+HEAD_BYTES, ACTION_BYTES = HEADER_DTYPE.itemsize, ACTION_DTYPE.itemsize
+_CHUNK_HEAD_BYTES, _CHECKSUM_BYTES = _CHUNK_HEAD.itemsize, 4
+_VERSION_BYTE = bytes((STATE_VERSION,))
+assert HEADER_DTYPE.fields is not None
+_DUE_MS_AT = HEADER_DTYPE.fields["due_ms"][1]
+
+
+class CorruptValue(Exception):
+    """A stored value is not what was written; its user must be rebuilt or quarantined."""
+
+    def __init__(self, key: bytes, detail: str) -> None:
+        self.key = key
+        super().__init__(f"value of {key!r} is corrupt: {detail}; rebuild the partition from the changelog")
+
+
+class LayoutChanged(Exception):
+    """State was written with another sequence or chunk length than the settings have; stops the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMark:
+    """Where a checkpoint stands in the source partition and in the output topic."""
+
+    source_offset: int
+    """The next event to apply: what the checkpoint's transaction commits."""
+    output_offset: int
+    """Every output before it is accounted for in the state."""
+
+
+def head_key(user: bytes) -> bytes:
+    """Key of a user's head."""
+    return b"u" + user
+
+
+def chunk_key(user: bytes, number: int, limits: StateLimits) -> bytes:
+    """Key of a user's chunk number `number`."""
+    return b"c" + user + bytes((number % limits.chunk_keys,))
+
+
+def encode(snapshot: Snapshot, limits: StateLimits) -> Records:
+    """The records of a snapshot; a user's chunks come before its head."""
+    return [*_encode_chunks(snapshot, limits), *_encode_heads(snapshot)]
+
+
+def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
+    """The record that ends a checkpoint."""
+    return MARK_KEY, seal(MARK_KEY, _MARK.pack(STATE_VERSION, mark.source_offset, mark.output_offset))
+
+
+def decode_mark(value: bytes) -> CheckpointMark:
+    """Raises `CorruptValue`."""
+    body = unseal(MARK_KEY, value)
+    if len(body) != _MARK.size:
+        raise CorruptValue(MARK_KEY, f"{len(value)} bytes")
+    _, source_offset, output_offset = _MARK.unpack(body)
+    return CheckpointMark(source_offset, output_offset)
+
+
+def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:
+    """(header [1] of HEADER_DTYPE, tail actions). Raises `CorruptValue`."""
+    key = head_key(user)
+    body = unseal(key, value)
+    if len(body) < HEAD_BYTES or len(body) != HEAD_BYTES + ACTION_BYTES * body[3]:
+        raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
+    return np.frombuffer(body, HEADER_DTYPE, 1), np.frombuffer(body, ACTION_DTYPE, offset=HEAD_BYTES)
+
+
+def decode_chunk(user: bytes, number: int, value: bytes | None, limits: StateLimits) -> Actions:
+    """The C actions of chunk number `number`. Raises `CorruptValue`, also when it is missing or another chunk."""
+    key = chunk_key(user, number, limits)
+    if value is None:
+        raise CorruptValue(key, f"chunk {number} is missing")
+    body = unseal(key, value)
+    head = np.frombuffer(body, _CHUNK_HEAD, 1)[0] if len(body) >= _CHUNK_HEAD_BYTES else None
+    if head is None or len(body) != _CHUNK_HEAD_BYTES + ACTION_BYTES * int(head["chunk_length"]):
+        raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
+    if head["number"] != number or head["chunk_length"] != limits.chunk_length:
+        raise CorruptValue(key, f"holds chunk {head['number']} instead of {number}")
+    return np.frombuffer(body, ACTION_DTYPE, offset=_CHUNK_HEAD_BYTES)
+
+
+def deadline_of(head: bytes) -> int:
+    """`due_ms` of a head's value, without checking it: what the index of deadlines is made from."""
+    return int.from_bytes(head[_DUE_MS_AT : _DUE_MS_AT + 8], "little", signed=True)
+
+
+def had_deadline(head: bytes) -> bool:
+    """Whether the head before this one had a deadline."""
+    return bool(head[1] & HAD_DEADLINE)
+
+
+def check_layout(headers: Columns, limits: StateLimits) -> None:
+    """Raise `LayoutChanged` unless all headers were written with the sizes of `limits`."""
+    chunks = limits.sequence_length // limits.chunk_length
+    other = headers[(headers["chunk_length"] != limits.chunk_length) | (headers["chunks"] != chunks)]
+    if len(other):
+        length = int(other["chunk_length"][0])
+        raise LayoutChanged(
+            f"state was written with sequence_length {length * int(other['chunks'][0])} and chunk_length {length}, the "
+            f"settings have {limits.sequence_length} and {limits.chunk_length}: set them"
+            " back, or start a new application id"
+        )
+
+
+def seal(key: bytes, body: bytes) -> bytes:
+    """Append the checksum."""
+    return body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def body_of(key: bytes, value: bytes) -> bytes | None:
+    """A value without its checksum, None unless checksum and version are right."""
+    return value[:-_CHECKSUM_BYTES] if _is_whole(key, value) and value[:1] == _VERSION_BYTE else None
+
+
+def unseal(key: bytes, value: bytes) -> bytes:
+    """As `body_of`; raises `CorruptValue` with the reason."""
+    body = body_of(key, value)
+    if body is not None:
+        return body
+    if not _is_whole(key, value):
+        raise CorruptValue(key, "the checksum does not match")
+    raise CorruptValue(key, f"version {value[0]} is unknown, this release reads {STATE_VERSION}")
+
+
+def _is_whole(key: bytes, value: bytes) -> bool:
+    """Whether there is a body and the checksum is its own."""
+    body = value[:-_CHECKSUM_BYTES]
+    return bool(body) and crc32(body, crc32(key)) == int.from_bytes(value[-_CHECKSUM_BYTES:], "little")
+
+
+def chunk_dtype(limits: StateLimits) -> np.dtype[np.void]:
+    """A chunk's value without its checksum, as one row."""
+    return np.dtype([*_CHUNK_HEAD.descr, ("actions", ACTION_DTYPE, (limits.chunk_length,))])
+
+
+def _encode_heads(snapshot: Snapshot) -> Records:
+    headers, tails = snapshot.headers.tobytes(), snapshot.tails.tobytes()
+    cuts = (snapshot.tail_starts * ACTION_BYTES).tolist()
+    records: Records = []
+    for i, user in enumerate(snapshot.users):
+        key = b"u" + user
+        body = headers[i * HEAD_BYTES : (i + 1) * HEAD_BYTES] + tails[cuts[i] : cuts[i + 1]]
+        records.append((key, body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")))
+    return records
+
+
+def _encode_chunks(snapshot: Snapshot, limits: StateLimits) -> Records:
+    users = snapshot.users
+    records: Records = [
+        (b"c" + users[user] + bytes((key,)), None)
+        for user, key in zip(snapshot.deleted_users.tolist(), snapshot.deleted_keys.tolist(), strict=True)
+    ]
+    heads = np.zeros(len(snapshot.chunk_numbers), _CHUNK_HEAD)
+    heads["version"], heads["chunk_length"] = STATE_VERSION, limits.chunk_length
+    heads["number"] = snapshot.chunk_numbers
+    head_bytes, rows = heads.tobytes(), snapshot.chunks.tobytes()
+    size = limits.chunk_length * ACTION_BYTES
+    numbers: Sequence[int] = snapshot.chunk_numbers.tolist()
+    for i, user in enumerate(snapshot.chunk_users.tolist()):
+        key = chunk_key(users[user], numbers[i], limits)
+        body = head_bytes[i * _CHUNK_HEAD_BYTES : (i + 1) * _CHUNK_HEAD_BYTES] + rows[i * size : (i + 1) * size]
+        records.append((key, seal(key, body)))
+    return records

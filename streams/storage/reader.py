@@ -1,0 +1,135 @@
+"""Reading users: from the records of a store to the columns of the core.
+
+The head alone is enough for a user with fewer than C actions; for the others exactly the chunks that hold kept
+actions are read, all users' in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from encoder.actions.columns import ACTION_DTYPE, Actions
+from streams.core.layout import HEADER_DTYPE, Columns, Ints, StateLimits, StoredSequences, new_headers, spans, starts_of
+from streams.storage.codec import (
+    ACTION_BYTES,
+    HEAD_BYTES,
+    CorruptValue,
+    body_of,
+    check_layout,
+    chunk_dtype,
+    chunk_key,
+    decode_chunk,
+    decode_head,
+    head_key,
+)
+from streams.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Users as read from a store."""
+
+    stored: StoredSequences
+    """Aligned with the users asked for; a user that is unknown or corrupt is as new."""
+    corrupt: dict[bytes, CorruptValue]
+    """Users whose records are corrupt: rebuild the partition from the changelog before events reach them, or, when
+    the changelog holds no better, count them and let them begin anew."""
+
+
+def read_users(store: Store, users: Sequence[bytes], limits: StateLimits) -> Read:
+    """Read distinct users. Raises `LayoutChanged` when the state was written with other sizes than `limits`."""
+    corrupt: dict[bytes, CorruptValue] = {}
+    heads = _read_heads(store, users, limits, corrupt)
+    check_layout(heads.headers, limits)
+    chunks = _read_chunks(store, users, heads.headers, limits, corrupt)
+    for row, user in enumerate(users if corrupt else ()):
+        if user in corrupt:
+            heads.headers[row] = new_headers(1, limits)[0]
+    return Read(_assemble(heads, chunks, limits), corrupt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    headers: Columns
+    """[U]."""
+    tails: Actions
+    tail_starts: Ints
+    """[U + 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    first: Ints
+    """[U], number of each user's first chunk with kept actions."""
+    starts: Ints
+    """[U + 1], where each user's actions begin in `actions`."""
+    actions: Actions
+    """The chunks' actions, one user after another."""
+
+
+def _read_heads(
+    store: Store, users: Sequence[bytes], limits: StateLimits, corrupt: dict[bytes, CorruptValue]
+) -> _Heads:
+    headers = new_headers(len(users), limits)
+    keys = [head_key(user) for user in users]
+    known, bodies = [], []
+    for row, (key, value) in enumerate(zip(keys, store.get_many(keys), strict=True)):
+        if value is None:
+            continue
+        body = body_of(key, value)
+        if body is not None and len(body) == HEAD_BYTES + ACTION_BYTES * body[3]:
+            known.append(row)
+            bodies.append(body)
+        else:
+            corrupt[users[row]] = _error(partial(decode_head, users[row], value))
+    headers[known] = np.frombuffer(b"".join([body[:HEAD_BYTES] for body in bodies]), HEADER_DTYPE)
+    tails = np.frombuffer(b"".join([body[HEAD_BYTES:] for body in bodies]), ACTION_DTYPE)
+    return _Heads(headers, tails, starts_of(headers["tail"].astype(np.int64)))
+
+
+def _read_chunks(
+    store: Store, users: Sequence[bytes], headers: Columns, limits: StateLimits, corrupt: dict[bytes, CorruptValue]
+) -> _Chunks:
+    first = np.maximum(headers["count"] - limits.sequence_length, 0) // limits.chunk_length
+    lengths = headers["count"] // limits.chunk_length - first
+    owner, number = spans(first, lengths)
+    owners, numbers = owner.tolist(), number.tolist()
+    keys = [chunk_key(users[row], chunk, limits) for row, chunk in zip(owners, numbers, strict=True)]
+    values = store.get_many(keys)
+    dtype = chunk_dtype(limits)
+    nothing = bytes(dtype.itemsize)
+    bodies = [value and body_of(key, value) for key, value in zip(keys, values, strict=True)]
+    whole = [body if body and len(body) == dtype.itemsize else nothing for body in bodies]
+    chunks = np.frombuffer(b"".join(whole), dtype)
+    is_wrong = (chunks["number"] != number) | (chunks["chunk_length"] != limits.chunk_length)
+    for row in np.flatnonzero(is_wrong).tolist():
+        user, chunk, value = users[owners[row]], numbers[row], values[row]
+        corrupt.setdefault(user, _error(partial(decode_chunk, user, chunk, value, limits)))
+    return _Chunks(first, starts_of(lengths * limits.chunk_length), chunks["actions"].reshape(-1))
+
+
+def _assemble(heads: _Heads, chunks: _Chunks, limits: StateLimits) -> StoredSequences:
+    """Put each user's kept actions together, oldest first."""
+    length, count = limits.chunk_length, heads.headers["count"]
+    kept = np.minimum(count, limits.sequence_length)
+    owner, position = spans(count - kept, kept)
+    in_tail = position - (count - count % length)[owner]
+    at = np.where(
+        in_tail >= 0,
+        len(chunks.actions) + heads.tail_starts[owner] + in_tail,
+        chunks.starts[owner] + position - chunks.first[owner] * length,
+    )
+    return StoredSequences(heads.headers, np.concatenate((chunks.actions, heads.tails)).take(at), starts_of(kept))
+
+
+def _error(decode: Callable[[], object]) -> CorruptValue:
+    """What decoding a value that is known to be corrupt says of it."""
+    try:
+        decode()
+    except CorruptValue as error:
+        return error
+    raise AssertionError("a value was taken for corrupt that is not")

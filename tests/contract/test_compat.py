@@ -1,0 +1,71 @@
+"""Records without aiokafka's wrapper: the same content, the same positions, and only for whoever asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
+from aiokafka.structs import ConsumerRecord, TopicPartition
+
+from streams.engine.compat import ParsedRecords, as_parsed
+
+TP = TopicPartition("actions", 3)
+READ_COMMITTED = 1
+RECORDS: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]] = [
+    (b"user-1", b"{}", []),
+    (b"user-2", None, [("ce_id", b"7"), ("ce_source", b"app")]),
+    (None, b"\xff", []),
+    (b"", b"", [("empty", b"")]),
+]
+SEEN = ("key", "value", "offset", "timestamp", "timestamp_type")
+
+
+class _Assignment:
+    """As much of aiokafka's assignment as reading takes: active, never paused, its position moved by the reader."""
+
+    active, paused, position = True, False, 0
+
+    def state_value(self, tp: TopicPartition) -> _Assignment:
+        return self
+
+    def consumed_to(self, position: int) -> None:
+        self.position = position
+
+
+def _partition_records(key_deserializer: Any) -> ParsedRecords:
+    builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 20)
+    for offset, (key, value, headers) in enumerate(RECORDS):
+        assert builder.append(offset, 1_000 + offset, key, value, headers)
+    return ParsedRecords(TP, MemoryRecords(bytes(builder.build())), [], 0, key_deserializer, None, True, READ_COMMITTED)
+
+
+def test_parsed_records_hold_what_wrapped_ones_hold() -> None:
+    """Key, value, headers, offset and time are those of aiokafka's own records, for missing and empty parts too."""
+    wrapped, parsed = list(_partition_records(None)), list(_partition_records(as_parsed))
+    assert [[getattr(record, name) for name in SEEN] for record in parsed] == [
+        [getattr(record, name) for name in SEEN] for record in wrapped
+    ]
+    assert [list(record.headers) for record in parsed] == [headers for _, _, headers in RECORDS]
+    assert not any(isinstance(record, ConsumerRecord) for record in parsed)
+
+
+def test_other_consumers_get_consumer_records() -> None:
+    """Without `as_parsed` a consumer of this process gets complete consumer records, topic and partition included."""
+    records = list(_partition_records(None))
+    assert all(type(record) is ConsumerRecord for record in records)
+    assert {(record.topic, record.partition) for record in records} == {TP}
+
+
+@pytest.mark.parametrize("records_max", [1, 2, 3, 4, 5])
+def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
+    """Whatever the limit of one read, the pieces join, and the position stands behind what has been read."""
+    assignment = _Assignment()
+    result = FetchResult(TP, assignment=assignment, partition_records=_partition_records(as_parsed), backoff=0)
+    offsets: list[int] = []
+    while result.has_more():
+        offsets += [record.offset for record in result.getall(records_max)]
+        assert assignment.position == offsets[-1] + 1
+    assert offsets == list(range(len(RECORDS)))

@@ -1,0 +1,236 @@
+"""The tables of variants: a feature left out is out of sight, SASRec's data and loss, and the paired difference."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict, replace
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import torch
+import typer
+from torch import Tensor
+
+from encoder.data.log import ActionLog, LogColumns, log_from_table
+from encoder.data.split import make_split
+from encoder.evaluation.queries import embeddings_after
+from encoder.features import Tokens
+from encoder.model import EncoderConfig
+from encoder.training.objectives import make_pairs
+from encoder.training.recipe import ItemConfig, Recipe
+from encoder.training.run import train_release
+from infra.bench.training.ablation_tables import LEFT_OUT, Table, features, rows_of, sasrec
+from infra.bench.training.ablation_trainer import Variant, VariantTrainer, last_actions, train, without
+from infra.bench.training.ablations import Graded, exam_of, main, measured, seed_numbers, summary
+from tests.unit.encoder.test_model import STREAMING, WINDOW, random_actions, random_model, vocabularies
+from tests.unit.encoder.walks import small_recipe, walks, walks_table
+
+SEED = 20_261_128
+COLUMNS = Tokens.__slots__
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def recipe(tokens: int = 800) -> Recipe:
+    """A small recipe that asks for the last actions."""
+    loss = {"kind": "sampled", "random_negatives": 8, "batch_negatives_max": 8, "log_q": "exact"}
+    return small_recipe(budget={"tokens_max": tokens}, split={"kind": "leave_one_out"}, loss=loss)
+
+
+def table_of_everything() -> pa.Table:
+    """Walks with two action types, two languages and durations."""
+    table, rng = walks_table(SEED, users=20, items=30, length=20, follows=0.9), np.random.default_rng(SEED)
+    seconds = pa.array(table["timestamp_ms"].to_numpy() // 1_000)
+    return (
+        table.drop_columns(["action"])
+        .append_column("action", pa.array(rng.choice(["view", "save"], table.num_rows)))
+        .append_column("language", pa.array(rng.choice(["en", "de"], table.num_rows)))
+        .append_column("duration_ms", pa.array(rng.integers(1, 60_000, table.num_rows)))
+        .append_column("timestamp", seconds)
+    )
+
+
+def embeddings(config: EncoderConfig, tokens: Tokens) -> Tensor:
+    """Of the newest action of two users with 9 and 21 actions, by the random encoder of the model's tests."""
+    return embeddings_after(random_model(config), tokens, np.array([0, 9, 30]), np.array([8, 29]))
+
+
+def some_tokens(*, slower_ms: int = 0) -> Tokens:
+    """30 actions of two users, each so much later after the one before than it would be."""
+    actions = random_actions(30, np.random.default_rng(SEED))
+    actions["timestamp_ms"] += np.arange(30) * slower_ms
+    return ActionLog(np.array(["a", "b"]), np.array([0, 9, 30]), actions, (), (), np.array([])).tokens(vocabularies())
+
+
+def changed(tokens: Tokens, column: str) -> Tokens:
+    """The tokens with other values in one column: of the same range, but for times and positions."""
+    values = getattr(tokens, column)
+    return replace(tokens, **{column: np.roll(values, 1) if column in ("item", "action", "surface") else 2 * values})
+
+
+@pytest.mark.parametrize("hidden", [(), *LEFT_OUT.values()], ids=["all features", *LEFT_OUT])
+def test_an_embedding_depends_on_all_features_but_those_left_out(hidden: tuple[str, ...]) -> None:
+    """Changing one column changes the embeddings exactly if the encoder sees that column."""
+    config, tokens = replace(STREAMING, time_bias=False, read_out=False), some_tokens()
+    before = embeddings(config, without(tokens, hidden))
+    for column in COLUMNS:
+        after = embeddings(config, without(changed(tokens, column), hidden))
+        assert torch.equal(before, after) == (column in hidden), column
+
+
+def test_without_any_time_the_order_alone_is_left() -> None:
+    """Other times in the same order change no embedding; the gap or the clock alone would tell them apart."""
+    config = replace(STREAMING, time_bias=False, read_out=False)
+    both = (some_tokens(), some_tokens(slower_ms=1_234_567))
+    for name in ("any time", "the gap", "the clock"):
+        hidden = LEFT_OUT[name]
+        equal = torch.equal(*(embeddings(config, without(tokens, hidden)) for tokens in both))
+        assert equal == (name == "any time"), name
+
+
+def test_sasrec_sees_items_alone_and_in_order() -> None:
+    """Its embedding changes with the items and with no other column; its positions are places, not a column."""
+    alone, tokens = sasrec(recipe())["SASRec, binary cross-entropy"].hidden, some_tokens()
+    before = embeddings(WINDOW, without(tokens, alone))
+    for column in COLUMNS:
+        after = embeddings(WINDOW, without(changed(tokens, column), alone))
+        assert torch.equal(before, after) == (column != "item"), column
+
+
+@pytest.mark.parametrize("name", ["all features", "without the clock"])
+def test_neither_training_nor_the_exam_sees_a_feature_left_out(name: str) -> None:
+    """With the log moved by some days, gaps as they were, weights and answers are the same only without the clock."""
+    log = walks(SEED, users=20, length=20)
+    later = replace(log, actions=log.actions.copy())
+    later.actions["timestamp_ms"] += np.arange(20).repeat(20) * 7_654_321_000
+    variant = features(recipe(), log)[name]
+    splits = [make_split(each, variant.recipe.split, seed=SEED) for each in (log, later)]
+    one, other = (train(split.train, variant, torch.float32) for split in splits)
+    equal = name == "without the clock"
+    assert torch.equal(one.model.project.weight, other.model.project.weight) == equal
+    assert torch.equal(*(exam_of(split, one).queries(one.model) for split in splits)) == equal
+
+
+def test_a_plain_variant_is_trained_like_a_release(tmp_path: Path) -> None:
+    """Where nothing is changed but the recipe, the weights are those of `train_release`, to the last bit."""
+    log, plain = walks(SEED, users=20, length=20), recipe()
+    released = train_release(log, plain, out_dir=tmp_path, threads=1).model.state_dict()
+    trained = train(make_split(log, plain.split, seed=plain.seed).train, Variant(plain), torch.float32)
+    for name, values in trained.model.state_dict().items():
+        assert torch.equal(values, released[name]), name
+
+
+def test_hiding_changes_neither_targets_nor_times() -> None:
+    """What is predicted, when, and what popularity counts are those of the log."""
+    trainer = VariantTrainer(walks(SEED), Variant(recipe(), hidden=("item", "time_ms", "gap_ms")), torch.float32)
+    seen = trainer.tokens_of_log.features(np.arange(9))
+    assert len(seen.time_ms.unique()) == len(seen.item.unique()) == len(seen.gap_ms.unique()) == 1
+    log = walks(SEED)
+    np.testing.assert_array_equal(trainer.tokens_of_log.time_ms, log.actions["timestamp_ms"])
+    np.testing.assert_array_equal(trainer.tokens_of_log.item, trainer.vocabularies.item_rows(log.actions["item"]))
+
+
+def test_only_what_the_log_has_is_left_out() -> None:
+    """A log with one action type and neither surfaces nor durations has no row for them."""
+    everything = log_from_table(table_of_everything(), LogColumns(surface="language", duration_ms="duration_ms"))
+    assert list(features(recipe(), everything)) == ["all features", *(f"without {name}" for name in LEFT_OUT)]
+    absent = {"without action type", "without surface", "without duration"}
+    assert set(features(recipe(), everything)) - set(features(recipe(), walks(SEED))) == absent
+
+
+def test_sasrec_is_trained_on_the_last_actions_in_one_piece() -> None:
+    """Of users with 20 actions, every sequence of an epoch is one user's last seven."""
+    log = walks(SEED, users=20, length=20)
+    assert np.diff(last_actions(log, 7).starts).tolist() == [7] * 20
+    np.testing.assert_array_equal(last_actions(log, 7).actions[:7], log.actions[13:20])
+    trainer = VariantTrainer(log, Variant(recipe(), last=7), torch.float32)
+    epoch = np.concatenate(list(takewhile(lambda _: trainer.epoch == 0, trainer.batches())))
+    assert sorted(epoch[:, 0].tolist()) == list(range(0, 140, 7))
+    np.testing.assert_array_equal(epoch[:, :7] - epoch[:, :1], np.tile(np.arange(7), (20, 1)))
+    assert (epoch[:, 7:] == -1).all()
+
+
+def test_binary_cross_entropy_by_hand() -> None:
+    """-log sigma(positive) - log(1 - sigma(negative)), pair by pair; an item acted on before is no negative."""
+    log = walks(SEED, users=5, length=15)
+    plain = replace(recipe(), loss=replace(recipe().loss, equal_users=False))
+    trainer = VariantTrainer(log, Variant(plain, binary=True), torch.float32)
+    rows = next(trainer.batches())
+    pairs = make_pairs(rows, trainer.positives, plain.objective, np.random.default_rng(SEED))
+    users = torch.randn(len(pairs.target), 32, generator=torch.Generator().manual_seed(SEED)) * 9
+    loss = trainer.pooled_loss(users, pairs, np.random.default_rng(SEED))
+    table, item = trainer.model.item_embeddings().detach(), trainer.tokens_of_log.item
+    negatives = np.random.default_rng(SEED).integers(1, len(table), len(pairs.target))
+    total, left_out = 0.0, 0
+    for user, target, negative in zip(users, pairs.target, negatives, strict=True):
+        total -= math.log(torch.sigmoid(user @ table[int(item[target])]))
+        whose = target // 15
+        if negative in item[whose * 15 : whose * 15 + 15]:
+            left_out += 1
+        else:
+            total -= math.log(1 - torch.sigmoid(user @ table[int(negative)]))
+    assert 0 < left_out < len(negatives)
+    assert loss.item() == pytest.approx(total / len(pairs.target), rel=1e-4)
+
+
+def test_from_sasrec_to_streaming_one_thing_changes_at_a_time() -> None:
+    """Each row differs from the one before in the loss, the data, the beginning, the inputs or the encoder alone."""
+    begun = replace(recipe(), items=ItemConfig("trained", "cooccurrence"))
+    parts = [
+        {name: getattr(row, name) for name in ("binary", "last", "hidden")} | asdict(row.recipe)
+        for row in sasrec(begun).values()
+    ]
+    changes = [[name for name in one if one[name] != other[name]] for one, other in itertools.pairwise(parts)]
+    assert changes == [["binary"], ["loss"], ["last"], ["items"], ["hidden"], ["encoder"]]
+
+
+@pytest.mark.parametrize("table", [Table.OBJECTIVES, Table.NEGATIVES, Table.SASREC, Table.ENCODERS])
+def test_every_row_of_a_table_trains_and_is_compared(table: Table) -> None:
+    """Each variant of a few hundred tokens gets its figures; the first differs from itself by nothing."""
+    log = walks(SEED, users=20, length=20)
+    figures = measured(log, table, recipe(400), [1, 2], torch.float32)
+    assert list(figures) == list(rows_of(table, recipe(400), log))
+    for number, each in enumerate(figures.values()):
+        assert 0 <= each["ndcg10"] <= each["hr10"] <= 1
+        assert 0 < each["p90_coverage10"] <= 1
+        assert len(each["difference_of_seeds"]) == 2
+        if number == 0:
+            assert each["difference"] == each["standard_error"] == 0
+
+
+def test_the_command_ends_with_its_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A log in the columns of tldr-pages goes from a file to the last line; its languages are surfaces."""
+    pyarrow.csv.write_csv(table_of_everything().drop_columns(["timestamp_ms"]), tmp_path / "log.csv")
+    main(Table.FEATURES, tokens=300, seeds="1,2", log=tmp_path / "log.csv")
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (result["bench"], result["table"], result["seeds"]) == ("variants", "features", [1, 2])
+    assert {"all features", "without surface", "without any time"} <= set(result)
+    assert "without duration" not in result
+
+
+def test_differences_are_paired_by_seed_and_question() -> None:
+    """Two seeds, four questions: means over the seeds of 1, 0, -.5, 0, their mean .125, their deviation over 2."""
+    first = [Graded(np.array(hits), 0.1, 0.5) for hits in ([0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0])]
+    other = [Graded(np.array(hits), 0.3, 0.7) for hits in ([1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0])]
+    result = summary(other, first)
+    assert result["hr10"] == 0.5
+    assert result["difference"] == 0.125
+    assert result["standard_error"] == pytest.approx(np.std([1, 0, -0.5, 0], ddof=1) / 2)
+    assert result["difference_of_seeds"] == [0.25, 0.0]
+
+
+def test_seeds_are_whole_numbers() -> None:
+    """Commas, with or without spaces; anything else is refused."""
+    assert seed_numbers("1, 2,30") == [1, 2, 30]
+    for wrong in ("", "1,,2", "-1", "one"):
+        with pytest.raises(typer.BadParameter, match="whole numbers"):
+            seed_numbers(wrong)

@@ -1,0 +1,46 @@
+"""One owned partition as the encode queue sees it: what becomes of users that had to leave the queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faust.types import TP
+
+from streams.core.triggers import TriggerPolicy
+from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionSource
+from streams.engine.ownership import OwnedPartition
+from streams.telemetry.metrics import Metrics
+from tests.unit.core.build import batch, state_of
+
+NOW_MS = 1_000_000
+NONE: Any = None
+
+
+def test_a_cache_of_another_lineage_fits_nobody() -> None:
+    """What the encoder kept of a user is used again after the partition came back as it went, and not otherwise."""
+    state = state_of(TriggerPolicy(), [b"a"])
+    owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
+
+    def revisions(lineage: int) -> list[int]:
+        state.apply(batch([b"a"], [lineage], offset=lineage), NOW_MS)
+        source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=lineage, now_ms=lambda: NOW_MS)
+        job = source.take([b"a"])
+        state.encoded(job.sequences.users, job.offsets, NOW_MS)
+        return job.sequences.revisions.tolist()
+
+    one, other = revisions(1), revisions(2)
+    assert one != other
+    assert [revision % 2**REVISION_BITS for revision in (*one, *other)] == [0, 0]
+
+
+def test_shed_users_are_due_again_after_a_while() -> None:
+    """Whoever is shed stays due, is handed over again after the delay and not before, and its embedding is whole."""
+    state = state_of(TriggerPolicy(), [b"a", b"b"])
+    owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
+    source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=1, now_ms=lambda: NOW_MS)
+    assert state.apply(batch([b"a", b"b"], [1, 2]), NOW_MS).due == [b"a", b"b"]
+    source.shed([b"a"])
+    assert state.wake(NOW_MS + SHED_RETRY_MS - 1).due == []
+    assert state.wake(NOW_MS + SHED_RETRY_MS).due == [b"a"]
+    job = source.take([b"a", b"b"])
+    assert (job.sequences.users, job.offsets.tolist()) == ([b"a", b"b"], [0, 1])

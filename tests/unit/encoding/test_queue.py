@@ -1,0 +1,343 @@
+"""The encode queue: coalescing, priority, bounds, and an encoder that fails, hangs or returns NaN."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from encoder.actions.columns import ACTION_DTYPE, SequenceBatch
+from streams.core.effects import EncodeJob, merged
+from streams.core.triggers import Reason
+from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
+from streams.telemetry.metrics import Metrics
+
+WAIT_S = 5.0
+HIGH, LOW = 3, 1
+
+
+class Runtime:
+    """Embeds a user `b"7"` as [7, 7]; `trouble` is called first, in the encoder thread, with the users."""
+
+    version, dtype, embedding_dim, sequence_length = "v", "float32", 2, 8
+
+    def __init__(self, trouble: Callable[[Sequence[bytes]], None] = lambda users: None) -> None:
+        self.calls: list[list[bytes]] = []
+        self.extensions = self.prefills = self.cleared = 0
+        self._trouble = trouble
+
+    def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+        self.calls.append(list(batch.users))
+        self._trouble(batch.users)
+        self.extensions += len(batch) - 1
+        self.prefills += 1
+        values = [float("nan") if user == b"13" else float(user) for user in batch.users]
+        return np.repeat(np.array(values, np.float32)[:, None], 2, axis=1)
+
+    def forget(self, users: Sequence[bytes]) -> None:
+        raise AssertionError("the queue forgets nobody")
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
+@dataclass(eq=False)
+class Source:
+    """A partition in which everybody is due until published; remembers what became of whom."""
+
+    published: dict[bytes, float] = field(default_factory=dict)
+    order: list[bytes] = field(default_factory=list)
+    refused: list[bytes] = field(default_factory=list)
+    left_out: list[bytes] = field(default_factory=list)
+    acknowledged: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.acknowledged.set()
+
+    def take(self, users: Sequence[bytes]) -> EncodeJob:
+        return job(users)
+
+    async def publish(self, job: EncodeJob, embeddings: npt.NDArray[np.float32]) -> None:
+        await self.acknowledged.wait()
+        self.order += job.sequences.users
+        self.published |= dict(zip(job.sequences.users, embeddings[:, 0].tolist(), strict=True))
+
+    async def refuse(self, job: EncodeJob, detail: str) -> None:
+        assert "NaN" in detail
+        self.refused += job.sequences.users
+
+    def shed(self, users: Sequence[bytes]) -> None:
+        self.left_out += users
+
+
+def job(users: Sequence[bytes]) -> EncodeJob:
+    """User n has 1 + n % 3 actions, and n as its source offset."""
+    numbers = np.array([int(user) for user in users], np.int64)
+    lengths = 1 + numbers % 3
+    actions = np.zeros(int(lengths.sum()), ACTION_DTYPE)
+    actions["item"] = np.repeat(numbers, lengths)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    sequences = SequenceBatch(list(users), actions, starts, lengths, numbers * 0)
+    return EncodeJob(sequences, numbers, numbers + 100, np.full(len(users), Reason.EVERY_N, np.uint8))
+
+
+def put(queue: EncodeQueue, source: Source, users: Sequence[int], priority: int = LOW) -> None:
+    names = [b"%d" % user for user in users]
+    queue.put(source, names, [priority] * len(names), [Reason.EVERY_N] * len(names))
+
+
+@asynccontextmanager
+async def running(queue: EncodeQueue) -> AsyncIterator[None]:
+    task = asyncio.create_task(queue.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        queue.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_a_user_waits_in_one_slot_and_several_partitions_share_a_call() -> None:
+    """Ten actions of one user cost one embedding, and users of two partitions are encoded in one call."""
+
+    async def scenario() -> None:
+        runtime, metrics = Runtime(), Metrics()
+        queue, one, two = EncodeQueue(runtime, EncodeQueuePolicy(), metrics), Source(), Source()
+        for _ in range(10):
+            put(queue, one, [1, 2])
+        put(queue, two, [5])
+        assert len(queue) == 3
+        async with running(queue):
+            await until(lambda: len(one.published) + len(two.published) == 3)
+        assert runtime.calls == [[b"1", b"2", b"5"]]
+        assert (one.published, two.published) == ({b"1": 1.0, b"2": 2.0}, {b"5": 5.0})
+        assert (metrics.cache_hits.value(), metrics.cache_prefills.value()) == (2, 1)
+
+    asyncio.run(scenario())
+
+
+def test_merged_jobs_keep_every_users_rows() -> None:
+    """What two partitions ask for is, user by user, what the merged job asks for."""
+    jobs = [job([b"4", b"2"]), job([b"9"]), job([b"7", b"5", b"6"])]
+    whole, row = merged(jobs), 0
+    for each in jobs:
+        part = whole.select(np.arange(row, row + len(each)))
+        row += len(each)
+        assert part.sequences.users == each.sequences.users
+        for name in ("actions", "starts", "counts", "revisions"):
+            np.testing.assert_array_equal(getattr(part.sequences, name), getattr(each.sequences, name))
+        for name in ("offsets", "newest_event_ms", "reasons"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(each, name))
+    assert row == len(whole)
+
+
+def test_priority_first_then_arrival_in_bounded_batches() -> None:
+    """Higher priority goes first, then who came earlier; who waits may move up, and no batch exceeds its limit."""
+
+    async def scenario() -> None:
+        runtime, source = Runtime(), Source()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=2), Metrics())
+        put(queue, source, [1, 2, 3])
+        put(queue, source, [4], HIGH)
+        put(queue, source, [3], HIGH)
+        put(queue, source, [4], LOW)
+        async with running(queue):
+            await until(lambda: len(source.published) == 4)
+        assert runtime.calls == [[b"4", b"3"], [b"1", b"2"]]
+
+    asyncio.run(scenario())
+
+
+def test_batches_are_as_large_as_their_time_allows() -> None:
+    """Full batches that are fast double up to the limit; slow ones halve, down to a single user, and recover."""
+
+    async def scenario() -> None:
+        pauses_s = iter([0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.0])
+        runtime, source = Runtime(lambda users: time.sleep(next(pauses_s, 0.0))), Source()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=600, batch_ms=200.0), Metrics())
+        put(queue, source, range(100, 5_100))
+        async with running(queue):
+            await until(lambda: len(source.published) == 5_000)
+        assert [len(call) for call in runtime.calls[:8]] == [256, 512, 600, 600, 300, 150, 75, 150]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_gathers_for_the_time_allowed() -> None:
+    """With `wait_ms`, users that come shortly after the first share its batch."""
+
+    async def scenario() -> None:
+        runtime, source = Runtime(), Source()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(wait_ms=100), Metrics())
+        async with running(queue):
+            put(queue, source, [1])
+            await asyncio.sleep(0.01)
+            put(queue, source, [2])
+            await until(lambda: len(source.published) == 2)
+        assert runtime.calls == [[b"1", b"2"]]
+
+    asyncio.run(scenario())
+
+
+def test_beyond_the_limit_the_newest_of_the_lowest_priority_are_shed() -> None:
+    """No more than `users_max` wait; who is shed goes back to its partition, is counted, and is not encoded."""
+
+    async def scenario() -> None:
+        metrics = Metrics()
+        queue = EncodeQueue(Runtime(), EncodeQueuePolicy(users_max=4), metrics)
+        one, two = Source(), Source()
+        put(queue, one, [1, 2])
+        put(queue, two, [3])
+        assert queue.has_room
+        put(queue, two, [7, 8, 9], HIGH)
+        assert (len(queue), queue.has_room) == (4, False)
+        assert (one.left_out, two.left_out) == ([b"2"], [b"3"])
+        assert metrics.shed.value(reason=Reason.EVERY_N.label) == 2
+        async with running(queue):
+            await until(lambda: len(one.published) + len(two.published) == 4)
+        assert two.order == [b"7", b"8", b"9"]
+        assert one.order == [b"1"]
+        assert queue.has_room
+
+    asyncio.run(scenario())
+
+
+def test_unacknowledged_batches_are_bounded() -> None:
+    """While `publishing_max` batches wait for the broker nothing more is encoded: users wait in their slots."""
+
+    async def scenario() -> None:
+        runtime, source = Runtime(), Source()
+        source.acknowledged.clear()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=1, publishing_max=2), Metrics())
+        put(queue, source, [1, 2, 3, 4])
+        async with running(queue):
+            await until(lambda: len(runtime.calls) == 2)
+            await asyncio.sleep(0.05)
+            assert (len(runtime.calls), len(queue)) == (2, 2)
+            source.acknowledged.set()
+            await until(lambda: len(source.published) == 4)
+
+    asyncio.run(scenario())
+
+
+def test_one_user_that_the_encoder_cannot_embed_is_refused_alone() -> None:
+    """Failing attempts are retried on empty caches and then halved: only the bad user is dead-lettered."""
+
+    def trouble(users: Sequence[bytes]) -> None:
+        if b"6" in users:
+            raise RuntimeError("six")
+
+    async def scenario() -> None:
+        runtime, source, metrics = Runtime(trouble), Source(), Metrics()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
+        put(queue, source, [1, 2, 6, 3])
+        async with running(queue):
+            await until(lambda: len(source.published) == 3 and bool(source.refused))
+        assert source.refused == [b"6"]
+        assert source.published == {b"1": 1.0, b"2": 2.0, b"3": 3.0}
+        assert metrics.encode_failures.value() == runtime.cleared == 6  # two attempts each at four, two and one user
+        assert runtime.calls[0] == runtime.calls[1]
+
+    asyncio.run(scenario())
+
+
+def test_an_encoder_that_recovers_loses_nobody() -> None:
+    """One failed attempt makes the worker unready; the next one serves the same users, and it is ready again."""
+    failing = threading.Event()
+    failing.set()
+
+    def trouble(users: Sequence[bytes]) -> None:
+        if failing.is_set():
+            raise RuntimeError("for now")
+
+    async def scenario() -> None:
+        source = Source()
+        queue = EncodeQueue(Runtime(trouble), EncodeQueuePolicy(attempts_max=1_000, retry_backoff_ms=1), Metrics())
+        put(queue, source, [1, 2])
+        assert queue.healthy
+        async with running(queue):
+            await until(lambda: not queue.healthy)
+            failing.clear()
+            await until(lambda: len(source.published) == 2)
+        assert queue.healthy
+        assert source.refused == []
+
+    asyncio.run(scenario())
+
+
+def test_an_encoder_that_hangs_is_noticed() -> None:
+    """While the encoder sits on a batch the queue is busy, then unhealthy; once it goes on, the users are published."""
+    go_on = threading.Event()
+
+    async def scenario() -> None:
+        source = Source()
+        queue = EncodeQueue(Runtime(lambda users: bool(go_on.wait(WAIT_S)) and None), POLICY, Metrics())
+        put(queue, source, [1])
+        async with running(queue):
+            await until(lambda: len(queue) == 0)
+            assert queue.is_busy
+            await until(lambda: not queue.healthy)
+            go_on.set()
+            await until(lambda: len(source.published) == 1)
+        assert queue.healthy
+        assert not queue.is_busy
+
+    asyncio.run(scenario())
+
+
+POLICY = EncodeQueuePolicy(stuck_after_ms=30)
+
+
+def test_nan_is_dead_lettered_and_the_others_are_published() -> None:
+    """A user whose embedding is NaN is refused; its neighbours in the batch, also of other partitions, are not."""
+
+    async def scenario() -> None:
+        queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Source(), Source()
+        put(queue, one, [1, 13])
+        put(queue, two, [2])
+        async with running(queue):
+            await until(lambda: bool(one.refused and one.published and two.published))
+        assert one.refused == [b"13"]
+        assert (one.published, two.published, two.refused) == ({b"1": 1.0}, {b"2": 2.0}, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_partition_given_back_leaves_the_queue() -> None:
+    """`drop` forgets the users of one partition and of no other."""
+    queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Source(), Source()
+    put(queue, one, [1, 2], HIGH)
+    put(queue, two, [3])
+    queue.drop(one)
+    assert len(queue) == 1
+    queue.drop(two)
+    assert len(queue) == 0
+    assert not queue.is_busy
+
+
+def test_the_event_loop_turns_while_the_encoder_works() -> None:
+    """A micro-batch of 200 ms does not hold up the loop for as much as half of that, though 50 ms are its due."""
+
+    async def scenario() -> None:
+        source = Source()
+        queue = EncodeQueue(Runtime(lambda users: time.sleep(0.2)), EncodeQueuePolicy(), Metrics())
+        put(queue, source, [1])
+        longest, last = 0.0, time.monotonic()
+        async with running(queue):
+            while not source.published:
+                await asyncio.sleep(0.001)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        assert longest < 0.1
+
+    asyncio.run(scenario())
