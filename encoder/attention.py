@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from encoder.arrays import F64
 
 ROTARY_BASE = 10_000.0
 BIAS_UNIT_S = 60.0
@@ -56,7 +57,7 @@ def rotation_at(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return torch.cos(angle).float().unsqueeze(-2), torch.sin(angle).float().unsqueeze(-2)
 
 
-def rotary_periods(head_dim: int) -> npt.NDArray[np.float64]:
+def rotary_periods(head_dim: int) -> F64:
     """[K / 2] positions in which each pair of `rotation_at` turns once."""
     half = head_dim // 2
     return 2 * math.pi * ROTARY_BASE ** (np.arange(half) / half)

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from encoder.actions.columns import Actions, name_code
-
-Ints = npt.NDArray[np.int64]
+from encoder.arrays import I64, U64
 
 FEATURE_VERSION = 1
 """Changes whenever the meaning of a column below does; a release trained with another version is refused."""
@@ -30,7 +28,7 @@ UNKNOWN = 0
 class Vocabularies:
     """What a release knows. Row 0 of each is shared by everything unknown; known ids follow in the order given."""
 
-    item_keys: npt.NDArray[np.uint64]
+    item_keys: U64
     """[I] strictly increasing; the key at index i has row i + 1."""
     actions: tuple[str, ...]
     surfaces: tuple[str, ...]
@@ -42,7 +40,7 @@ class Vocabularies:
             if len({name_code(name) for name in names} - {0}) != len(names):
                 raise ValueError(f"two {what} share a code, or one is empty or repeated: {names}; rename one")
 
-    def item_rows(self, keys: npt.NDArray[np.uint64]) -> Ints:
+    def item_rows(self, keys: U64) -> I64:
         """Rows of item keys, `UNKNOWN` for those outside the vocabulary; shape kept."""
         if not len(self.item_keys):
             return np.zeros(keys.shape, np.int64)
@@ -50,7 +48,7 @@ class Vocabularies:
         return np.where(self.item_keys[at] == keys, at + 1, UNKNOWN).astype(np.int64)
 
 
-def code_rows(names: Sequence[str]) -> npt.NDArray[np.int64]:
+def code_rows(names: Sequence[str]) -> I64:
     """[65,536] table from the code of a name to its row, `UNKNOWN` elsewhere."""
     rows = np.zeros(1 << 16, np.int64)
     rows[[name_code(name) for name in names]] = np.arange(1, len(names) + 1)
@@ -80,22 +78,22 @@ class Features:
 class Tokens:
     """The columns of `Features` for N actions of one or many users, as numpy arrays [N]."""
 
-    item: Ints
-    action: Ints
-    surface: Ints
-    duration_ms: Ints
-    time_ms: Ints
-    gap_ms: Ints
-    position: Ints
+    item: I64
+    action: I64
+    surface: I64
+    duration_ms: I64
+    time_ms: I64
+    gap_ms: I64
+    position: I64
 
-    def features(self, rows: Ints | None = None) -> Features:
+    def features(self, rows: I64 | None = None) -> Features:
         """All rows, or those named in any shape; a negative one is padding and reads as an unknown action at time 0."""
         if rows is None:
             return Features(*(torch.from_numpy(getattr(self, name)) for name in self.__slots__))
         padding = rows < 0
         at = np.where(padding, 0, rows) if padding.any() else rows
 
-        def column(values: Ints) -> Tensor:
+        def column(values: I64) -> Tensor:
             taken = values.take(at)
             if at is not rows:
                 taken[padding] = 0
@@ -112,7 +110,7 @@ class Tokenizer:
         self._action_rows = code_rows(vocabularies.actions)
         self._surface_rows = code_rows(vocabularies.surfaces)
 
-    def tokenize(self, actions: Actions, starts: Ints, positions: Ints, rows: Ints | None = None) -> Tokens:
+    def tokenize(self, actions: Actions, starts: I64, positions: I64, rows: I64 | None = None) -> Tokens:
         """Columns of N actions, users one after another, each oldest first, or of R `rows` of them alone.
 
         `starts` [U + 1] bounds the users as in `SequenceBatch`; `positions` [N] or [R] counts each user's actions from
@@ -133,7 +131,7 @@ class Tokenizer:
         )
 
 
-def gaps_ms(time_ms: Ints, starts: Ints) -> Ints:
+def gaps_ms(time_ms: I64, starts: I64) -> I64:
     """[N] event time since the row before, 0 at the first row of each user."""
     gaps = np.zeros(len(time_ms), np.int64)
     np.subtract(time_ms[1:], time_ms[:-1], out=gaps[1:])
@@ -141,13 +139,13 @@ def gaps_ms(time_ms: Ints, starts: Ints) -> Ints:
     return np.maximum(gaps, 0, out=gaps)
 
 
-def sequence_positions(starts: Ints, counts: Ints) -> Ints:
+def sequence_positions(starts: I64, counts: I64) -> I64:
     """[N] positions of the rows of a `SequenceBatch`: the newest row of user u has position counts[u] - 1."""
     lengths = np.diff(starts)
     return np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[1:] - counts, lengths)
 
 
-def padded_rows(starts: Ints, *, length: int | None = None) -> Ints:
+def padded_rows(starts: I64, *, length: int | None = None) -> I64:
     """[U, L] row numbers of each user's sequence, oldest first, -1 behind its end; L is the longest or `length`."""
     lengths = np.diff(starts)
     width = int(lengths.max(initial=0)) if length is None else length

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from torch.nn import functional as F
 from xxhash import xxh3_64_intdigest
 
 from encoder.actions.columns import item_key
+from encoder.arrays import F32, I64, U64
 
-Keys = npt.NDArray[np.uint64]
+Keys = U64
 
 TEXT_BUCKETS = 1 << 16
 """Rows of the hashed n-gram table (ItemSage hashes its tokens too: arXiv 2205.11728, section 4.2)."""
@@ -50,7 +50,7 @@ class FixedItems(nn.Module):
 
     vectors: Tensor
 
-    def __init__(self, vectors: npt.NDArray[np.float32]) -> None:
+    def __init__(self, vectors: F32) -> None:
         super().__init__()
         self.register_buffer("vectors", torch.from_numpy(np.ascontiguousarray(vectors, np.float32)))
         self.unknown = nn.Parameter(torch.zeros(1, vectors.shape[1]))
@@ -99,7 +99,7 @@ class TextItems(nn.Module):
 ItemVectors = TrainedItems | FixedItems | TextItems
 
 
-def text_grams(text: str) -> npt.NDArray[np.int64]:
+def text_grams(text: str) -> I64:
     """Buckets of the words, word pairs and character trigrams of a text, lower-cased; [G]."""
     words = re.findall(r"\w+", text.lower())
     pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
@@ -107,7 +107,7 @@ def text_grams(text: str) -> npt.NDArray[np.int64]:
     return np.array([xxh3_64_intdigest(gram.encode()) % TEXT_BUCKETS for gram in (*words, *pairs, *trigrams)], np.int64)
 
 
-def read_vectors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+def read_vectors(path: Path) -> tuple[Keys, F32]:
     """Keys [I] strictly increasing and vectors [I, V] of a file.
 
     Either `x.safetensors` with tensors `vectors` [I, V] and `keys` [I] (unsigned 64-bit), or `x.npy` [I, V] beside
@@ -125,7 +125,7 @@ def read_vectors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
     return keys, vectors
 
 
-def _read_safetensors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+def _read_safetensors(path: Path) -> tuple[Keys, F32]:
     try:
         tensors = load_file(path)
         return tensors["keys"].astype(np.uint64), tensors["vectors"]
@@ -133,10 +133,10 @@ def _read_safetensors(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
         raise ItemError(f"item vectors cannot be read: {path} ({error}); it needs tensors keys and vectors") from error
 
 
-def _read_npy(path: Path) -> tuple[Keys, npt.NDArray[np.float32]]:
+def _read_npy(path: Path) -> tuple[Keys, F32]:
     try:
         ids = path.with_suffix(".ids.txt").read_text(encoding="utf-8").splitlines()
-        vectors: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+        vectors: F32 = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ItemError(f"item vectors cannot be read: {path} ({error}); it needs a .npy and an .ids.txt") from error
     return np.array([item_key(text) for text in ids], np.uint64), vectors

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from encoder.arrays import F32, U64
 from encoder.features import FEATURE_VERSION, Tokenizer, Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import AnyEncoder, EncoderConfig, build_encoder
@@ -63,7 +63,7 @@ class Release:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.vocabularies)
 
-    def item_vectors(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+    def item_vectors(self) -> tuple[U64, F32]:
         """Keys [I] and vectors [I, E] of the known items; a user's score for an item is their dot product."""
         with torch.inference_mode():
             vectors = self.model.item_embeddings()[1:].float().cpu().numpy()

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from encoder.arrays import I64, Bool
+
 ACTION_DTYPE = np.dtype(
     [
         ("item", "<u8"),  # item_key(item id)
@@ -54,9 +56,9 @@ class ActionBatch:
     """User ids as they key the record, UTF-8; length N."""
     actions: Actions
     """[N] of ACTION_DTYPE."""
-    offsets: npt.NDArray[np.int64]
+    offsets: I64
     """[N], strictly increasing source offsets."""
-    is_tombstone: npt.NDArray[np.bool_]
+    is_tombstone: Bool
     """[N]."""
 
     def __len__(self) -> int:
@@ -76,11 +78,11 @@ class SequenceBatch:
     users: Sequence[bytes]
     actions: Actions
     """[N] rows of all users."""
-    starts: npt.NDArray[np.int64]
+    starts: I64
     """[U + 1]: user u owns rows starts[u] to starts[u + 1]."""
-    counts: npt.NDArray[np.int64]
+    counts: I64
     """[U]."""
-    revisions: npt.NDArray[np.int64]
+    revisions: I64
     """[U]."""
 
     def __len__(self) -> int:

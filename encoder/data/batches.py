@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encoder.features import Ints
+from encoder.arrays import I64
 from encoder.training.recipe import DataConfig
 
 LENGTH_STEP = 16
@@ -21,11 +21,11 @@ LENGTH_STEP = 16
 class Chunks:
     """C pieces of histories: rows first[c] to first[c] + length[c] of the log."""
 
-    first: Ints
-    length: Ints
+    first: I64
+    length: I64
 
 
-def epoch_chunks(starts: Ints, chunk: int, rng: np.random.Generator) -> Chunks:
+def epoch_chunks(starts: I64, chunk: int, rng: np.random.Generator) -> Chunks:
     """Cut each user's rows at a random phase and every `chunk` rows from there; every row is in one chunk."""
     lengths = np.diff(starts)
     phase = rng.integers(0, chunk, len(lengths))
@@ -39,8 +39,8 @@ def epoch_chunks(starts: Ints, chunk: int, rng: np.random.Generator) -> Chunks:
 
 
 def epoch_batches(
-    starts: Ints, config: DataConfig, rng: np.random.Generator, *, rank: int = 0, ranks: int = 1
-) -> Iterator[Ints]:
+    starts: I64, config: DataConfig, rng: np.random.Generator, *, rank: int = 0, ranks: int = 1
+) -> Iterator[I64]:
     """Row matrices [B, L] of one epoch, -1 behind the end, each of at most `batch_tokens` padded tokens.
 
     Of several processes each takes every `ranks`-th batch; what is left over at the end of an epoch is not used.
@@ -55,7 +55,7 @@ def epoch_batches(
         yield np.where(at < chunks.length[members, None], chunks.first[members, None] + at, -1)
 
 
-def _groups(padded: Ints, batch_tokens: int) -> Iterator[slice]:
+def _groups(padded: I64, batch_tokens: int) -> Iterator[slice]:
     """Slices of ascending lengths whose padded size stays within `batch_tokens`, at least one chunk each."""
     start = 0
     while start < len(padded):

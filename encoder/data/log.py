@@ -22,7 +22,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
-from encoder.features import Ints, Tokenizer, Tokens, Vocabularies
+from encoder.arrays import F64, I64, U64, Bool
+from encoder.features import Tokenizer, Tokens, Vocabularies
 
 DAY_MS = 86_400_000
 
@@ -54,9 +55,9 @@ class LogColumns:
 class ItemCounts:
     """How often items are acted on."""
 
-    keys: npt.NDArray[np.uint64]
+    keys: U64
     """[I] strictly increasing."""
-    counts: Ints
+    counts: I64
     """[I]."""
 
     def __add__(self, other: ItemCounts) -> ItemCounts:
@@ -68,7 +69,7 @@ class ItemCounts:
     def total(parts: Iterable[ItemCounts]) -> ItemCounts:
         return reduce(ItemCounts.__add__, parts)
 
-    def frequent(self, items_min: int) -> npt.NDArray[np.uint64]:
+    def frequent(self, items_min: int) -> U64:
         """Keys of the items that occur at least `items_min` times."""
         return self.keys[self.counts >= items_min]
 
@@ -102,7 +103,7 @@ class ActionLog:
 
     users: npt.NDArray[np.str_]
     """[U] user ids."""
-    starts: Ints
+    starts: I64
     """[U + 1]: user u owns rows starts[u] to starts[u + 1]."""
     actions: Actions
     """[N] of ACTION_DTYPE."""
@@ -116,7 +117,7 @@ class ActionLog:
         return len(self.actions)
 
     @property
-    def user_of_row(self) -> Ints:
+    def user_of_row(self) -> I64:
         """[N] index of each row's user."""
         return np.repeat(np.arange(len(self.users)), np.diff(self.starts))
 
@@ -134,7 +135,7 @@ class ActionLog:
         yield self.actions.tobytes()
         yield self.starts.tobytes()
 
-    def select(self, rows: npt.NDArray[np.bool_]) -> ActionLog:
+    def select(self, rows: Bool) -> ActionLog:
         """The log of the rows [N] that are True; users keep their place, also those left without actions."""
         starts = np.concatenate([[0], np.cumsum(rows)])[self.starts]
         return ActionLog(self.users, starts, self.actions[rows], self.action_names, self.surface_names, self.item_ids)
@@ -143,7 +144,7 @@ class ActionLog:
         """The actions on items that occur at least `items_min` times."""
         return self.with_items(self.item_counts().frequent(items_min)) if items_min > 1 else self
 
-    def with_items(self, keys: npt.NDArray[np.uint64]) -> ActionLog:
+    def with_items(self, keys: U64) -> ActionLog:
         """The actions on items with one of the keys."""
         return self.select(np.isin(self.actions["item"], keys))
 
@@ -164,7 +165,7 @@ class ActionLog:
         items = self.actions["item"]
         return ItemCounts(*np.unique(items[self.is_of(names)] if names else items, return_counts=True))
 
-    def is_of(self, names: tuple[str, ...]) -> npt.NDArray[np.bool_]:
+    def is_of(self, names: tuple[str, ...]) -> Bool:
         """[N] whether an action is of one of the named types; all are if none is named."""
         if not names:
             return np.ones(len(self), np.bool_)
@@ -225,7 +226,7 @@ def log_from_table(table: pa.Table, columns: LogColumns) -> ActionLog:
     return ActionLog(np.array(users), starts, rows[order], action_names, surface_names, np.array(items))
 
 
-def distinct(table: pa.Table, name: str) -> tuple[list[str], Ints]:
+def distinct(table: pa.Table, name: str) -> tuple[list[str], I64]:
     """Distinct values as text, in order of first appearance, and the index of each row's value. Raises `LogError`."""
     column = table[name].combine_chunks()
     if column.null_count:
@@ -244,16 +245,16 @@ def _codes(table: pa.Table, name: str) -> tuple[tuple[str, ...], npt.NDArray[np.
     return tuple(values[i] for i in order if values[i]), codes[at]
 
 
-def times_ms(table: pa.Table, columns: LogColumns) -> Ints:
+def times_ms(table: pa.Table, columns: LogColumns) -> I64:
     """[N] event times. Raises `LogError`."""
     column = table[columns.timestamp]
     if column.null_count:
         raise LogError(f"column {columns.timestamp} has {column.null_count} missing values; drop those rows")
     if pa.types.is_timestamp(column.type):
-        whole: Ints = pc.cast(column, pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy()
+        whole: I64 = pc.cast(column, pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy()
         return whole
     try:
-        values: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy()
+        values: F64 = pc.cast(column, pa.float64()).to_numpy()
     except pa.ArrowInvalid as error:
         raise LogError(f"column {columns.timestamp} holds no times ({error}); give epoch seconds or ms") from error
     return np.rint(values * (1_000 if columns.time_unit == "s" else 1)).astype(np.int64)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from encoder.actions.columns import item_key
+from encoder.arrays import I64
 from encoder.data.log import (
     ActionLog,
     LogColumns,
@@ -35,7 +36,6 @@ from encoder.data.log import (
     times_ms,
 )
 from encoder.distributed import is_first
-from encoder.features import Ints
 
 FOLDER = "log-shards"
 MANIFEST = "shards.json"
@@ -157,7 +157,7 @@ class _Writer:
         beside.write_text(json.dumps(values))
         beside.replace(self._folder / MANIFEST)
 
-    def _spread(self, gulp: pa.Table, writers: Sequence[Any]) -> Ints:
+    def _spread(self, gulp: pa.Table, writers: Sequence[Any]) -> I64:
         """Write each row to its user's file, in the order given; returns how many went to each file."""
         users, at = distinct(gulp, self._columns.user)
         file = np.array([item_key(user) % self._count for user in users], np.int64)[at]

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from encoder.arrays import I64, Bool
 from encoder.data.log import ActionLog, ItemCounts
 from encoder.data.shards import Shards
-from encoder.features import UNKNOWN, Ints, Vocabularies
+from encoder.features import UNKNOWN, Vocabularies
 
 LAST_USERS_MAX = 2_000
 
@@ -54,15 +54,15 @@ class SplitConfig:
 class Questions:
     """Q pairs of rows of one log, ascending."""
 
-    asked: Ints
+    asked: I64
     """[Q] the newest action when the question is put."""
-    answer: Ints
+    answer: I64
     """[Q] the action that came."""
 
     def __len__(self) -> int:
         return len(self.asked)
 
-    def select(self, chosen: npt.NDArray[np.bool_]) -> Questions:
+    def select(self, chosen: Bool) -> Questions:
         return Questions(self.asked[chosen], self.answer[chosen])
 
     def known(self, log: ActionLog, vocabularies: Vocabularies) -> Questions:
@@ -199,23 +199,23 @@ def _by_time(log: ActionLog, validation_ms: int, test_ms: int) -> Split:
     return Split(log, log.before(validation_ms), _next(validation), _next(test), test_ms)
 
 
-def _of_held_users(split: Split, held: npt.NDArray[np.bool_]) -> Split:
+def _of_held_users(split: Split, held: Bool) -> Split:
     """The questions of the users [U] that are True, and the training without them."""
     user = split.log.user_of_row
     validation, test = (part.select(held[user[part.answer]]) for part in (split.validation, split.test))
     return Split(split.log, split.train.select(~held[split.train.user_of_row]), validation, test, split.later_ms)
 
 
-def _rows_from_the_end(log: ActionLog, place: int, *, at_least: int) -> Ints:
+def _rows_from_the_end(log: ActionLog, place: int, *, at_least: int) -> I64:
     """Row `place` from the end (1 is the last) of each user with `at_least` actions."""
     return log.starts[1:][np.diff(log.starts) >= at_least] - place
 
 
-def _next(answers: Ints) -> Questions:
+def _next(answers: I64) -> Questions:
     return Questions(answers - 1, answers)
 
 
-def _without(log: ActionLog, rows: Ints) -> ActionLog:
+def _without(log: ActionLog, rows: I64) -> ActionLog:
     kept = np.ones(len(log), np.bool_)
     kept[rows] = False
     return log.select(kept)

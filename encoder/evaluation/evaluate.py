@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow.csv
 
 from encoder.actions.columns import item_key
+from encoder.arrays import I64
 from encoder.data.log import ActionLog, LogError
 from encoder.data.split import Questions, SplitConfig, make_split
 from encoder.evaluation.next_item import Exam, Scores, known_items
 from encoder.evaluation.queries import NewestRows
 from encoder.evaluation.ranking import bootstrap_interval, interest_entropy, p90_coverage
-from encoder.features import Ints, Vocabularies
+from encoder.features import Vocabularies
 from encoder.release import Release
 
 INTEREST_TOP = 50
@@ -39,7 +40,7 @@ class Column:
     ndcg10: float
 
     @classmethod
-    def of(cls, scores: Scores, users: Ints, seed: int) -> Column:
+    def of(cls, scores: Scores, users: I64, seed: int) -> Column:
         interval = bootstrap_interval((scores.ranks < 10).astype(np.float64), users, seed=seed)
         return cls(scores.hr10, interval, scores.ndcg10)
 
@@ -68,7 +69,7 @@ class Grading:
     hide_seen: bool
     candidates: int = 0
     """Answers are ranked among so many random items, the same for all; 0 for all items."""
-    interests: Ints | None = None
+    interests: I64 | None = None
     """[I] interest of each item of the vocabulary."""
     seed: int = 1
 
@@ -127,7 +128,7 @@ def grade(release: Release, log: ActionLog, name: str, questions: Questions, gra
     )
 
 
-def read_interests(path: Path, vocabularies: Vocabularies) -> Ints:
+def read_interests(path: Path, vocabularies: Vocabularies) -> I64:
     """[I] interest of each known item, from a CSV with the columns `item_id` and `interest`; 0 for items not named."""
     try:
         table = pyarrow.csv.read_csv(path)

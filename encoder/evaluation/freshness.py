@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 
+from encoder.arrays import F64, I64, Bool
 from encoder.data.log import DAY_MS, ActionLog, LogError
 from encoder.evaluation.next_item import MISSED, known_items, known_pairs
 from encoder.evaluation.queries import NewestRows, embeddings_after, items_before
-from encoder.evaluation.ranking import Floats, bootstrap_interval, hits_at, target_ranks
-from encoder.features import UNKNOWN, Ints
+from encoder.evaluation.ranking import bootstrap_interval, hits_at, target_ranks
+from encoder.features import UNKNOWN
 from encoder.release import Release
 
 HOUR_MS, MINUTE_MS = 3_600_000, 60_000
@@ -86,7 +86,7 @@ def freshness_table(
     answers = _answers(log, newest, time_ms, (from_ms, until_ms), questions_max, seed)
     user, when = log.user_of_row[answers], time_ms[answers]
     sessions_ms = session_starts_ms(log.starts, time_ms, round(session_gap_minutes * MINUTE_MS))
-    limits: dict[str, tuple[int | None, Ints]] = {
+    limits: dict[str, tuple[int | None, I64]] = {
         "once": (None, np.full_like(when, from_ms)),
         "daily": (None, when // DAY_MS * DAY_MS),
         "hourly": (None, when // HOUR_MS * HOUR_MS),
@@ -103,8 +103,8 @@ def freshness_table(
 
 
 def _answers(
-    log: ActionLog, newest: NewestRows, time_ms: Ints, span: tuple[int, int], questions_max: int, seed: int
-) -> Ints:
+    log: ActionLog, newest: NewestRows, time_ms: I64, span: tuple[int, int], questions_max: int, seed: int
+) -> I64:
     rows = np.flatnonzero((time_ms >= span[0]) & (time_ms < span[1]))
     rows = rows[newest.before(log.user_of_row[rows], np.full_like(rows, span[0])) >= 0]
     if not len(rows):
@@ -112,19 +112,19 @@ def _answers(
     return np.sort(np.random.default_rng(seed).permutation(rows)[:questions_max])
 
 
-def session_starts_ms(starts: Ints, time_ms: Ints, gap_ms: int) -> Ints:
+def session_starts_ms(starts: I64, time_ms: I64, gap_ms: int) -> I64:
     """[N] event time at which the session of each row began; a session ends where nothing happens for `gap_ms`."""
     begins = np.ones(len(time_ms), np.bool_)
     begins[1:] = np.diff(time_ms) >= gap_ms
     begins[starts[:-1][np.diff(starts) > 0]] = True
     session = np.cumsum(begins) - 1
-    first: Ints = time_ms[begins][session]
+    first: I64 = time_ms[begins][session]
     return first
 
 
 def held_hits(
-    release: Release, log: ActionLog, answers: Ints, held: dict[str, Ints], *, hide_seen: bool
-) -> dict[str, Floats]:
+    release: Release, log: ActionLog, answers: I64, held: dict[str, I64], *, hide_seen: bool
+) -> dict[str, F64]:
     """For each reader, [Q] 1 where the answer is among the ten best of the embedding after row `held` (-1: none)."""
     tokens, items = log.tokens(release.vocabularies), known_items(release.model)
     rows = np.unique(np.concatenate([np.zeros(0, np.int64), *held.values()]))
@@ -147,10 +147,10 @@ def held_hits(
 def _reader(
     name: str,
     staleness_ms: int | None,
-    hits: Floats,
-    fresh: Floats,
-    empty: npt.NDArray[np.bool_],
-    user: Ints,
+    hits: F64,
+    fresh: F64,
+    empty: Bool,
+    user: I64,
     seed: int,
 ) -> Reader:
     difference = fresh - hits

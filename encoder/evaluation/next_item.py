@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encoder.arrays import I64
 from encoder.data.log import DAY_MS, ActionLog
 from encoder.data.split import Questions
 from encoder.evaluation.queries import embeddings_after, items_before
 from encoder.evaluation.ranking import hits_at, ndcg_at, target_ranks, top_items
-from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
+from encoder.features import UNKNOWN, Tokens, Vocabularies
 from encoder.model import AnyEncoder
 
 MISSED = np.iinfo(np.int64).max
@@ -32,10 +33,10 @@ class Scores:
 
     hr10: float
     ndcg10: float
-    ranks: Ints
+    ranks: I64
 
     @classmethod
-    def of(cls, ranks: Ints) -> Scores:
+    def of(cls, ranks: I64) -> Scores:
         return cls(float(hits_at(ranks, 10).mean()), float(ndcg_at(ranks, 10).mean()), ranks)
 
 
@@ -49,7 +50,7 @@ class Exam:
         questions: Questions,
         *,
         hide_seen: bool,
-        candidates: Ints | None = None,
+        candidates: I64 | None = None,
     ) -> None:
         """`candidates` are rows of the vocabulary's items, from 0, among which answers are ranked; None takes all."""
         self.log, self.questions, self.candidates = log, questions, candidates
@@ -77,7 +78,7 @@ class Exam:
         ranks = target_ranks(queries, items, self.answers[self.known] - 1, self._seen, self.candidates)
         return Scores.of(self._full(ranks))
 
-    def top(self, queries: Tensor, items: Tensor, k: int) -> Ints:
+    def top(self, queries: Tensor, items: Tensor, k: int) -> I64:
         """[K, k] rows of the items that queries [K, E] rank highest, from 0."""
         return top_items(queries, items, k, self._seen)
 
@@ -100,17 +101,17 @@ class Exam:
         return Scores.of(self._full(ranks))
 
     @property
-    def asked(self) -> Ints:
+    def asked(self) -> I64:
         """[K] the newest action of each question whose answer is known."""
-        asked: Ints = self.questions.asked[self.known]
+        asked: I64 = self.questions.asked[self.known]
         return asked
 
-    def _full(self, ranks: Ints) -> Ints:
+    def _full(self, ranks: I64) -> I64:
         all_ranks = np.full(len(self.known), MISSED)
         all_ranks[self.known] = ranks
         return all_ranks
 
-    def _hidden(self) -> tuple[Ints, Ints]:
+    def _hidden(self) -> tuple[I64, I64]:
         return known_pairs(items_before(self.tokens, self.log.starts, self.asked))
 
 
@@ -120,13 +121,13 @@ def known_items(model: AnyEncoder) -> Tensor:
         return model.item_embeddings().float()[1:].to("cpu", copy=True)
 
 
-def known_pairs(pairs: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+def known_pairs(pairs: tuple[I64, I64]) -> tuple[I64, I64]:
     """The pairs (query, item row) of known items, items numbered from 0."""
     query, item = pairs
     return query[item != UNKNOWN], item[item != UNKNOWN] - 1
 
 
-def _pairs_of(pairs: tuple[Ints, Ints], queries: Ints) -> tuple[Ints, Ints]:
+def _pairs_of(pairs: tuple[I64, I64], queries: I64) -> tuple[I64, I64]:
     """The pairs (query, item) of ascending `queries`, which are numbered anew from 0."""
     first, last = (np.searchsorted(pairs[0], queries, side=side) for side in SIDES)
     sizes = last - first

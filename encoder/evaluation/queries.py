@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.features import Ints, Tokens, padded_rows
+from encoder.arrays import I64
+from encoder.features import Tokens, padded_rows
 from encoder.model import AnyEncoder, StreamingEncoder, newest
 
 BATCH_TOKENS = 16_384
 
 
 @torch.inference_mode()
-def embeddings_after(
-    model: AnyEncoder, tokens: Tokens, starts: Ints, rows: Ints, since_ms: Ints | None = None
-) -> Tensor:
+def embeddings_after(model: AnyEncoder, tokens: Tokens, starts: I64, rows: I64, since_ms: I64 | None = None) -> Tensor:
     """[Q, E]: for each row of the log, the embedding of its user when that row was the newest action.
 
     `since_ms` [Q], where given, is the time from that action to the request and goes through the read-out. Computed
@@ -36,7 +35,7 @@ def embeddings_after(
     return embedded.cpu()
 
 
-def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
+def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, starts: I64, rows: I64) -> None:
     """One pass over each asked user's history gives all of its positions, for what was computed never changes.
 
     It begins as far before the first asked row as that row can see.
@@ -61,7 +60,7 @@ def _fill_streaming(hidden: Tensor, model: StreamingEncoder, tokens: Tokens, sta
         hidden[mine] = out[torch.from_numpy(line), torch.from_numpy(rows[mine] - first[inverse[mine]])]
 
 
-def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: Ints, rows: Ints) -> None:
+def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: I64, rows: I64) -> None:
     """Each query is a pass of its own over its last M actions."""
     user = np.searchsorted(starts, rows, side="right") - 1
     lengths = np.minimum(rows + 1 - starts[user], model.config.sequence_length)
@@ -81,20 +80,20 @@ def _fill_window(hidden: Tensor, model: AnyEncoder, tokens: Tokens, starts: Ints
 class NewestRows:
     """Finds each user's newest row before a time; users and times are packed into one sorted column."""
 
-    def __init__(self, starts: Ints, time_ms: Ints) -> None:
+    def __init__(self, starts: I64, time_ms: I64) -> None:
         self._starts, self._origin = starts, int(time_ms.min(initial=0))
         self._span = int(time_ms.max(initial=0)) - self._origin + 2
         user = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         self._keys = user * self._span + (time_ms - self._origin)
 
-    def before(self, user: Ints, time_ms: Ints) -> Ints:
+    def before(self, user: I64, time_ms: I64) -> I64:
         """[Q] the newest row of each user with an event time below the given one, -1 where there is none."""
         time = np.clip(time_ms - self._origin, 0, self._span - 1)
         rows = np.searchsorted(self._keys, user * self._span + time) - 1
         return np.where(rows >= self._starts[user], rows, -1)
 
 
-def _batches(lengths: Ints) -> list[tuple[int, int]]:
+def _batches(lengths: I64) -> list[tuple[int, int]]:
     """Bounds of groups of ascending lengths within `BATCH_TOKENS` padded tokens, at least one each."""
     bounds, begin = [], 0
     for end in range(1, len(lengths) + 1):
@@ -104,7 +103,7 @@ def _batches(lengths: Ints) -> list[tuple[int, int]]:
     return bounds
 
 
-def items_before(tokens: Tokens, starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
+def items_before(tokens: Tokens, starts: I64, rows: I64) -> tuple[I64, I64]:
     """Pairs (query, item row) of the known items in each row's user's history up to and with that row, by query."""
     user = np.searchsorted(starts, rows, side="right") - 1
     lengths = rows + 1 - starts[user]

@@ -7,13 +7,11 @@ Shapes: Q queries, E embedding, I items.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from encoder.features import Ints
+from encoder.arrays import F64, I64
 
-Floats = npt.NDArray[np.float64]
 CHUNK = 512
 """Queries whose scores exist at one time."""
 
@@ -21,10 +19,10 @@ CHUNK = 512
 def target_ranks(
     queries: Tensor,
     items: Tensor,
-    targets: Ints,
-    hidden: tuple[Ints, Ints] | None = None,
-    candidates: Ints | None = None,
-) -> Ints:
+    targets: I64,
+    hidden: tuple[I64, I64] | None = None,
+    candidates: I64 | None = None,
+) -> I64:
     """[Q] rank of each query's target among all items, or the candidates, but those hidden from it.
 
     `queries` [Q, E], `items` [I, E], `targets` [Q] rows of items; `hidden` gives pairs (query, item row), sorted by
@@ -48,7 +46,7 @@ def target_ranks(
     return ranks
 
 
-def top_items(queries: Tensor, items: Tensor, k: int, hidden: tuple[Ints, Ints] | None = None) -> Ints:
+def top_items(queries: Tensor, items: Tensor, k: int, hidden: tuple[I64, I64] | None = None) -> I64:
     """[Q, k] rows of the best items of each query, best first, without those hidden from it."""
     best = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), CHUNK):
@@ -59,12 +57,12 @@ def top_items(queries: Tensor, items: Tensor, k: int, hidden: tuple[Ints, Ints] 
     return best
 
 
-def _hidden_part(hidden: tuple[Ints, Ints], start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _hidden_part(hidden: tuple[I64, I64], start: int, stop: int) -> tuple[Tensor, Tensor]:
     first, last = np.searchsorted(hidden[0], [start, stop])
     return torch.from_numpy(hidden[0][first:last] - start), torch.from_numpy(hidden[1][first:last])
 
 
-def hits_at(ranks: Ints, k: int) -> Floats:
+def hits_at(ranks: I64, k: int) -> F64:
     """1 for each target among the best k, else 0. With one target a query, recall and hit rate are its mean.
 
     >>> hits_at(np.array([0, 9, 10, 500]), 10).tolist()  # the best item, the tenth, the eleventh, far away
@@ -73,7 +71,7 @@ def hits_at(ranks: Ints, k: int) -> Floats:
     return (ranks < k).astype(np.float64)
 
 
-def ndcg_at(ranks: Ints, k: int) -> Floats:
+def ndcg_at(ranks: I64, k: int) -> F64:
     """Discounted gain of each single target: 1 / log2(rank + 2) among the best k, else 0.
 
     >>> ndcg_at(np.array([0, 2, 6, 10]), 10).tolist()  # 1/log2(2), 1/log2(4), 1/log2(8), not among ten
@@ -82,7 +80,7 @@ def ndcg_at(ranks: Ints, k: int) -> Floats:
     return np.where(ranks < k, 1.0 / np.log2(ranks + 2.0), 0.0)
 
 
-def p90_coverage(top: Ints, *, items: int) -> float:
+def p90_coverage(top: I64, *, items: int) -> float:
     """The smallest fraction of the catalogue that makes up 90 % of all recommendations [Q, k] (PinnerFormer, 4.2).
 
     Ten recommendations over 20 items: item 7 eight times, 3 once, 5 once. Items 7 and 3 make 90 %: 2 of 20.
@@ -95,7 +93,7 @@ def p90_coverage(top: Ints, *, items: int) -> float:
     return float(reached + 1) / items
 
 
-def interest_entropy(top: Ints, interest: Ints) -> Floats:
+def interest_entropy(top: I64, interest: I64) -> F64:
     """[Q] entropy, in nats, of the interests of each query's recommendations [Q, k]; `interest` [I] maps items.
 
     Four results of interests a, a, b, c: -(1/2 ln 1/2 + 1/4 ln 1/4 + 1/4 ln 1/4) = 1.5 ln 2 = 1.04.
@@ -114,7 +112,7 @@ def interest_entropy(top: Ints, interest: Ints) -> Floats:
 
 
 def bootstrap_interval(
-    values: Floats, groups: Ints, *, seed: int, samples: int = 1_000, level: float = 0.95
+    values: F64, groups: I64, *, seed: int, samples: int = 1_000, level: float = 0.95
 ) -> tuple[float, float]:
     """Interval of the mean of values [Q], resampling whole groups [Q] (users), for one user's values hang together.
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.features import Features
-from encoder.inference.forward import Buffers, Floats, Steps
+from encoder.inference.forward import Buffers, Steps
 from encoder.inference.plan import Int64s, plan_tokens
 from encoder.inference.reference import TorchKernel
 from encoder.inference.transfer import fetched, sent
@@ -39,7 +40,7 @@ class CudaSteps(Steps):
         self.singles = [SingleStep(self, size) for size in SIZES]
 
     @torch.inference_mode()
-    def run(self, batch: SequenceBatch, users: Int64s, slots: Int64s, fresh: Int64s, firsts: Int64s) -> Floats:
+    def run(self, batch: SequenceBatch, users: Int64s, slots: Int64s, fresh: Int64s, firsts: Int64s) -> F32:
         order = np.argsort(fresh > 1, kind="stable")
         parts = np.split(order, [np.count_nonzero(fresh == 1)])
         started = [self._start(batch, users[p], slots[p], fresh[p], firsts[p]) for p in parts if len(p)]

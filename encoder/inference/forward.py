@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.features import Features
 from encoder.inference.kernel import Kernel
 from encoder.inference.linear import prepared
@@ -21,8 +21,6 @@ from encoder.inference.plan import Int64s, LayerRows, offsets_of, plan_tokens, s
 from encoder.inference.transfer import sent
 from encoder.model import Block, Head, StreamingEncoder
 from encoder.release import Release
-
-Floats = npt.NDArray[np.float32]
 
 
 class Steps:
@@ -42,7 +40,7 @@ class Steps:
         self._head = _Head(model.head, kernel, dtype)
 
     @torch.inference_mode()
-    def run(self, batch: SequenceBatch, users: Int64s, slots: Int64s, fresh: Int64s, firsts: Int64s) -> Floats:
+    def run(self, batch: SequenceBatch, users: Int64s, slots: Int64s, fresh: Int64s, firsts: Int64s) -> F32:
         """Embeddings [S, E] of `users` [S], indices into the batch, after their newest `fresh` [S] actions.
 
         `slots` [S] hold what came before, counted from position `firsts` [S]; they hold the new tokens afterwards.

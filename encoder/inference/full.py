@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.attention import attend
 from encoder.features import padded_rows, sequence_positions
-from encoder.inference.forward import Floats, Steps
+from encoder.inference.forward import Steps
 from encoder.inference.incremental import TOKENS_MAX, bounded, check
 from encoder.inference.plan import Int64s, offsets_of
 from encoder.inference.transfer import fetched, sent
@@ -40,7 +41,7 @@ class _FullRuntime:
         self._reach = reach
         self._users_max = users_max
 
-    def embed(self, batch: SequenceBatch) -> Floats:
+    def embed(self, batch: SequenceBatch) -> F32:
         """Embeddings [U, E] of length one. Each user has at least one row; raises `ValueError`."""
         check(batch)
         embeddings = np.empty((len(batch), self.embedding_dim), np.float32)
@@ -56,7 +57,7 @@ class _FullRuntime:
     def clear(self) -> None:
         """Nothing is kept."""
 
-    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> Floats:
+    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> F32:
         raise NotImplementedError
 
 
@@ -67,7 +68,7 @@ class FullStreamingRuntime(_FullRuntime):
         super().__init__(release, release.config.receptive_field, slots, steps.dtype)
         self._steps = steps
 
-    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> Floats:
+    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> F32:
         slots = np.arange(len(users))
         return self._steps.run(batch, users, slots, lengths, batch.counts[users] - lengths)
 
@@ -82,7 +83,7 @@ class FullWindowRuntime(_FullRuntime):
         self._tokenizer = release.tokenizer
 
     @torch.inference_mode()
-    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> Floats:
+    def _pass(self, batch: SequenceBatch, users: Int64s, lengths: Int64s) -> F32:
         starts = offsets_of(lengths)
         rows = np.repeat(batch.starts[users + 1] - starts[1:], lengths) + np.arange(starts[-1])
         tokens = self._tokenizer.tokenize(batch.actions[rows], starts, sequence_positions(starts, batch.counts[users]))

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from encoder.actions.columns import SequenceBatch
-from encoder.inference.forward import Floats, Steps
+from encoder.arrays import F32
+from encoder.inference.forward import Steps
 from encoder.inference.plan import Int64s
 from encoder.inference.slots import SlotTable
 from encoder.model import EncoderConfig
@@ -38,7 +39,7 @@ class IncrementalRuntime:
         self._steps = steps
         self._table = table
 
-    def embed(self, batch: SequenceBatch) -> Floats:
+    def embed(self, batch: SequenceBatch) -> F32:
         """Embeddings [U, E] of length one. Each user has at least one row and occurs once; raises `ValueError`."""
         check(batch)
         embeddings = np.empty((len(batch), self.embedding_dim), np.float32)
@@ -55,7 +56,7 @@ class IncrementalRuntime:
         """Drop what is kept of everybody."""
         self._table.clear()
 
-    def _embed_some(self, batch: SequenceBatch, users: Int64s, embeddings: Floats) -> None:
+    def _embed_some(self, batch: SequenceBatch, users: Int64s, embeddings: F32) -> None:
         """Embed consecutive users, at most as many as there are slots."""
         slots = self._table.take(batch.users[users[0] : users[-1] + 1])
         fresh, firsts = self._fresh(batch, users, slots)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from encoder.arrays import I64
+
+Int64s = I64
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.hardware import CPU, gpu_precision, own_device
 from encoder.inference.cuda import CudaSteps
 from encoder.inference.forward import Steps
@@ -46,7 +45,7 @@ class EncoderRuntime(Protocol):
     prefills: int
     """Embeddings so far for which a sequence was computed from its start."""
 
-    def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+    def embed(self, batch: SequenceBatch) -> F32:
         """Embeddings [U, E] of length one; each user occurs once and has at least one row, else `ValueError`."""
 
     def forget(self, users: Sequence[bytes]) -> None:

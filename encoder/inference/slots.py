@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
-import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from encoder.arrays import I64
+
+Int64s = I64
 
 
 class SlotTable:

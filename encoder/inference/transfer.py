@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from encoder.arrays import F32
 from encoder.inference.plan import Int64s
 
 
@@ -21,7 +21,7 @@ def sent(device: torch.device, *columns: Int64s) -> list[Tensor]:
     return list(torch.split(packed.to(device, non_blocking=True), [len(column) for column in columns]))
 
 
-def fetched(rows: Tensor) -> npt.NDArray[np.float32]:
+def fetched(rows: Tensor) -> F32:
     """Rows on the host, once everything that leads to them has been computed: the one wait of a step."""
     if rows.device.type == "cpu":
         return rows.numpy()

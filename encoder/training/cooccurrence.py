@@ -9,11 +9,11 @@ Shapes: N actions, I items, V item vector.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from encoder.features import UNKNOWN, Ints
+from encoder.arrays import F64, I64
+from encoder.features import UNKNOWN
 
 SPAN = 10
 """Actions apart at which two items still count as acted on together."""
@@ -23,7 +23,7 @@ STD = 0.1
 OVERSAMPLED, ITERATIONS = 16, 4
 
 
-def cooccurrence_vectors(item: Ints, user: Ints, *, items: int, dim: int, generator: torch.Generator) -> Tensor:
+def cooccurrence_vectors(item: I64, user: I64, *, items: int, dim: int, generator: torch.Generator) -> Tensor:
     """[I + 1, V] from item rows [N] in each user's order and users [N]; row 0 and items never seen are 0.
 
     With fewer items than `dim`, the columns behind are 0.
@@ -34,10 +34,10 @@ def cooccurrence_vectors(item: Ints, user: Ints, *, items: int, dim: int, genera
     return vectors * (STD / vectors.std().clamp(min=1e-6))
 
 
-def _mutual_information(item: Ints, user: Ints, items: int) -> Tensor:
+def _mutual_information(item: I64, user: I64, items: int) -> Tensor:
     """Sparse [I + 1, I + 1]: log of how much more often two items meet than by chance, where it is positive."""
-    keys: Ints = np.zeros(0, np.int64)
-    counts: npt.NDArray[np.float64] = np.zeros(0)
+    keys: I64 = np.zeros(0, np.int64)
+    counts: F64 = np.zeros(0)
     for apart in range(1, SPAN + 1):
         near = (user[apart:] == user[:-apart]) & (item[apart:] != UNKNOWN) & (item[:-apart] != UNKNOWN)
         pair = np.stack([item[:-apart][near], item[apart:][near]])

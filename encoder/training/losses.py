@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.features import Ints
+from encoder.arrays import I64
 
 SCALE_MAX = 100.0
 CHUNK = 256
@@ -110,7 +110,7 @@ def rounded_factors(precision: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def equal_user_weights(users: Ints) -> Tensor:
+def equal_user_weights(users: I64) -> Tensor:
     """[P] weights that sum to 1, every user of [P] having the same total."""
     _, inverse, counts = np.unique(users, return_inverse=True, return_counts=True)
     return torch.from_numpy((1.0 / (len(counts) * counts[inverse])).astype(np.float32))

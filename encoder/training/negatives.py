@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.features import Ints
+from encoder.arrays import I64
 from encoder.hardware import CPU
 from encoder.training.losses import SCALE_MAX, Hide
 
@@ -64,12 +64,12 @@ class NegativeSampler:
     Frequencies are kept and looked up on the CPU; pools lie on `device`.
     """
 
-    def __init__(self, config: LossConfig, positives: Ints, *, seed: int, device: torch.device = CPU) -> None:
+    def __init__(self, config: LossConfig, positives: I64, *, seed: int, device: torch.device = CPU) -> None:
         self.config, self.items, self.device = config, len(positives) - 1, device
         self.exact = exact_log_frequency(positives)
         self.sketch = CountMinSketch(seed=seed)
 
-    def pool(self, users: Ints, targets: Ints, rng: np.random.Generator) -> Pool:
+    def pool(self, users: I64, targets: I64, rng: np.random.Generator) -> Pool:
         """The pool for pairs of user ids [P] and the item rows [P] that are their positives."""
         if self.config.kind == "full":
             rows = torch.arange(self.items + 1, device=self.device)
@@ -84,7 +84,7 @@ class NegativeSampler:
         log_q, target_log_q = (self._log_q(rows, len(in_batch)).to(self.device) for rows in (pool, targets))
         return Pool(torch.from_numpy(pool).to(self.device), log_q, target_log_q, hide)
 
-    def _log_q(self, rows: Ints, in_batch: int) -> Tensor:
+    def _log_q(self, rows: I64, in_batch: int) -> Tensor:
         if self.config.log_q == "none":
             return torch.zeros(len(rows))
         frequency = self.exact[rows] if self.config.log_q == "exact" else self.sketch.log_frequency(rows)
@@ -105,7 +105,7 @@ def hide_targets(target_rows: Tensor) -> Hide:
     return hide
 
 
-def hide_own_positives(users: Ints, targets: Ints, pool: Ints, *, items: int, device: torch.device) -> Hide:
+def hide_own_positives(users: I64, targets: I64, pool: I64, *, items: int, device: torch.device) -> Hide:
     """For a sampled pool [N] of item rows: hide every item that is a positive of the pair's user in this batch."""
     distinct, user = np.unique(users, return_inverse=True)
     own = np.zeros((len(distinct), items + 1), np.bool_)
@@ -126,7 +126,7 @@ def expected_count_log_q(log_frequency: Tensor, *, batch: int, uniform: int, ite
     return torch.log(batch * torch.exp(log_frequency) + uniform / items)
 
 
-def exact_log_frequency(counts: Ints) -> Tensor:
+def exact_log_frequency(counts: I64) -> Tensor:
     """[I + 1] logarithms of the items' shares among the positives; an item that never was one counts as one."""
     counts = np.maximum(counts, 1)
     return torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32))
@@ -148,17 +148,17 @@ class CountMinSketch:
         self._factors = rng.integers(0, 1 << 63, (depth, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._shift = np.uint64(64 - (width.bit_length() - 1))
 
-    def add(self, ids: Ints) -> None:
+    def add(self, ids: I64) -> None:
         """Count ids [n], each as often as it occurs."""
         for row, places in zip(self.counts, self._places(ids), strict=True):
             np.add.at(row, places, 1)
         self.total += len(ids)
 
-    def log_frequency(self, ids: Ints) -> Tensor:
+    def log_frequency(self, ids: I64) -> Tensor:
         """Logarithms of the estimated shares of ids [n]; an id never seen counts as one."""
         estimate = np.min([row[places] for row, places in zip(self.counts, self._places(ids), strict=True)], axis=0)
         return torch.from_numpy(np.log(np.maximum(estimate, 1) / max(self.total, 1)).astype(np.float32))
 
-    def _places(self, ids: Ints) -> Ints:
+    def _places(self, ids: I64) -> I64:
         mixed = (ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))[None] * self._factors  # multiply-shift
         return (mixed >> self._shift).astype(np.int64)

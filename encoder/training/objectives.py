@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from encoder.features import Ints
+from encoder.arrays import I64, Bool
 
 Kind = Literal["next_action", "sasrec", "all_action", "dense_all_action"]
 DAY_MS = 86_400_000
@@ -44,11 +43,11 @@ class ObjectiveConfig:
 class Pairs:
     """P things to predict."""
 
-    sequence: Ints
+    sequence: I64
     """[P] row of the batch."""
-    place: Ints
+    place: I64
     """[P] column of the batch: the output compared."""
-    target: Ints
+    target: I64
     """[P] row of the log: the action to predict."""
 
     @staticmethod
@@ -64,9 +63,9 @@ class Positives:
     may hold users x its span in ms below 2^63 (a year of 290 million users).
     """
 
-    def __init__(self, *, starts: Ints, time_ms: Ints, is_positive: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, *, starts: I64, time_ms: I64, is_positive: Bool) -> None:
         self.starts = starts
-        self.rows: Ints = np.flatnonzero(is_positive)
+        self.rows: I64 = np.flatnonzero(is_positive)
         self._before = np.concatenate([[0], np.cumsum(is_positive)])
         self._user = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         self._origin = int(time_ms.min(initial=0)) if len(time_ms) else 0
@@ -76,11 +75,11 @@ class Positives:
             raise ValueError("log is too long for its number of users: train on fewer users or a shorter time")
         self._key = self._user[self.rows] * self._span + self._time[self.rows]
 
-    def after(self, rows: Ints) -> tuple[Ints, Ints]:
+    def after(self, rows: I64) -> tuple[I64, I64]:
         """Bounds, into `self.rows`, of the positives of the same user in later rows of the log."""
         return self._before[rows + 1], self._before[self.starts[self._user[rows] + 1]]
 
-    def within(self, rows: Ints, window_ms: int) -> tuple[Ints, Ints]:
+    def within(self, rows: I64, window_ms: int) -> tuple[I64, I64]:
         """Bounds, into `self.rows`, of the same user's positives with times in (t, t + window]."""
         base = self._user[rows] * self._span
         time = self._time[rows]
@@ -89,7 +88,7 @@ class Positives:
         return first, np.searchsorted(self._key, base + until, side="right")
 
 
-def make_pairs(sequences: Ints, positives: Positives, config: ObjectiveConfig, rng: np.random.Generator) -> Pairs:
+def make_pairs(sequences: I64, positives: Positives, config: ObjectiveConfig, rng: np.random.Generator) -> Pairs:
     """The pairs of a batch of sequences [B, L] (rows of the log, oldest first, -1 behind the end)."""
     kinds = list(config.shares)
     shares = np.array([config.shares[kind] for kind in kinds])
@@ -103,7 +102,7 @@ def make_pairs(sequences: Ints, positives: Positives, config: ObjectiveConfig, r
 
 
 def _objective(
-    kind: Kind, sequences: Ints, positives: Positives, config: ObjectiveConfig, rng: np.random.Generator
+    kind: Kind, sequences: I64, positives: Positives, config: ObjectiveConfig, rng: np.random.Generator
 ) -> Pairs:
     window_ms = round(config.window_days * DAY_MS)
     if kind == "next_action":
@@ -116,13 +115,13 @@ def _objective(
     return _one_in_window(sequence, place, sequences, positives, window_ms, rng)
 
 
-def _newest(sequences: Ints) -> tuple[Ints, Ints]:
+def _newest(sequences: I64) -> tuple[I64, I64]:
     lengths = (sequences >= 0).sum(axis=1)
     sequence = np.flatnonzero(lengths)
     return sequence, lengths[sequence] - 1
 
 
-def _sampled_places(sequences: Ints, positions_max: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def _sampled_places(sequences: I64, positions_max: int, rng: np.random.Generator) -> tuple[I64, I64]:
     """Sequence and place of at most `positions_max` tokens of each sequence, of all where it is 0."""
     real = sequences >= 0
     if positions_max:
@@ -133,14 +132,14 @@ def _sampled_places(sequences: Ints, positions_max: int, rng: np.random.Generato
     return sequence, place
 
 
-def _next_positive(sequence: Ints, place: Ints, sequences: Ints, positives: Positives) -> Pairs:
+def _next_positive(sequence: I64, place: I64, sequences: I64, positives: Positives) -> Pairs:
     first, last = positives.after(sequences[sequence, place])
     found = first < last
     return Pairs(sequence[found], place[found], positives.rows[first[found]])
 
 
 def _one_in_window(
-    sequence: Ints, place: Ints, sequences: Ints, positives: Positives, window_ms: int, rng: np.random.Generator
+    sequence: I64, place: I64, sequences: I64, positives: Positives, window_ms: int, rng: np.random.Generator
 ) -> Pairs:
     first, last = positives.within(sequences[sequence, place], window_ms)
     found = first < last
@@ -149,7 +148,7 @@ def _one_in_window(
 
 
 def _all_in_window(
-    sequences: Ints, positives: Positives, window_ms: int, targets_max: int, rng: np.random.Generator
+    sequences: I64, positives: Positives, window_ms: int, targets_max: int, rng: np.random.Generator
 ) -> Pairs:
     sequence, place = _newest(sequences)
     first, last = positives.within(sequences[sequence, place], window_ms)

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from encoder.arrays import I64
 from encoder.data.batches import epoch_batches
 from encoder.data.log import ActionLog, LogParts
 from encoder.distributed import World
-from encoder.features import UNKNOWN, Ints, Tokens, Vocabularies
+from encoder.features import UNKNOWN, Tokens, Vocabularies
 from encoder.items import ItemVectors
 from encoder.model import AnyEncoder, StreamingEncoder, build_encoder, initialize
 from encoder.training.cooccurrence import cooccurrence_vectors
@@ -68,7 +69,7 @@ class Trainer:
         self.sampler = NegativeSampler(recipe.loss, self.positives_of_item, seed=recipe.seed, device=self.device)
         self.epoch = self.part_of_epoch = self.step_of_part = self.step = self.tokens = self.targets = 0
 
-    def batches(self) -> Iterator[Ints]:
+    def batches(self) -> Iterator[I64]:
         """Row matrices without end, from where the training stands; rows are those of the part that is being read."""
         while True:
             order = np.random.default_rng([self.recipe.seed, self.epoch]).permutation(self._log.parts)
@@ -81,7 +82,7 @@ class Trainer:
                 self.part_of_epoch, self.step_of_part = self.part_of_epoch + 1, 0
             self.epoch, self.part_of_epoch = self.epoch + 1, 0
 
-    def _part_batches(self) -> Iterator[Ints]:
+    def _part_batches(self) -> Iterator[I64]:
         rng = np.random.default_rng([self.recipe.seed, self.epoch, self._part])
         return epoch_batches(self.starts, self.recipe.data, rng, rank=self.world.rank, ranks=self.world.size)
 
@@ -98,7 +99,7 @@ class Trainer:
         self.tokens_of_log = log.tokens(self.vocabularies)
         self.positives = find_positives(log, self.tokens_of_log, self.recipe.data.positives)
 
-    def train_step(self, rows: Ints, fraction: float) -> float:
+    def train_step(self, rows: I64, fraction: float) -> float:
         """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
         rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step, self.world.rank])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -117,7 +118,7 @@ class Trainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def loss(self, rows: Ints, pairs: Pairs, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+    def loss(self, rows: I64, pairs: Pairs, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         """The loss of the pairs of a batch."""
         features = self.tokens_of_log.features(rows)
         hidden_items = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate
@@ -136,7 +137,7 @@ class Trainer:
         """An array as a tensor where the model is."""
         return torch.from_numpy(values).to(self.device)
 
-    def read_out_half(self, at: Tensor, rows: Ints, pairs: Pairs, rng: np.random.Generator) -> Tensor:
+    def read_out_half(self, at: Tensor, rows: I64, pairs: Pairs, rng: np.random.Generator) -> Tensor:
         """Half of the pairs as of the time of their target, half as published: one encoder learns both."""
         assert isinstance(self.model, StreamingEncoder)
         time_ms = self.tokens_of_log.time_ms
@@ -160,7 +161,7 @@ class Trainer:
             precision=self.precision,
         )
 
-    def pair_weights(self, user_ids: Ints) -> Tensor:
+    def pair_weights(self, user_ids: I64) -> Tensor:
         """[P] weights of the pairs, summing to 1."""
         if self.recipe.loss.equal_users:
             return equal_user_weights(user_ids)
@@ -192,7 +193,7 @@ class Trainer:
 
 
 def initial_items(
-    tokens: Tokens, user_of_row: Ints, recipe: Recipe, *, items: int, generator: torch.Generator
+    tokens: Tokens, user_of_row: I64, recipe: Recipe, *, items: int, generator: torch.Generator
 ) -> Tensor | None:
     """The table [I + 1, V] that trained item vectors begin with, None for a random one.
 

@@ -21,8 +21,9 @@ import numpy as np
 import typer
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch
+from encoder.arrays import I64
 from infra.harness.reporting import Spread, machine, print_result, print_table, run_command
-from streams.core.layout import Ints, StateLimits, nothing_stored
+from streams.core.layout import StateLimits, nothing_stored
 from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.storage.codec import encode
@@ -140,19 +141,19 @@ def _offsets(batches: int, begin: int) -> Iterator[int]:
     return iter(range(begin, begin + batches * BATCH, BATCH))
 
 
-def _skewed(rng: np.random.Generator) -> Ints:
+def _skewed(rng: np.random.Generator) -> I64:
     return (USERS * rng.random(BATCH) ** 3).astype(np.int64)
 
 
-def _distinct(rng: np.random.Generator) -> Ints:
+def _distinct(rng: np.random.Generator) -> I64:
     return rng.choice(USERS, BATCH, replace=False)
 
 
-def _names(users: Ints) -> list[bytes]:
+def _names(users: I64) -> list[bytes]:
     return [b"user-%06d" % user for user in users.tolist()]
 
 
-def _batch(users: Ints, rng: np.random.Generator, offset: int) -> ActionBatch:
+def _batch(users: I64, rng: np.random.Generator, offset: int) -> ActionBatch:
     """In order, each event with an id of its own: what a healthy producer sends."""
     actions = np.zeros(len(users), ACTION_DTYPE)
     actions["item"] = rng.integers(1, 2**63, len(users))

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from kafka.errors import KafkaError
 
+from encoder.arrays import F32
 from infra.chaos.checks.violations import Explained, Kind, Violation
 from infra.chaos.fault_context import Scene, play
 from infra.chaos.faults.catalogue import Fault, Group
@@ -37,7 +37,7 @@ class Episode:
     faults: tuple[str, ...]
     seconds: float
     resume_seconds: float
-    freshness_ms: npt.NDArray[np.float32]
+    freshness_ms: F32
     counts: Counter[str]
     exits: Counter[int]
     violations: tuple[Violation, ...]

@@ -9,16 +9,14 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from xxhash import xxh3_64_hexdigest
 
+from encoder.arrays import I64
 from infra.errors import InfraError
-
-Ints = npt.NDArray[np.int64]
 
 
 class LogUnreadable(InfraError):
@@ -57,11 +55,11 @@ class EventLog:
 
     user_keys: list[bytes]
     """UTF-8 ids of the U distinct users."""
-    user_index: Ints
+    user_index: I64
     """[N] into `user_keys`."""
-    timestamp_ms: Ints
+    timestamp_ms: I64
     """[N] event time."""
-    latest_ms: Ints
+    latest_ms: I64
     """[N] the latest event time up to each row: when the event is due at the log's own pace."""
     table: pa.Table
     """user_id, item_id, action, event_id and where given surface, duration_ms."""
@@ -79,7 +77,7 @@ class EventLog:
             self.table.slice(0, count),
         )
 
-    def records(self, rows: Ints) -> Iterator[tuple[bytes, bytes]]:
+    def records(self, rows: I64) -> Iterator[tuple[bytes, bytes]]:
         """Key and JSON value of each of the rows, which ascend."""
         encode = msgspec.json.Encoder().encode
         chosen = self.table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))

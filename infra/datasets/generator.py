@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-Ints = npt.NDArray[np.int64]
+from encoder.arrays import I64
 
 ACTION_NAMES = ("view", "click", "save", "share")
 ACTION_WEIGHTS = (0.62, 0.25, 0.1, 0.03)
@@ -70,14 +69,14 @@ def generate(policy: GeneratorPolicy, seed: int) -> pa.Table:
     return pa.table(columns)
 
 
-def _session_lengths(policy: GeneratorPolicy, rng: np.random.Generator) -> Ints:
+def _session_lengths(policy: GeneratorPolicy, rng: np.random.Generator) -> I64:
     """Geometric lengths that sum to `events` exactly."""
     lengths = rng.geometric(1 / policy.session_events_mean, policy.events)
     ends = np.minimum(np.cumsum(lengths), policy.events)
     return np.diff(ends[: np.searchsorted(ends, policy.events) + 1], prepend=0)
 
 
-def _session_starts_ms(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> Ints:
+def _session_starts_ms(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> I64:
     """Uniform over the span with more in the evening, except those that fall into bursts."""
     phase = rng.random(sessions) * policy.span_ms
     day = 86_400_000 / (2 * np.pi)
@@ -89,21 +88,21 @@ def _session_starts_ms(policy: GeneratorPolicy, rng: np.random.Generator, sessio
     return policy.start_ms + np.clip(phase, 0, policy.span_ms - 1).astype(np.int64)
 
 
-def _session_users(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> Ints:
+def _session_users(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> I64:
     """A few users act often, most rarely: index = users x u^3."""
     return (policy.users * rng.random(sessions) ** 3).astype(np.int64)
 
 
-def _elapsed_in_session_ms(policy: GeneratorPolicy, rng: np.random.Generator, lengths: Ints) -> Ints:
+def _elapsed_in_session_ms(policy: GeneratorPolicy, rng: np.random.Generator, lengths: I64) -> I64:
     gaps_ms = rng.exponential(policy.action_gap_ms, policy.events).astype(np.int64)
     firsts = np.cumsum(lengths) - lengths
     gaps_ms[firsts] = 0
-    total_ms: Ints = np.cumsum(gaps_ms)
-    elapsed_ms: Ints = total_ms - np.repeat(total_ms[firsts], lengths)
+    total_ms: I64 = np.cumsum(gaps_ms)
+    elapsed_ms: I64 = total_ms - np.repeat(total_ms[firsts], lengths)
     return elapsed_ms
 
 
-def _categories(policy: GeneratorPolicy, rng: np.random.Generator, users: Ints, starts_ms: Ints) -> Ints:
+def _categories(policy: GeneratorPolicy, rng: np.random.Generator, users: I64, starts_ms: I64) -> I64:
     """The category of each session: its user's taste at that time, a walk with jumps over the parts of the span."""
     drawn = rng.integers(policy.categories, size=(policy.taste_spans, policy.users))
     keeps = rng.random((policy.taste_spans, policy.users)) >= policy.drift
@@ -114,7 +113,7 @@ def _categories(policy: GeneratorPolicy, rng: np.random.Generator, users: Ints, 
     return tastes[parts, users]
 
 
-def _items(policy: GeneratorPolicy, rng: np.random.Generator, lengths: Ints, categories: Ints) -> Ints:
+def _items(policy: GeneratorPolicy, rng: np.random.Generator, lengths: I64, categories: I64) -> I64:
     """Items of a session walk through its category by small steps; one in six is any item, popular ones more often."""
     per_category = policy.items // policy.categories
     steps = rng.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=policy.events)
@@ -127,12 +126,12 @@ def _items(policy: GeneratorPolicy, rng: np.random.Generator, lengths: Ints, cat
     return np.where(wanders, anywhere, categories * per_category + rank % per_category)
 
 
-def _delays_ms(policy: GeneratorPolicy, rng: np.random.Generator) -> Ints:
+def _delays_ms(policy: GeneratorPolicy, rng: np.random.Generator) -> I64:
     delays = rng.exponential(policy.late_ms_mean, policy.events)
     return np.where(rng.random(policy.events) < policy.late_fraction, delays, 0).astype(np.int64)
 
 
-def _named(prefix: str, numbers: Ints) -> pa.Array:
+def _named(prefix: str, numbers: I64) -> pa.Array:
     return pa.array([f"{prefix}{number}" for number in numbers.tolist()])
 
 

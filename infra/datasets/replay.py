@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.partitioner import murmur2
 
+from encoder.arrays import I64
 from infra.datasets.event_log import EventLog
 from infra.errors import InfraError, detail
 from streams.config.settings import Settings
-
-Ints = npt.NDArray[np.int64]
 
 TICK_S = 0.01
 ROWS_PER_TICK_MAX = 10_000
@@ -61,7 +59,7 @@ class Acknowledged:
 
     partition: int
     base_offset: int
-    rows: Ints
+    rows: I64
     sent_at_ms: int
     """Clock time at which the batch was handed to the producer."""
 
@@ -128,7 +126,7 @@ class _Run:
         self._topic = topic
         self._producer = producer
         self._on_acknowledged = on_acknowledged
-        self._partitions: Ints = np.empty(0, np.int64)
+        self._partitions: I64 = np.empty(0, np.int64)
 
     async def open(self) -> None:
         """Learn the topic's partitions and where each event goes."""
@@ -153,12 +151,12 @@ class _Run:
             if pace.rate is not None or pace.speed is not None:
                 await asyncio.sleep(TICK_S if due == upto else 0)
 
-    async def _send(self, rows: Ints) -> None:
+    async def _send(self, rows: I64) -> None:
         partitions = self._partitions[rows]
         present = np.unique(partitions).tolist()
         await asyncio.gather(*(self._send_partition(p, rows[partitions == p]) for p in present))
 
-    async def _send_partition(self, partition: int, rows: Ints) -> None:
+    async def _send_partition(self, partition: int, rows: I64) -> None:
         """Each batch acknowledged before the next of its partition is sent."""
         for batch, its_rows in self._batches(rows):
             sent_at_ms = time.time_ns() // 1_000_000
@@ -167,7 +165,7 @@ class _Run:
             self.acknowledged += len(its_rows)
             self._on_acknowledged(Acknowledged(partition, metadata.offset, its_rows, sent_at_ms))
 
-    def _batches(self, rows: Ints) -> Iterable[tuple[Any, Ints]]:
+    def _batches(self, rows: I64) -> Iterable[tuple[Any, I64]]:
         batch, begin = self._producer.create_batch(), 0
         for i, (key, value) in enumerate(self._log.records(rows)):
             if batch.append(key=key, value=value, timestamp=None) is None:

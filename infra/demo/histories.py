@@ -10,30 +10,27 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from encoder.arrays import I64, U64
 
 
 @dataclass(frozen=True, slots=True)
 class Histories:
     """The applied events of U users as row numbers of the input, users one after another, each oldest first."""
 
-    rows: Ints
-    starts: Ints
+    rows: I64
+    starts: I64
     """[U + 1]."""
-    last_rows: Ints
+    last_rows: I64
     """[U] the row that was applied last, by arrival; -1 for a user without any."""
 
     @property
-    def counts(self) -> Ints:
+    def counts(self) -> I64:
         """[U] actions applied."""
         return np.diff(self.starts)
 
 
-def recompute(
-    users: int, user_index: Ints, timestamp_ms: Ints, event_ids: npt.NDArray[np.uint64], length_max: int
-) -> Histories:
+def recompute(users: int, user_index: I64, timestamp_ms: I64, event_ids: U64, length_max: int) -> Histories:
     """Histories of N events in order of arrival; an event of `user_index[i]` has row number i.
 
     An event is left out when its id (0: none) is among the kept ones of its user, or when it is older than everything
@@ -52,7 +49,7 @@ def recompute(
     return Histories(ordered, np.searchsorted(user_index[ordered], np.arange(users + 1)), last_rows)
 
 
-def _irregular(user_index: Ints, timestamp_ms: Ints, event_ids: npt.NDArray[np.uint64], arrival: Ints) -> list[int]:
+def _irregular(user_index: I64, timestamp_ms: I64, event_ids: U64, arrival: I64) -> list[int]:
     """Users with an event behind a newer one, or with an event id that occurs twice."""
     users, times = user_index[arrival], timestamp_ms[arrival]
     late = users[1:][(np.diff(times) < 0) & (np.diff(users) == 0)]

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
+from encoder.arrays import F32, I64
 from infra.datasets.replay import Acknowledged
 from infra.demo.recall import Publications
 from infra.errors import InfraError, detail
 from streams.config.settings import Settings
 from streams.wire.embeddings import Tombstone, decode_embedding
-
-Ints = npt.NDArray[np.int64]
 
 FETCH_WAIT_MS = 100
 RECORDS_MAX = 2_000
@@ -65,7 +63,7 @@ class Sent:
         """Of each partition, where the next event goes."""
         return [len(sent) for sent in self._sent_at_ms]
 
-    def at_ms(self, partition: Ints, offset: Ints) -> Ints:
+    def at_ms(self, partition: I64, offset: I64) -> I64:
         """Sending times of the events at these offsets; -1 where that is not known yet."""
         result = np.full(len(partition), -1, np.int64)
         for number, sent in enumerate(self._sent_at_ms):
@@ -78,16 +76,16 @@ class Sent:
 class Seen:
     """E embeddings in order of arrival, as columns."""
 
-    user: Ints
-    partition: Ints
-    source_offset: Ints
-    event_time_ms: Ints
-    received_at_ms: Ints
+    user: I64
+    partition: I64
+    source_offset: I64
+    event_time_ms: I64
+    received_at_ms: I64
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def freshness_ms(self, sent: Sent) -> Ints:
+    def freshness_ms(self, sent: Sent) -> I64:
         """Received minus produced; -1 where the event is not known yet."""
         sent_at_ms = sent.at_ms(self.partition, self.source_offset)
         return np.where(sent_at_ms < 0, -1, self.received_at_ms - sent_at_ms)
@@ -100,7 +98,7 @@ class Observer:
         self._settings = settings
         self._user_of = {key.decode(): user for user, key in enumerate(user_keys)}
         self._columns = [array("q") for _ in Seen.__slots__]
-        self._vectors: list[npt.NDArray[np.float32]] = []
+        self._vectors: list[F32] = []
         self.reasons: Counter[str] = Counter()
         self.newest_offset = np.full(len(user_keys), -1, np.int64)
         """[U] source offset of each user's newest embedding."""
@@ -145,7 +143,7 @@ class Observer:
         vectors = np.stack(self._vectors) if self._vectors else np.zeros((0, 1), np.float32)
         return Publications(seen.user, seen.event_time_ms, vectors)
 
-    def last_vectors(self) -> dict[int, npt.NDArray[np.float32]]:
+    def last_vectors(self) -> dict[int, F32]:
         """The last embedding of each user."""
         return dict(zip(self._columns[0], self._vectors, strict=True))
 

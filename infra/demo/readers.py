@@ -8,17 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from encoder.actions.columns import item_key
+from encoder.arrays import Bool
 from encoder.release import Release
-from infra.demo.recall import (
-    Acts,
-    Bools,
-    Publications,
-    SeenItems,
-    held,
-    hits,
-    last_midnight_ms,
-    popularity_hits,
-)
+from infra.demo.recall import Acts, Publications, SeenItems, held, hits, last_midnight_ms, popularity_hits
 from infra.demo.split import Parts, distinct_items
 
 GROUPS = {"all": "all actions", "known": "of users known at the start", "unknown": "of users unknown then"}
@@ -70,8 +62,8 @@ def _acts(parts: Parts, release: Release) -> Acts:
     return Acts(parts.log.user_index, rows[item_index], parts.log.timestamp_ms)
 
 
-def _summary(hit: Mapping[str, Bools], groups: Mapping[str, Bools]) -> Recalls:
-    def mean(values: Bools) -> float:
+def _summary(hit: Mapping[str, Bool], groups: Mapping[str, Bool]) -> Recalls:
+    def mean(values: Bool) -> float:
         return float(values.mean()) if len(values) else float("nan")
 
     recall = {name: {group: mean(values[rows]) for group, rows in groups.items()} for name, values in hit.items()}

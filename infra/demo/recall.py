@@ -12,11 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
+from encoder.arrays import F32, I64, Bool
 
 TOP = 10
 DAY_MS = 86_400_000
@@ -31,9 +28,9 @@ _TIME_BITS = 42
 class Acts:
     """N actions as columns; `item` is a row of the release's item vectors, -1 for an item it does not know."""
 
-    user: Ints
-    item: Ints
-    time_ms: Ints
+    user: I64
+    item: I64
+    time_ms: I64
 
     def __len__(self) -> int:
         return len(self.user)
@@ -43,13 +40,13 @@ class Acts:
 class Publications:
     """P published embeddings in the order in which each user's were published."""
 
-    user: Ints
-    event_time_ms: Ints
-    vectors: Floats
+    user: I64
+    event_time_ms: I64
+    vectors: F32
     """[P, E]."""
 
 
-def held(publications: Publications, user: Ints, before_ms: Ints) -> Ints:
+def held(publications: Publications, user: I64, before_ms: I64) -> I64:
     """[N]: index of the newest publication of each user with an event time below `before_ms`, -1 without one."""
     keys = packed(publications.user, publications.event_time_ms)
     order = np.argsort(keys, kind="stable")
@@ -59,12 +56,12 @@ def held(publications: Publications, user: Ints, before_ms: Ints) -> Ints:
     return np.where(mine, found, -1)
 
 
-def last_midnight_ms(time_ms: Ints) -> Ints:
+def last_midnight_ms(time_ms: I64) -> I64:
     """The latest UTC midnight not after each time."""
     return time_ms // DAY_MS * DAY_MS
 
 
-def packed(user: Ints, time_ms: Ints) -> Ints:
+def packed(user: I64, time_ms: I64) -> I64:
     """One sortable integer for (user, time)."""
     return (user << _TIME_BITS) | np.clip(time_ms, 0, (1 << _TIME_BITS) - 1)
 
@@ -83,7 +80,7 @@ class SeenItems:
         by_time = np.argsort(keys, kind="stable")
         self._keys, self._items = keys[by_time], history.item[firsts][by_time]
 
-    def before(self, user: Ints, time_ms: Ints) -> tuple[Ints, Ints]:
+    def before(self, user: I64, time_ms: I64) -> tuple[I64, I64]:
         """Pairs (index into `user`, item), each item once: acted on by that user before that time."""
         begin = np.searchsorted(self._keys, packed(user, np.zeros_like(user)))
         lengths = np.searchsorted(self._keys, packed(user, time_ms)) - begin
@@ -92,7 +89,7 @@ class SeenItems:
         return query, self._items[at]
 
 
-def hits(acts: Acts, chosen: Ints, vectors: Floats, item_vectors: Floats, seen: SeenItems) -> Bools:
+def hits(acts: Acts, chosen: I64, vectors: F32, item_vectors: F32, seen: SeenItems) -> Bool:
     """[N]: whether the item is among the `TOP` best of row `chosen` of `vectors` [P, E] (-1: none, a miss).
 
     Counts the items that score as high instead of sorting, so a tie is never to the reader's credit.
@@ -106,7 +103,7 @@ def hits(acts: Acts, chosen: Ints, vectors: Floats, item_vectors: Floats, seen: 
     return result
 
 
-def _in_top(scores: Floats, targets: Ints, seen: tuple[Ints, Ints]) -> Bools:
+def _in_top(scores: F32, targets: I64, seen: tuple[I64, I64]) -> Bool:
     """[N] for scores [N, I]: whether fewer than `TOP` other unseen items reach the target's score."""
     query, item = seen
     target_scores = scores[np.arange(len(targets)), targets]
@@ -114,11 +111,11 @@ def _in_top(scores: Floats, targets: Ints, seen: tuple[Ints, Ints]) -> Bools:
     seen_reaching = np.bincount(query[scores[query, item] >= target_scores[query]], minlength=len(targets))
     was_seen = np.zeros(len(targets), np.bool_)
     was_seen[query[item == targets[query]]] = True
-    in_top: Bools = (reaching - seen_reaching <= TOP) & ~was_seen
+    in_top: Bool = (reaching - seen_reaching <= TOP) & ~was_seen
     return in_top
 
 
-def popularity_hits(acts: Acts, log: Acts, items: int, seen: SeenItems) -> Bools:
+def popularity_hits(acts: Acts, log: Acts, items: int, seen: SeenItems) -> Bool:
     """[N]: the same question put to a list without a user: the most acted-on items of the seven days before t.
 
     `log` is everything up to the end of `acts`. Ties of the week are broken by all actions before the first of `acts`.
@@ -143,7 +140,7 @@ def popularity_hits(acts: Acts, log: Acts, items: int, seen: SeenItems) -> Bools
     return result
 
 
-def _changes(ends: Ints, begin: int, items_by_time: Ints, items: int) -> Floats:
+def _changes(ends: I64, begin: int, items_by_time: I64, items: int) -> F32:
     """[B, items]: how often each item stands in places ends[r - 1] to ends[r], `begin` being the first of them."""
     change = np.zeros((len(ends), items), np.float32)
     row = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=begin))

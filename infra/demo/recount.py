@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from encoder.actions.columns import Actions, SequenceBatch
+from encoder.arrays import F32, I64
 from encoder.inference import load_runtime
 from infra.demo.histories import Histories, recompute
 from infra.demo.observer import Observer, now_ms
@@ -26,8 +26,7 @@ from streams.config.settings import Settings
 from streams.storage.codec import decode_head
 from streams.wire.actions import DecodeLimits, decode_actions
 
-Ints = npt.NDArray[np.int64]
-Vector = npt.NDArray[np.float32]
+Vector = F32
 
 RECORDS_MAX = 20_000
 FETCH_BYTES_MAX = 8 << 20
@@ -72,8 +71,8 @@ class Recount:
 class Input:
     """The valid events of the input topic, in order of arrival within each partition."""
 
-    user: Ints
-    offset: Ints
+    user: I64
+    offset: I64
     actions: Actions
 
 
@@ -104,7 +103,7 @@ async def read_input(settings: Settings, user_keys: Sequence[bytes]) -> Input:
     """Every valid event of the input topic, read from its beginning."""
     user_of = {key: user for user, key in enumerate(user_keys)}
     limits = DecodeLimits(**settings.decode.model_dump())
-    columns: dict[int, list[tuple[Ints, Ints, Actions]]] = {}
+    columns: dict[int, list[tuple[I64, I64, Actions]]] = {}
     async for partition, records in read_topic(settings, settings.topics.actions):
         batch = decode_actions(records, now_ms=now_ms(), limits=limits).actions
         users = np.array([user_of[user] for user in batch.users], np.int64)
@@ -114,7 +113,7 @@ async def read_input(settings: Settings, user_keys: Sequence[bytes]) -> Input:
     return Input(user, offset, actions)
 
 
-async def read_counts(settings: Settings, user_keys: Sequence[bytes]) -> Ints:
+async def read_counts(settings: Settings, user_keys: Sequence[bytes]) -> I64:
     """[U] actions that the changelog's last head of each user counts, 0 for a user without one."""
     heads: dict[bytes, bytes | None] = {}
     async for _, records in read_topic(settings, settings.changelog_topic):
@@ -161,16 +160,16 @@ async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int,
         await consumer.stop()
 
 
-def parity_sample(histories: Histories) -> Ints:
+def parity_sample(histories: Histories) -> I64:
     """At most `PARITY_USERS` users with a history, evenly spread over all of them."""
     users = np.flatnonzero(histories.counts)
     places = np.linspace(0, len(users) - 1, min(PARITY_USERS, len(users))).astype(np.int64)
-    sample: Ints = users[places]
+    sample: I64 = users[places]
     return sample
 
 
 def parity(
-    sample: Ints,
+    sample: I64,
     actions: Actions,
     histories: Histories,
     user_keys: Sequence[bytes],

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from infra.datasets.event_log import EventLog, Ints, event_log, load_log
+from encoder.arrays import I64
+from infra.datasets.event_log import EventLog, event_log, load_log
 from infra.datasets.generator import GeneratorPolicy, generate
 from infra.datasets.movielens import DatasetUnavailable, movielens_1m
 from infra.errors import InfraError
@@ -76,7 +77,7 @@ def cut_at_midnight(origin: str, log: EventLog, newer_events: int) -> Parts:
     return Parts(origin, log, cut)
 
 
-def distinct_items(log: EventLog) -> tuple[list[str], Ints]:
+def distinct_items(log: EventLog) -> tuple[list[str], I64]:
     """Item ids of a log and the index of each row's item among them."""
     encoded = log.table["item_id"].combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)

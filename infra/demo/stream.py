@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from encoder.arrays import I64
 from infra.datasets.event_log import EventLog
 from infra.datasets.replay import Acknowledged, Pace, ReplayTotals, replay
 from infra.demo.histories import recompute
@@ -20,8 +20,6 @@ from infra.demo.split import Parts
 from infra.demo.worker import WorkerProcess
 from infra.errors import InfraError
 from streams.config.settings import Settings
-
-Ints = npt.NDArray[np.int64]
 
 CATCH_UP_S = 180.0
 LOOK_EVERY_S = 0.1
@@ -48,7 +46,7 @@ class Ledger:
 
         return note
 
-    def wanted_offsets(self, rows: int, length_max: int) -> Ints:
+    def wanted_offsets(self, rows: int, length_max: int) -> I64:
         """[U] source offset that each user's embedding must have once the log's first `rows` are worked off."""
         log, no_ids = self._parts.log, np.zeros(rows, np.uint64)
         histories = recompute(len(log.user_keys), log.user_index[:rows], log.timestamp_ms[:rows], no_ids, length_max)
@@ -63,7 +61,7 @@ class Streamed:
     """Embeddings when the replay began."""
     seen: Seen
     """Embeddings since then."""
-    freshness_ms: Ints
+    freshness_ms: I64
     """Of those."""
     began_at_ms: int
     totals: ReplayTotals
@@ -132,7 +130,7 @@ async def _running(observer: Observer) -> AsyncIterator[Callable[[], None]]:
 
 
 async def _catch_up(
-    wanted: Ints, observer: Observer, check: Callable[[], None], worker: WorkerProcess, screen: Screen
+    wanted: I64, observer: Observer, check: Callable[[], None], worker: WorkerProcess, screen: Screen
 ) -> None:
     """Return when the newest embedding of every user u contains the event at source offset `wanted[u]`."""
     users = int((wanted >= 0).sum())

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from infra import cli
 
@@ -32,7 +32,7 @@ class FaultyRuntime:
         """Everything else is the runtime's own."""
         return getattr(self._runtime, name)
 
-    def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+    def embed(self, batch: SequenceBatch) -> F32:
         started = time.monotonic()
         embeddings = self._runtime.embed(batch)
         if self._fault == "nan":

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from streams.core.layout import Ints, run_starts
+from encoder.arrays import I64
+from streams.core.layout import run_starts
 
 BUCKET_MS = 100
 
@@ -21,7 +22,7 @@ class Deadlines:
     """The wheel of one partition."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, list[Ints]] = {}
+        self._slots: dict[int, list[I64]] = {}
         self._users: dict[int, list[bytes]] = {}
         self._order: list[int] = []
 
@@ -30,21 +31,21 @@ class Deadlines:
         """When the next bucket falls due, None while there is none."""
         return self._order[0] * BUCKET_MS if self._order else None
 
-    def add(self, slots: Ints, due_ms: Ints) -> None:
+    def add(self, slots: I64, due_ms: I64) -> None:
         """Enter hot users; none of `due_ms` may be NEVER."""
         for bucket, rows in _by_bucket(due_ms):
             self._open(bucket)
             self._slots.setdefault(bucket, []).append(slots[rows])
 
-    def add_cold(self, users: Sequence[bytes], due_ms: Ints) -> None:
+    def add_cold(self, users: Sequence[bytes], due_ms: I64) -> None:
         """Enter users that are not in memory; none of `due_ms` may be NEVER."""
         for bucket, rows in _by_bucket(due_ms):
             self._open(bucket)
             self._users.setdefault(bucket, []).extend(users[row] for row in rows.tolist())
 
-    def pop(self, now_ms: int, users_max: int) -> tuple[Ints, list[bytes]]:
+    def pop(self, now_ms: int, users_max: int) -> tuple[I64, list[bytes]]:
         """Take entries due at `now_ms`, (slots, cold users): `users_max` in all, plus what one `add` entered."""
-        slots: list[Ints] = [np.zeros(0, np.int64)]
+        slots: list[I64] = [np.zeros(0, np.int64)]
         users: list[bytes] = []
         taken = 0
         while self._order and self._order[0] * BUCKET_MS <= now_ms and taken < users_max:
@@ -71,7 +72,7 @@ class Deadlines:
         self._users.pop(bucket, None)
 
 
-def _by_bucket(due_ms: Ints) -> Iterable[tuple[int, Ints]]:
+def _by_bucket(due_ms: I64) -> Iterable[tuple[int, I64]]:
     """Rows by bucket: the first whose beginning is at or after the deadline."""
     buckets = -(-np.maximum(due_ms, 0) // BUCKET_MS)
     order = np.argsort(buckets, kind="stable")

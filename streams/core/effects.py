@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import SequenceBatch
-from streams.core.layout import Ints, spans, starts_of
+from encoder.arrays import I64, U8
+from streams.core.layout import spans, starts_of
 from streams.core.merge import Outcome
 
 
@@ -19,17 +19,17 @@ class Effects:
 
     due: list[bytes]
     """Users to hand over to the encode queue."""
-    reasons: npt.NDArray[np.uint8]
+    reasons: U8
     """[len(due)] of `Reason`."""
-    priorities: Ints
+    priorities: I64
     """[len(due)], 1 and up; a higher one is encoded first and shed last."""
     forgotten: list[bytes]
     """Users whose tombstone goes to every compacted output, acknowledged before the next checkpoint."""
-    forgotten_offsets: Ints
+    forgotten_offsets: I64
     """[len(forgotten)], source offsets of their tombstones."""
     to_load: list[bytes]
     """Cold users whose deadline has come: load them and wake again."""
-    outcomes: npt.NDArray[np.uint8]
+    outcomes: U8
     """[N] of `Outcome`, one per event of the batch."""
 
     def count(self, outcome: Outcome) -> int:
@@ -42,17 +42,17 @@ class EncodeJob:
     """Users to embed, with their sequences as of one moment; row i of each column is user i of `sequences`."""
 
     sequences: SequenceBatch
-    offsets: Ints
+    offsets: I64
     """[U], source offset that the embedding will contain."""
-    newest_event_ms: Ints
+    newest_event_ms: I64
     """[U], event time of the newest action."""
-    reasons: npt.NDArray[np.uint8]
+    reasons: U8
     """[U] of `Reason`."""
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def select(self, rows: Ints) -> EncodeJob:
+    def select(self, rows: I64) -> EncodeJob:
         """The job of some of its users."""
         batch = self.sequences
         lengths = np.diff(batch.starts)[rows]

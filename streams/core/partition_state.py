@@ -34,16 +34,15 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import ActionBatch, SequenceBatch
+from encoder.arrays import I64, U8
 from streams.core import snapshots
 from streams.core.deadlines import Deadlines
 from streams.core.effects import Effects, EncodeJob
 from streams.core.layout import (
     NEVER,
     Columns,
-    Ints,
     Snapshot,
     StateLimits,
     StoredSequences,
@@ -181,7 +180,7 @@ class PartitionState:
         )
         return EncodeJob(batch, headers["applied_offset"].copy(), live["newest_ms"].copy(), headers["reason"].copy())
 
-    def publishable(self, job: EncodeJob) -> Ints:
+    def publishable(self, job: EncodeJob) -> I64:
         """Rows of `job` that may be published: not those of users forgotten, or published anew, since it was taken."""
         rows = self._hot_rows(job.sequences.users)
         slots, offsets = self._sequences.slots([job.sequences.users[row] for row in rows.tolist()]), job.offsets[rows]
@@ -190,7 +189,7 @@ class PartitionState:
         self._enter(slots[is_outdated])
         return rows[~is_outdated]
 
-    def encoded(self, users: Sequence[bytes], offsets: Ints, now_ms: int) -> None:
+    def encoded(self, users: Sequence[bytes], offsets: I64, now_ms: int) -> None:
         """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets.
 
         Who has left memory meanwhile (a later job of the user ended first) is noted as by `note_published`.
@@ -221,7 +220,7 @@ class PartitionState:
         """The job of distinct `users` has failed: those still due are so again after the delay."""
         self._put_off(users, "in_job", now_ms + delay_ms)
 
-    def note_published(self, users: Sequence[bytes], offsets: Ints) -> None:
+    def note_published(self, users: Sequence[bytes], offsets: I64) -> None:
         """The output topic holds, by this encoder version, embeddings of these users up to these source offsets.
 
         What a replay would publish again up to there is taken as encoded already (law 5). The next wake-ups ask for
@@ -263,7 +262,7 @@ class PartitionState:
 
     # -- inside
 
-    def _fire(self, batch: ActionBatch, slots: Ints, rows: Ints, now_ms: int) -> Ints:
+    def _fire(self, batch: ActionBatch, slots: I64, rows: I64, now_ms: int) -> I64:
         """Fire the triggers of applied `rows`, which are grouped by slot; return the slots to hand over."""
         starts = run_starts(slots)
         users, events = slots[starts], run_lengths(starts, len(rows))
@@ -280,7 +279,7 @@ class PartitionState:
         self._enter(users)
         return users[go]
 
-    def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], Ints]:
+    def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], I64]:
         """Reset triggers of forgotten users; return whose tombstone must be published (once, also in a replay)."""
         rows = rows_where(applied.outcomes == _TOMBSTONE)
         if not len(rows):
@@ -298,7 +297,7 @@ class PartitionState:
         self._sequences.put(slots, headers, live)
         return [batch.users[row] for row in rows[unknown].tolist()], offsets[unknown]
 
-    def _covered(self, headers: Columns, offsets: Ints) -> None:
+    def _covered(self, headers: Columns, offsets: I64) -> None:
         """An embedding that contains `offsets` is in the output topic."""
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
         done = headers["due_offset"] <= headers["encoded_offset"]
@@ -314,10 +313,10 @@ class PartitionState:
         self._sequences.put(slots, headers, live)
         self._enter(slots)
 
-    def _hot_rows(self, users: Sequence[bytes]) -> Ints:
+    def _hot_rows(self, users: Sequence[bytes]) -> I64:
         return np.array([row for row, user in enumerate(users) if user in self._sequences.slot_of], np.int64)
 
-    def _note(self, slot: Ints, offset: int) -> None:
+    def _note(self, slot: I64, offset: int) -> None:
         headers, live = self._sequences.columns(slot)
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offset)
         if headers["due_offset"] <= offset:
@@ -330,11 +329,11 @@ class PartitionState:
         live["dirty"] = True
         self._sequences.put(slot, headers, live)
 
-    def _end_job(self, slots: Ints, offsets: Ints) -> None:
+    def _end_job(self, slots: I64, offsets: I64) -> None:
         latest = slots[self._sequences.live["job_offset"][slots] == offsets]
         self._sequences.live["in_job"][latest] = False
 
-    def _enter(self, slots: Ints) -> None:
+    def _enter(self, slots: I64) -> None:
         """Put users into the wheel whose deadline is before their earliest entry there."""
         if not len(slots):
             return
@@ -344,15 +343,13 @@ class PartitionState:
             live["wheel_ms"][slots[rows]] = due_ms[rows]
             self._deadlines.add(slots[rows], due_ms[rows])
 
-    def _phases_ms(self, users: Sequence[bytes]) -> Ints:
+    def _phases_ms(self, users: Sequence[bytes]) -> I64:
         spread_ms = self.policy.spread_ms
         if not spread_ms:
             return np.zeros(len(users), np.int64)
         return np.fromiter(map(zlib.crc32, users), np.int64, len(users)) % spread_ms
 
-    def _effects(
-        self, due: Ints, forgotten: list[bytes], offsets: Ints, to_load: list[bytes], outcomes: npt.NDArray[np.uint8]
-    ) -> Effects:
+    def _effects(self, due: I64, forgotten: list[bytes], offsets: I64, to_load: list[bytes], outcomes: U8) -> Effects:
         reasons = self._sequences.headers["reason"][due]
         priorities = self._triggers.priorities[reasons]
         users = self._sequences.users_of(due)

@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, Actions
+from encoder.arrays import I64, U8, U64, Bool
 from streams.core.layout import (
     HAD_DEADLINE,
     HEADER_DTYPE,
     LONG_AGO,
     NEVER,
     Columns,
-    Ints,
     StateLimits,
     StoredSequences,
     rows_where,
@@ -65,7 +65,7 @@ LIVE_DTYPE = np.dtype(
 _APPLIED, _DUPLICATE, _FORGOTTEN = int(Outcome.APPLIED), int(Outcome.DUPLICATE), int(Outcome.FORGOTTEN)
 """As plain numbers: a look-up in an enum takes as long as a step of a small batch."""
 _ACTION_BYTES = np.dtype("V32")
-Outcomes = npt.NDArray[np.uint8]
+Outcomes = U8
 _HEADER_BYTES = np.dtype(f"V{HEADER_DTYPE.itemsize}")
 _LIVE_BYTES = np.dtype(f"V{LIVE_DTYPE.itemsize}")
 
@@ -78,7 +78,7 @@ class StateFull(Exception):
 class Applied:
     """What a batch did."""
 
-    slots: Ints
+    slots: I64
     """[N], slot of each event's user."""
     outcomes: Outcomes
     """[N] of `Outcome`."""
@@ -112,28 +112,28 @@ class SequenceState:
         """How many more users may become hot."""
         return len(self._free)
 
-    def slots(self, users: Sequence[bytes]) -> Ints:
+    def slots(self, users: Sequence[bytes]) -> I64:
         """Slots of hot users; KeyError for one that was not loaded."""
         return np.fromiter(map(self.slot_of.__getitem__, users), np.int64, len(users))
 
-    def users_of(self, slots: Ints) -> list[bytes]:
+    def users_of(self, slots: I64) -> list[bytes]:
         """Whose `slots` are; all must be in use."""
         return [self._users[slot] for slot in slots.tolist()]
 
-    def hot_slots(self) -> Ints:
+    def hot_slots(self) -> I64:
         """Every slot in use."""
         return np.fromiter(self.slot_of.values(), np.int64, len(self.slot_of))
 
-    def columns(self, slots: Ints) -> tuple[Columns, Columns]:
+    def columns(self, slots: I64) -> tuple[Columns, Columns]:
         """Copies of the headers and live columns of distinct `slots`; `put` writes them back."""
         return self.headers.take(slots), self.live.take(slots)
 
-    def put(self, slots: Ints, headers: Columns, live: Columns) -> None:
+    def put(self, slots: I64, headers: Columns, live: Columns) -> None:
         """Write columns back. Rows are copied as plain bytes, which is five times faster than field by field."""
         self._header_bytes[slots] = headers.view(_HEADER_BYTES)
         self._live_bytes[slots] = live.view(_LIVE_BYTES)
 
-    def load(self, users: Sequence[bytes], stored: StoredSequences, phases_ms: Ints) -> Ints:
+    def load(self, users: Sequence[bytes], stored: StoredSequences, phases_ms: I64) -> I64:
         """Make cold users hot; return their slots. Raises `StateFull`."""
         if len(users) > self.room:
             raise StateFull(
@@ -160,7 +160,7 @@ class SequenceState:
         self._write_rows(slots, count - kept, kept, stored.actions)
         return slots
 
-    def drop(self, slots: Ints) -> list[bytes]:
+    def drop(self, slots: I64) -> list[bytes]:
         """Free slots; return whose they were."""
         users = self.users_of(slots)
         for user in users:
@@ -169,7 +169,7 @@ class SequenceState:
         self._free.extend(slots[::-1].tolist())
         return users
 
-    def least_recently_used(self, slots: Ints, users_max: int) -> Ints:
+    def least_recently_used(self, slots: I64, users_max: int) -> I64:
         """At most `users_max` of `slots`, those untouched for longest."""
         if len(slots) <= users_max:
             return slots
@@ -177,12 +177,12 @@ class SequenceState:
 
     # -- reading
 
-    def rows(self, slots: Ints, first: Ints, lengths: Ints) -> Actions:
+    def rows(self, slots: I64, first: I64, lengths: I64) -> Actions:
         """Actions at the positions `first[i] ... first[i] + lengths[i] - 1` of each slot, one user after another."""
         owner, position = spans(first, lengths)
         return self._ring.take(self._cells(slots[owner], position))
 
-    def kept(self, slots: Ints) -> tuple[Actions, Ints]:
+    def kept(self, slots: I64) -> tuple[Actions, I64]:
         """The kept sequences, oldest first, and where each starts [U + 1]."""
         count = self.headers["count"][slots]
         lengths = np.minimum(count, self.limits.sequence_length)
@@ -202,12 +202,12 @@ class SequenceState:
             self._merge(batch, slots, outcomes, rows_where(slow))
         return Applied(slots, outcomes)
 
-    def _judge(self, batch: ActionBatch, slots: Ints, outcomes: Outcomes) -> npt.NDArray[np.bool_]:
+    def _judge(self, batch: ActionBatch, slots: I64, outcomes: Outcomes) -> Bool:
         """Set the outcome of events that are certain to be dropped; return which events need the slow path [N]."""
         times, ids = batch.actions["timestamp_ms"], batch.actions["event_id"]
         outcomes[(times <= self.headers["forgotten_ms"][slots]) & ~batch.is_tombstone] = _FORGOTTEN
         outcomes[batch.offsets <= self.headers["applied_offset"][slots]] = _DUPLICATE
-        suspect: npt.NDArray[np.bool_] = batch.is_tombstone & (outcomes == _APPLIED)
+        suspect: Bool = batch.is_tombstone & (outcomes == _APPLIED)
         has_id = rows_where((ids != 0) & (outcomes == _APPLIED))
         if len(has_id):
             suspect[self._repeated_in_batch(ids, has_id)] = True
@@ -217,31 +217,31 @@ class SequenceState:
             return suspect
         # A user with one such event takes the slow path with all of them: only there is their order kept.
         self._marked[slots[suspect]] = True
-        slow: npt.NDArray[np.bool_] = self._marked[slots]
+        slow: Bool = self._marked[slots]
         self._marked[slots[suspect]] = False
         outcomes[slow] = _APPLIED
         return slow
 
-    def _out_of_order(self, slots: Ints, times: Ints, rows: Ints) -> Ints:
+    def _out_of_order(self, slots: I64, times: I64, rows: I64) -> I64:
         """Those of `rows` that are older than the newest action of their user before them."""
         by_user = rows[np.argsort(slots[rows], kind="stable")]
         before = np.empty(len(by_user), np.int64)
         before[1:] = times[by_user[:-1]]
         first = run_starts(slots[by_user])
         before[first] = self.live["newest_ms"][slots[by_user[first]]]
-        late: Ints = by_user[times[by_user] < before]
+        late: I64 = by_user[times[by_user] < before]
         return late
 
-    def _repeated_in_batch(self, ids: npt.NDArray[np.uint64], rows: Ints) -> Ints:
+    def _repeated_in_batch(self, ids: U64, rows: I64) -> I64:
         """Those of `rows` whose event id stands in the batch more than once."""
         in_order = np.sort(ids[rows])
         twice = in_order[1:][in_order[1:] == in_order[:-1]]
-        repeated: Ints = rows[np.isin(ids[rows], twice)] if len(twice) else rows[:0]
+        repeated: I64 = rows[np.isin(ids[rows], twice)] if len(twice) else rows[:0]
         return repeated
 
-    def _repeated_in_kept(self, slots: Ints, ids: npt.NDArray[np.uint64], rows: Ints, outcomes: Outcomes) -> Ints:
+    def _repeated_in_kept(self, slots: I64, ids: U64, rows: I64, outcomes: Outcomes) -> I64:
         """Set the outcome of `rows` that repeat a kept event id; return those whose twin may go during the batch."""
-        found: Ints = rows[(self._fingerprints[slots[rows]] == _fingerprint(ids[rows])[:, None]).any(axis=1)]
+        found: I64 = rows[(self._fingerprints[slots[rows]] == _fingerprint(ids[rows])[:, None]).any(axis=1)]
         if not len(found):
             return found
         at, column = np.nonzero(self._fingerprints[slots[found]] == _fingerprint(ids[found])[:, None])
@@ -253,10 +253,10 @@ class SequenceState:
         position = count - 1 - (count - 1 - column) % length
         stays = position >= count + events - length
         outcomes[twin[stays]] = _DUPLICATE
-        leaving: Ints = twin[~stays]
+        leaving: I64 = twin[~stays]
         return leaving
 
-    def _append(self, batch: ActionBatch, slots: Ints, rows: Ints) -> None:
+    def _append(self, batch: ActionBatch, slots: I64, rows: I64) -> None:
         """Append events, grouped by user and in order within each."""
         if not len(rows):
             return
@@ -272,13 +272,13 @@ class SequenceState:
         live["dirty"], live["used"] = True, self._batch
         self.put(users, headers, live)
 
-    def _merge(self, batch: ActionBatch, slots: Ints, outcomes: Outcomes, rows: Ints) -> None:
+    def _merge(self, batch: ActionBatch, slots: I64, outcomes: Outcomes, rows: I64) -> None:
         """Apply the events of each user one by one."""
         by_user = rows[np.argsort(slots[rows], kind="stable")]
         for events in np.split(by_user, run_starts(slots[by_user])[1:]):
             outcomes[events] = self._merge_user(int(slots[events[0]]), batch, events)
 
-    def _merge_user(self, slot: int, batch: ActionBatch, events: Ints) -> list[Outcome]:
+    def _merge_user(self, slot: int, batch: ActionBatch, events: I64) -> list[Outcome]:
         one = np.array([slot])
         headers, live = self.columns(one)
         kept, _ = self.kept(one)
@@ -312,19 +312,19 @@ class SequenceState:
         self._ring[slot * length : (slot + 1) * length] = np.zeros(1, ACTION_DTYPE)
         self._fingerprints[slot] = 0
 
-    def _write_rows(self, slots: Ints, first: Ints, lengths: Ints, actions: Actions) -> None:
+    def _write_rows(self, slots: I64, first: I64, lengths: I64, actions: Actions) -> None:
         """Put actions, one user after another, at the positions from `first` on; a repeated cell keeps the last."""
         owner, position = spans(first, lengths)
         cells = self._cells(slots[owner], position)
         self._ring_bytes[cells] = actions.view(_ACTION_BYTES)
         self._fingerprints.reshape(-1)[cells] = _fingerprint(actions["event_id"])
 
-    def _cells(self, slots: Ints, positions: Ints) -> Ints:
+    def _cells(self, slots: I64, positions: I64) -> I64:
         length = self.limits.sequence_length
-        cells: Ints = slots * length + positions % length
+        cells: I64 = slots * length + positions % length
         return cells
 
 
-def _fingerprint(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
+def _fingerprint(ids: U64) -> npt.NDArray[np.uint16]:
     """16 bits of an event id, 0 only for "none": they sort out the ids that cannot be among the kept ones."""
     return np.where(ids == 0, 0, (ids & np.uint64(0xFFFF)) | np.uint64(1)).astype(np.uint16)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Ints, Snapshot, rows_where, spans, starts_of
+from encoder.arrays import I64
+from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Snapshot, rows_where, spans, starts_of
 from streams.core.sequences import SequenceState
 
 
@@ -56,7 +57,7 @@ def undo(state: SequenceState, snapshot: Snapshot) -> None:
     state.put(slots, headers, live)
 
 
-def _changed_chunks(state: SequenceState, slots: Ints, headers: Columns, live: Columns) -> tuple[Ints, Ints, Columns]:
+def _changed_chunks(state: SequenceState, slots: I64, headers: Columns, live: Columns) -> tuple[I64, I64, Columns]:
     """(index into `slots`, chunk number, the chunk's actions) of complete chunks that are not durable."""
     length = state.limits.chunk_length
     kept_from = np.maximum(headers["count"] - state.limits.sequence_length, 0)
@@ -66,7 +67,7 @@ def _changed_chunks(state: SequenceState, slots: Ints, headers: Columns, live: C
     return owner, number, actions.reshape(-1, length)
 
 
-def _deleted_keys(state: SequenceState, live: Columns, owner: Ints, number: Ints) -> tuple[Ints, Ints]:
+def _deleted_keys(state: SequenceState, live: Columns, owner: I64, number: I64) -> tuple[I64, I64]:
     """(index into the users, chunk key) of what is stored of forgotten users and is not written anew."""
     emptied = rows_where(live["emptied"])
     user, key = spans(np.zeros(len(emptied), np.int64), live["stored_keys"][emptied].astype(np.int64))
@@ -76,7 +77,7 @@ def _deleted_keys(state: SequenceState, live: Columns, owner: Ints, number: Ints
     return user[~stays], key[~stays]
 
 
-def _clean(state: SequenceState, slots: Ints, headers: Columns, live: Columns) -> None:
+def _clean(state: SequenceState, slots: I64, headers: Columns, live: Columns) -> None:
     headers["flags"] = np.where(headers["due_ms"] != NEVER, HAD_DEADLINE, 0)
     live["dirty"], live["emptied"], live["in_snapshot"] = False, False, True
     live["dirty_from"] = headers["count"]

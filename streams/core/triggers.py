@@ -29,12 +29,10 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import name_code
-from streams.core.layout import NEVER, Columns, Ints
-
-Bools = npt.NDArray[np.bool_]
+from encoder.arrays import I64, U8, Bool
+from streams.core.layout import NEVER, Columns
 
 
 class Reason(IntEnum):
@@ -81,13 +79,13 @@ class TriggerPolicy:
     def has_timers(self) -> bool:
         return bool(self.max_staleness_ms or self.session_gap_ms)
 
-    def ranks(self) -> npt.NDArray[np.uint8]:
+    def ranks(self) -> U8:
         """[len(Reason) + 1]: place of each reason in `priorities`; "not due" comes last."""
         ranks = np.full(len(Reason) + 1, len(Reason), np.uint8)
         ranks[list(self.priorities)] = np.arange(len(self.priorities))
         return ranks
 
-    def strong_codes(self) -> Bools:
+    def strong_codes(self) -> Bool:
         """[65536]: whether an action code is strong."""
         table = np.zeros(65_536, np.bool_)
         table[[name_code(name) for name in self.strong]] = True
@@ -109,11 +107,11 @@ class PolicyError(Exception):
 class Touched:
     """What a batch did to each of the users it changed."""
 
-    fresh: Ints
+    fresh: I64
     """[U], applied actions that no published embedding contains."""
-    strong: Bools
+    strong: Bool
     """[U], whether one of them is strong."""
-    first: Bools
+    first: Bool
     """[U], whether one of them is among the user's first `first_n`."""
 
 
@@ -122,17 +120,17 @@ class Triggers:
     """A policy made ready for columns."""
 
     policy: TriggerPolicy
-    ranks: npt.NDArray[np.uint8] = field(init=False)
-    priorities: Ints = field(init=False)
+    ranks: U8 = field(init=False)
+    priorities: I64 = field(init=False)
     """[len(Reason) + 1]: priority of each reason in the encode queue, 1 and up; a higher one goes first."""
-    strong_codes: Bools = field(init=False)
+    strong_codes: Bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", self.policy.ranks())
         object.__setattr__(self, "priorities", len(Reason) - self.ranks.astype(np.int64))
         object.__setattr__(self, "strong_codes", self.policy.strong_codes())
 
-    def on_actions(self, headers: Columns, live: Columns, touched: Touched, now_ms: int) -> Bools:
+    def on_actions(self, headers: Columns, live: Columns, touched: Touched, now_ms: int) -> Bool:
         """Count the fresh actions, fire, and return who is to be handed over for encoding now.
 
         `headers` and `live` are the columns of the U touched users and are changed in place; a user that must wait
@@ -151,7 +149,7 @@ class Triggers:
             self.set_timers(headers, live)
         return self._hand_over(headers, live, fired, now_ms)
 
-    def on_deadline(self, headers: Columns, live: Columns, now_ms: int) -> Bools:
+    def on_deadline(self, headers: Columns, live: Columns, now_ms: int) -> Bool:
         """Fire the timers of users whose `due_ms` has come; return who is to be handed over for encoding now."""
         waiting = headers["reason"] == 0
         stale_ms = self._stale_ms(headers, live)
@@ -164,18 +162,18 @@ class Triggers:
     def set_timers(self, headers: Columns, live: Columns) -> None:
         """Put the deadline of users that are not due, as their unencoded actions and last action say."""
         is_due = headers["reason"] != 0
-        deadline: Ints | int = NEVER
+        deadline: I64 | int = NEVER
         if self.policy.has_timers:
             earliest = np.minimum(self._stale_ms(headers, live), self._session_ms(live))
             deadline = np.where(headers["unencoded"] > 0, earliest, NEVER)
         headers["due_ms"] = np.where(is_due, headers["due_ms"], deadline)
 
-    def _count_since_job(self, live: Columns, fresh: Ints, is_fresh: Bools, now_ms: int) -> None:
+    def _count_since_job(self, live: Columns, fresh: I64, is_fresh: Bool, now_ms: int) -> None:
         live["since_job_ms"][is_fresh & (live["since_job"] == 0)] = now_ms
         live["since_job"] += fresh.astype(np.uint32)
         live["last_applied_ms"] = now_ms
 
-    def _reasons(self, headers: Columns, live: Columns, touched: Touched) -> npt.NDArray[np.uint8]:
+    def _reasons(self, headers: Columns, live: Columns, touched: Touched) -> U8:
         """[U]: the most valuable reason that fires, 0 for none. What is being encoded does not count any more."""
         policy, reasons = self.policy, np.zeros(len(headers), np.uint8)
         waiting = np.where(live["in_job"], live["since_job"], headers["unencoded"])
@@ -188,38 +186,38 @@ class Triggers:
                 reasons[touched.first] = reason
         return reasons
 
-    def _want(self, headers: Columns, fired: Bools, reasons: npt.NDArray[np.uint8]) -> None:
+    def _want(self, headers: Columns, fired: Bool, reasons: U8) -> None:
         """Note that an embedding of everything applied is wanted; the more valuable of two reasons stays."""
         better = fired & (self.ranks[reasons] < self.ranks[headers["reason"]])
         headers["reason"] = np.where(better, reasons, headers["reason"])
         headers["due_offset"] = np.where(fired, headers["applied_offset"], headers["due_offset"])
 
-    def _hand_over(self, headers: Columns, live: Columns, due: Bools, now_ms: int) -> Bools:
+    def _hand_over(self, headers: Columns, live: Columns, due: Bool, now_ms: int) -> Bool:
         """Of the `due` users, those out of cooldown and not yet queued; the others get the end of it as deadline.
 
         Whoever is due has a deadline, also while queued or in work: it is what a restart finds them by.
         """
         ready_ms = np.minimum(headers["last_encoded_ms"], now_ms) + self.policy.cooldown_ms
         cooling = due & (ready_ms > now_ms) & ~live["queued"]
-        go: Bools = due & ~cooling & ~live["queued"]
+        go: Bool = due & ~cooling & ~live["queued"]
         at_latest_ms = np.where(due, np.minimum(headers["due_ms"], now_ms), headers["due_ms"])
         headers["due_ms"] = np.where(cooling, ready_ms, at_latest_ms)
         headers["last_encoded_ms"] = np.where(go, now_ms, headers["last_encoded_ms"])
         live["queued"] |= go
         return go
 
-    def _stale_ms(self, headers: Columns, live: Columns) -> Ints:
+    def _stale_ms(self, headers: Columns, live: Columns) -> I64:
         """[U]: when the oldest unencoded action becomes too stale, earlier by the user's phase; never later."""
         if not self.policy.max_staleness_ms:
             return np.full(len(headers), NEVER)
-        stale: Ints = headers["first_unencoded_ms"] + (self.policy.max_staleness_ms - live["phase_ms"])
+        stale: I64 = headers["first_unencoded_ms"] + (self.policy.max_staleness_ms - live["phase_ms"])
         return stale
 
-    def _session_ms(self, live: Columns) -> Ints:
+    def _session_ms(self, live: Columns) -> I64:
         """[U]: when the session of the last action has ended, later by the user's phase; never earlier."""
         if not self.policy.session_gap_ms:
             return np.full(len(live), NEVER)
-        ended: Ints = live["last_applied_ms"] + (self.policy.session_gap_ms + live["phase_ms"])
+        ended: I64 = live["last_applied_ms"] + (self.policy.session_gap_ms + live["phase_ms"])
         return ended
 
 

@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 from aiokafka.errors import KafkaError
 
+from encoder.arrays import F32
 from streams.core.effects import EncodeJob
 from streams.core.triggers import Reason
-from streams.encoding.queue import Embeddings
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
@@ -54,7 +54,7 @@ class PartitionSource:
         job.sequences.revisions[:] += self._lineage << REVISION_BITS
         return job
 
-    async def publish(self, job: EncodeJob, embeddings: Embeddings) -> None:
+    async def publish(self, job: EncodeJob, embeddings: F32) -> None:
         """Publish what may still be published; on failure the users stay due and are handed over again later."""
         state = self._owned.state
         rows = state.publishable(job)
@@ -94,7 +94,7 @@ class PartitionSource:
         """Due again after a while; until then they wait in their state."""
         self._owned.state.shed(users, self._now_ms(), SHED_RETRY_MS)
 
-    def _batch(self, job: EncodeJob, embeddings: Embeddings) -> EmbeddingBatch:
+    def _batch(self, job: EncodeJob, embeddings: F32) -> EmbeddingBatch:
         sequences = job.sequences
         return EmbeddingBatch(
             users=sequences.users,

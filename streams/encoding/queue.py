@@ -27,9 +27,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from streams.core.effects import EncodeJob, merged
 from streams.core.triggers import Reason
@@ -37,7 +37,6 @@ from streams.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Embeddings = npt.NDArray[np.float32]
 
 FIRST_USERS = 256
 """In a micro-batch, before it is known how long the encoder takes."""
@@ -67,7 +66,7 @@ class EncodeSource(Protocol):
     def take(self, users: Sequence[bytes]) -> EncodeJob:
         """Those of `users` that are still due, as of now."""
 
-    async def publish(self, job: EncodeJob, embeddings: Embeddings) -> None:
+    async def publish(self, job: EncodeJob, embeddings: F32) -> None:
         """Publish row i of `embeddings` for row i of `job`; returns when that has been settled one way or the other."""
 
     async def refuse(self, job: EncodeJob, detail: str) -> None:
@@ -232,7 +231,7 @@ class EncodeQueue:
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
 
-    async def _embed(self, job: EncodeJob) -> Embeddings:
+    async def _embed(self, job: EncodeJob) -> F32:
         """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
         for attempt in range(1, self._policy.attempts_max + 1):
             self._encoding_since_s = started_s = time.monotonic()
@@ -254,7 +253,7 @@ class EncodeQueue:
                 self._encoding_since_s = None
         return await self._embed_halves(job)
 
-    async def _embed_first(self, sequences: SequenceBatch) -> Embeddings:
+    async def _embed_first(self, sequences: SequenceBatch) -> F32:
         """Embed in the encoder's thread, which has the interpreter to itself at first."""
         future = self._thread.submit(self._runtime.embed, sequences)
         wait([future], timeout=self._policy.batch_ms / 1000)
@@ -267,7 +266,7 @@ class EncodeQueue:
         elif users >= self._room and ms < self._policy.batch_ms / 2:
             self._room = min(2 * self._room, self._policy.batch_users_max)
 
-    async def _embed_halves(self, job: EncodeJob) -> Embeddings:
+    async def _embed_halves(self, job: EncodeJob) -> F32:
         if len(job) == 1:
             return np.full((1, self._runtime.embedding_dim), np.nan, np.float32)
         halves = np.array_split(np.arange(len(job)), 2)

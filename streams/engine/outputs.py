@@ -16,10 +16,10 @@ from typing import Any
 
 import aiokafka
 import numpy as np
-import numpy.typing as npt
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
+from encoder.arrays import I64
 from streams.engine.changelog import BATCH_BYTES_MAX, LogReader
 from streams.wire.embeddings import (
     EmbeddingBatch,
@@ -43,7 +43,7 @@ class Published:
     """What the output topic holds of one partition beyond some offset, by one encoder version."""
 
     users: list[bytes]
-    source_offsets: npt.NDArray[np.int64]
+    source_offsets: I64
     """[U]: the newest published source offset of each user."""
     end: int
     """Past the last record of the partition."""

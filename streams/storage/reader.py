@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions
-from streams.core.layout import HEADER_DTYPE, Columns, Ints, StateLimits, StoredSequences, new_headers, spans, starts_of
+from encoder.arrays import I64
+from streams.core.layout import HEADER_DTYPE, Columns, StateLimits, StoredSequences, new_headers, spans, starts_of
 from streams.storage.codec import (
     ACTION_BYTES,
     HEAD_BYTES,
@@ -57,15 +58,15 @@ class _Heads:
     headers: Columns
     """[U]."""
     tails: Actions
-    tail_starts: Ints
+    tail_starts: I64
     """[U + 1]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    first: Ints
+    first: I64
     """[U], number of each user's first chunk with kept actions."""
-    starts: Ints
+    starts: I64
     """[U + 1], where each user's actions begin in `actions`."""
     actions: Actions
     """The chunks' actions, one user after another."""

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from encoder.arrays import I64
+
 Label = str | int
 Labels = tuple[str, ...]
 """Values of an instrument's labels, in their order."""
@@ -31,7 +33,7 @@ class Kind(StrEnum):
 class Distribution:
     """What a histogram holds of one set of labels: `counts[i]` observations at or below bound i, the last above all."""
 
-    counts: npt.NDArray[np.int64]
+    counts: I64
     total: float
 
 

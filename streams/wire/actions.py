@@ -23,6 +23,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_digest
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, item_key, name_code
+from encoder.arrays import U64
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -147,7 +148,7 @@ def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> A
     return ActionBatch(keys, actions, offsets, np.zeros(len(events), np.bool_))
 
 
-def _id_keys(ids: list[str]) -> npt.NDArray[np.uint64]:
+def _id_keys(ids: list[str]) -> U64:
     """`item_key` of each id; the digest is big-endian."""
     digests = b"".join(map(xxh3_64_digest, map(str.encode, ids)))
     keys = np.frombuffer(digests, ">u8").astype(np.uint64)
@@ -155,7 +156,7 @@ def _id_keys(ids: list[str]) -> npt.NDArray[np.uint64]:
     return keys
 
 
-def _event_keys(ids: list[str], records: Sequence[Record]) -> npt.NDArray[np.uint64] | int:
+def _event_keys(ids: list[str], records: Sequence[Record]) -> U64 | int:
     """As `_id_keys`, with 0 for an absent id unless a CloudEvents header names the event."""
     headers = [record.headers for record in records]
     if any(headers):

@@ -15,12 +15,13 @@ from enum import StrEnum
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
+
+from encoder.arrays import F32, I64
 
 Headers = Sequence[tuple[str, bytes]]
 Message = tuple[bytes, bytes | None, list[tuple[str, bytes]]]
 """Key, value and headers of a record to be produced."""
-Vector = npt.NDArray[np.float32]
+Vector = F32
 
 
 class EmbeddingCodec(StrEnum):
@@ -44,15 +45,15 @@ class EmbeddingBatch:
 
     users: Sequence[bytes]
     """User ids, UTF-8; length U."""
-    vectors: npt.NDArray[np.float32]
+    vectors: F32
     """[U, dim]."""
-    event_times_ms: npt.NDArray[np.int64]
+    event_times_ms: I64
     """[U]: event time of the newest action inside."""
-    sequence_lengths: npt.NDArray[np.int64]
+    sequence_lengths: I64
     """[U]: actions inside."""
     reasons: Sequence[str]
     """[U]: why the user was due."""
-    source_offsets: npt.NDArray[np.int64]
+    source_offsets: I64
     """[U]: offset of the newest event inside."""
     encoder_version: str
     encoded_at_ms: int
@@ -154,7 +155,7 @@ def decode_metadata(headers: Headers) -> EmbeddingMetadata:
     return _metadata(_texts(headers))
 
 
-def _values(vectors: npt.NDArray[np.float32], codec: EmbeddingCodec) -> Iterator[bytes]:
+def _values(vectors: F32, codec: EmbeddingCodec) -> Iterator[bytes]:
     with np.errstate(over="ignore"):
         written = vectors.astype("<f2" if codec is EmbeddingCodec.FLOAT16 else "<f4")
     if not np.isfinite(written).all():

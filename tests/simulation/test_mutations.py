@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from encoder.actions.columns import ActionBatch
+from encoder.arrays import I64
 from infra.harness.simulation import worker
 from infra.harness.simulation.broker import Transaction
 from infra.harness.simulation.history import History
 from infra.harness.simulation.schedule import failure, histories
 from streams.core import partition_state, snapshots
-from streams.core.layout import LONG_AGO, Ints
+from streams.core.layout import LONG_AGO
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
 from streams.storage import checkpoint as checkpoint_module
@@ -142,7 +143,7 @@ def cooldown_is_ignored(patch: Patch) -> None:
 def staleness_fires_late(patch: Patch) -> None:
     stale_ms = Triggers._stale_ms
 
-    def late(self: Triggers, headers: Any, live: Any) -> Ints:
+    def late(self: Triggers, headers: Any, live: Any) -> I64:
         return np.minimum(stale_ms(self, headers, live), 2**62) + 3_000
 
     patch.setattr(Triggers, "_stale_ms", late)

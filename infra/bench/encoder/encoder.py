@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import typer
 from torch import nn
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, SequenceBatch, item_key, name_code
+from encoder.arrays import F32, I64
 from encoder.features import Vocabularies, padded_rows, sequence_positions
 from encoder.inference.forward import Steps
 from encoder.inference.incremental import TOKENS_MAX, IncrementalRuntime
@@ -102,7 +102,6 @@ class Rate:
     wall: Spread
 
 
-Ints = npt.NDArray[np.int64]
 Figures = dict[str, Any]
 """Rates by contestant, and what belongs to them."""
 
@@ -181,7 +180,7 @@ class HotUsers:
         self._revisions = np.zeros(BATCH_USERS, np.int64)
         self._turns = itertools.cycle(self._random_turns(rng))
 
-    def _random_turns(self, rng: np.random.Generator) -> list[tuple[Ints, list[bytes]]]:
+    def _random_turns(self, rng: np.random.Generator) -> list[tuple[I64, list[bytes]]]:
         """Who acts in each step, made before any clock runs: several random orders of all users."""
         whole = len(self._names) // BATCH_USERS * BATCH_USERS
         orders = [rng.permutation(len(self._names))[:whole].reshape(-1, BATCH_USERS) for _ in range(ORDERS)]
@@ -269,7 +268,7 @@ def parity(config: EncoderConfig, histories: int, precision: Precision, seed: in
     return worst, least
 
 
-def kept_of(some: Ints, pool: Actions, starts: Ints, counts: Ints, revisions: Ints, kept_max: int) -> SequenceBatch:
+def kept_of(some: I64, pool: Actions, starts: I64, counts: I64, revisions: I64, kept_max: int) -> SequenceBatch:
     """The newest `kept_max` of each user's actions, which are `counts` rows of the pool from `starts`."""
     kept = np.minimum(counts[some], kept_max)
     rows = suffixes(np.append(0, starts[some] + counts[some]), kept)
@@ -278,7 +277,7 @@ def kept_of(some: Ints, pool: Actions, starts: Ints, counts: Ints, revisions: In
 
 
 @torch.inference_mode()
-def forward(release: Release, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+def forward(release: Release, batch: SequenceBatch) -> F32:
     """The model's own pass over everything kept, [U, E]."""
     positions = sequence_positions(batch.starts, batch.counts)
     tokens = release.tokenizer.tokenize(batch.actions, batch.starts, positions)

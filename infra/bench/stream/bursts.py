@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import murmur2
 
-Ints = npt.NDArray[np.int64]
+from encoder.arrays import I64
 
 ITEMS = 50_000
 ACTIONS = ("view", "click", "save", "share")
@@ -26,12 +25,12 @@ SPAN_MS = 500
 """Event time that a burst covers; less than what passes between two bursts."""
 
 
-def zipf_users(rng: np.random.Generator, users: int, events: int) -> Ints:
+def zipf_users(rng: np.random.Generator, users: int, events: int) -> I64:
     """Who acts, a few often and most rarely: floor(users x r^3), r uniform in [0, 1)."""
     return (users * rng.random(events) ** 3).astype(np.int64)
 
 
-def distinct_users(rng: np.random.Generator, users: int, events: int) -> Ints:
+def distinct_users(rng: np.random.Generator, users: int, events: int) -> I64:
     """Everybody once, in one random order that is repeated: `users` events in a row have as many users."""
     order = rng.permutation(users)
     return np.resize(order, events)
@@ -40,7 +39,7 @@ def distinct_users(rng: np.random.Generator, users: int, events: int) -> Ints:
 class Burst:
     """Events of `users` (numbers), ready to be appended to a topic once."""
 
-    def __init__(self, users: Ints, partitions: int, *, seed: int) -> None:
+    def __init__(self, users: I64, partitions: int, *, seed: int) -> None:
         self.events = len(users)
         self._users, self._partitions, self._seed = users, partitions, seed
 

@@ -31,12 +31,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from encoder.arrays import F64, I64
 from encoder.model import EncoderConfig
 from infra.bench.baselines.processes import Running
 from infra.bench.stream.bursts import Burst, distinct_users
 from infra.bench.stream.encoding import EncodeRates, measure_rates
 from infra.bench.stream.freshness_plot import save_plot
-from infra.bench.stream.traffic import Floats, Ints, Outcome, Route, Stretch, drive
+from infra.bench.stream.traffic import Outcome, Route, Stretch, drive
 from infra.bench.stream.worker import PARTITIONS, MeasuredWorker, WorkerJob, join_worker, prepare_worker
 from infra.errors import InfraError
 from infra.harness.reporting import console, machine, print_result, print_table, run_command
@@ -107,7 +108,7 @@ class Kill:
     """What a killed worker does to freshness."""
 
     takeover_s: float
-    freshness_ms: Floats
+    freshness_ms: F64
     """Of all events sent after the take-over."""
     unserved: int
 
@@ -212,7 +213,7 @@ def _kill_trial(servers: str, folder: Path, job: WorkerJob, plan: Plan) -> Kill:
 
 
 async def _drive_and_kill(
-    route: Route, users: Ints, load: Sequence[Stretch], victim: Running, after_s: float
+    route: Route, users: I64, load: Sequence[Stretch], victim: Running, after_s: float
 ) -> tuple[Outcome, float]:
     async def kill() -> float:
         await asyncio.sleep(after_s)
@@ -248,7 +249,7 @@ def _client(worker: MeasuredWorker) -> dict[str, str]:
     return {"bootstrap_servers": worker.settings.kafka.bootstrap_servers}
 
 
-def _percentiles(freshness_ms: Floats) -> tuple[float, float]:
+def _percentiles(freshness_ms: F64) -> tuple[float, float]:
     """p50 and p99, NaN where there is nothing."""
     if not len(freshness_ms):
         return float("nan"), float("nan")

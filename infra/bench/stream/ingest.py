@@ -29,9 +29,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from encoder.arrays import I64
 from infra.bench.baselines import stream as rivals
 from infra.bench.baselines.processes import Contestant, Running
-from infra.bench.stream.bursts import Burst, Ints, distinct_users, zipf_users
+from infra.bench.stream.bursts import Burst, distinct_users, zipf_users
 from infra.bench.stream.worker import PARTITIONS, MeasuredWorker, prepare_worker
 from infra.harness.reporting import Spread, agreed_ratio, console, machine, print_result, print_table, run_command
 from infra.kafka.broker import broker_or_external
@@ -56,7 +57,7 @@ class Entrant:
     """A process in the contest, and what was measured of it."""
 
     running: Running
-    users: Callable[[int], Ints]
+    users: Callable[[int], I64]
     """Who acts in a burst of so many events."""
     burst_events: int
     worker: MeasuredWorker | None = None
@@ -102,12 +103,12 @@ def _entrants(
     unavailable: dict[str, str] = {}
     with ExitStack() as stack:
 
-        def enter(contestant: Contestant, users: Callable[[int], Ints], events: int) -> Entrant:
+        def enter(contestant: Contestant, users: Callable[[int], I64], events: int) -> Entrant:
             running = Running.start(contestant)
             stack.callback(running.stop)
             return Entrant(running, users, int(events * scale))
 
-        def ours(name: str, users: Callable[[int], Ints], events: int) -> Entrant:
+        def ours(name: str, users: Callable[[int], I64], events: int) -> Entrant:
             worker = prepare_worker(name, bootstrap_servers, folder / name)
             entrant = enter(worker.contestant, users, events)
             entrant.worker = worker
@@ -132,11 +133,11 @@ _PEERS = (
 """Events of a burst: what keeps each of them busy for some seconds."""
 
 
-def _active(events: int) -> Ints:
+def _active(events: int) -> I64:
     return zipf_users(np.random.default_rng(events), ACTIVE_USERS, events)
 
 
-def _distinct(events: int) -> Ints:
+def _distinct(events: int) -> I64:
     return distinct_users(np.random.default_rng(1), POPULATION, events)
 
 

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from aiokafka.structs import TopicPartition
 
 from encoder.actions.columns import ACTION_DTYPE
+from encoder.arrays import I64, U8
 from streams.config.settings import Settings
-from streams.core.layout import Ints, Snapshot, StateLimits, new_headers, starts_of
+from streams.core.layout import Snapshot, StateLimits, new_headers, starts_of
 from streams.engine.changelog import ChangelogNames, ChangelogProducer
 from streams.storage.codec import CheckpointMark, encode, encode_mark
 
@@ -73,12 +74,12 @@ def fill(
     consumer.close()
 
 
-def partition_of(numbers: Ints, partitions: int) -> Ints:
+def partition_of(numbers: I64, partitions: int) -> I64:
     """Partition of each user: Kafka's murmur2 of its id, in columns."""
     return (murmur2(_ids(numbers)).astype(np.int64) & 0x7FFFFFFF) % partitions
 
 
-def murmur2(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+def murmur2(ids: U8) -> npt.NDArray[np.uint32]:
     """Kafka's murmur2 of each row of `ids` [N, 4 k bytes]; seed and constants as in `org.apache.kafka.common.utils`."""
     words = np.ascontiguousarray(ids).view("<u4")
     multiplier = np.uint32(0x5BD1E995)
@@ -92,7 +93,7 @@ def murmur2(ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     return h ^ (h >> np.uint32(15))
 
 
-def _ids(numbers: Ints) -> npt.NDArray[np.uint8]:
+def _ids(numbers: I64) -> U8:
     """The ids of `user_id` as rows of bytes, [N, 12]."""
     digits = (numbers[:, None] // 10 ** np.arange(6, -1, -1)) % 10
     prefix = np.frombuffer(b"user-", np.uint8)
@@ -127,14 +128,14 @@ async def _write(
     await producer.stop()
 
 
-def _snapshots(rng: np.random.Generator, numbers: Ints, actions: int, limits: StateLimits) -> Iterator[Snapshot]:
+def _snapshots(rng: np.random.Generator, numbers: I64, actions: int, limits: StateLimits) -> Iterator[Snapshot]:
     """What the checkpoints hold: everybody once, in random order."""
     shuffled = rng.permutation(numbers)
     for begin in range(0, len(shuffled), CHECKPOINT_USERS):
         yield _snapshot(rng, shuffled[begin : begin + CHECKPOINT_USERS], actions, limits)
 
 
-def _snapshot(rng: np.random.Generator, numbers: Ints, actions: int, limits: StateLimits) -> Snapshot:
+def _snapshot(rng: np.random.Generator, numbers: I64, actions: int, limits: StateLimits) -> Snapshot:
     users, length = len(numbers), limits.chunk_length
     chunks, tail = divmod(actions, length)
     headers = new_headers(users, limits)

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.partitioner import murmur2
 from aiokafka.structs import TopicPartition
 
+from encoder.arrays import F64, I64
 from infra.bench.stream.bursts import BATCH_BYTES_MAX, ITEMS
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 TICK_S = 0.002
 FETCH_WAIT_MS = 100
@@ -56,21 +53,21 @@ class Stretch:
 class Outcome:
     """E events in the order of sending, as columns."""
 
-    sent_s: Floats
+    sent_s: F64
     """[E] seconds since the epoch."""
-    served_s: Floats
+    served_s: F64
     """[E] when the first embedding containing the event was received; NaN where none was."""
-    partition: Ints
+    partition: I64
     """[E]"""
-    received_s: Floats
+    received_s: F64
     """[R] when each embedding arrived."""
-    received_partition: Ints
+    received_partition: I64
     """[R]"""
     drain_s: float
     """From the last event sent to the last event served."""
 
     @property
-    def freshness_ms(self) -> Floats:
+    def freshness_ms(self) -> F64:
         """[E] of the events that were served."""
         ms = (self.served_s - self.sent_s) * 1000
         return ms[~np.isnan(ms)]
@@ -89,7 +86,7 @@ class Outcome:
         return (len(self.sent_s) - 1) / max(1e-9, float(self.sent_s[-1] - self.sent_s[0]))
 
 
-async def drive(route: Route, users: Ints, load: Sequence[Stretch], *, drain_timeout_s: float) -> Outcome:
+async def drive(route: Route, users: I64, load: Sequence[Stretch], *, drain_timeout_s: float) -> Outcome:
     """Send the load, `users` (numbers) acting in turn, and wait until every event is served or the time is up."""
     async with _connected(route) as (producer, consumers):
         traffic = _Traffic(route, users, producer, await _ends(consumers[0], route))
@@ -113,7 +110,7 @@ async def drive(route: Route, users: Ints, load: Sequence[Stretch], *, drain_tim
 class _Traffic:
     """What is on its way."""
 
-    def __init__(self, route: Route, users: Ints, producer: AIOKafkaProducer, ends: Sequence[int]) -> None:
+    def __init__(self, route: Route, users: I64, producer: AIOKafkaProducer, ends: Sequence[int]) -> None:
         self._route, self._users, self._producer = route, users, producer
         self._next = list(ends)
         """Of each partition, the offset that the next event gets."""
@@ -186,11 +183,11 @@ class _Traffic:
             drain_s=max(0.0, last_s - sent_s),
         )
 
-    def _partitions(self, keys: Ints) -> Ints:
+    def _partitions(self, keys: I64) -> I64:
         return np.array([self._partition_of.get(user, -1) for user in (keys >> OFFSET_BITS).tolist()], np.int64)
 
 
-def serve(sent: Ints, received: Ints, received_s: Floats) -> Floats:
+def serve(sent: I64, received: I64, received_s: F64) -> F64:
     """When each sent key was served: by the first embedding of the same user with the same or a later offset.
 
     >>> one, two = 1 << OFFSET_BITS, 2 << OFFSET_BITS

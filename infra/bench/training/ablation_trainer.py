@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from encoder.arrays import I64
 from encoder.data.batches import epoch_batches
 from encoder.data.log import ActionLog
-from encoder.features import Features, Ints, Tokens
+from encoder.features import Features, Tokens
 from encoder.training.objectives import Pairs
 from encoder.training.recipe import Recipe
 from encoder.training.run import Progress
@@ -49,7 +50,7 @@ class TokensWithout(Tokens):
 
     hidden: tuple[str, ...] = ()
 
-    def features(self, rows: Ints | None = None) -> Features:
+    def features(self, rows: I64 | None = None) -> Features:
         seen = super().features(rows)
         constant = {name: torch.full_like(getattr(seen, name), CONSTANT.get(name, 0)) for name in self.hidden}
         return replace(seen, **constant)
@@ -72,7 +73,7 @@ class VariantTrainer(Trainer):
         self._acted_on = np.zeros((len(log.users), len(vocabularies.item_keys) + 1), np.bool_)
         self._acted_on[log.user_of_row, vocabularies.item_rows(log.actions["item"])] = True
 
-    def _part_batches(self) -> Iterator[Ints]:
+    def _part_batches(self) -> Iterator[I64]:
         if not self.variant.last:
             return super()._part_batches()
         rng = np.random.default_rng([self.recipe.seed, self.epoch])

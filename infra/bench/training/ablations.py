@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import typer
 
+from encoder.arrays import F64
 from encoder.data.log import ActionLog, LogColumns, read_log
 from encoder.data.split import Split, SplitConfig, make_split
 from encoder.evaluation.next_item import Exam, known_items
-from encoder.evaluation.ranking import Floats, hits_at, p90_coverage
+from encoder.evaluation.ranking import hits_at, p90_coverage
 from encoder.hardware import faster_precision
 from encoder.training.progress import TrainingScreen
 from encoder.training.recipe import Recipe, read_recipe
@@ -46,7 +47,7 @@ from infra.harness.reporting import console, machine, print_result, print_table,
 class Graded:
     """One training on the test questions."""
 
-    hits: Floats
+    hits: F64
     """[Q] 1 where the answer is among the best ten."""
     ndcg10: float
     p90_coverage10: float

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from infra.chaos.checks.violations import Explained, Kind, Violation, is_explained
 from infra.harness.model import LogRecord, Truth
@@ -24,7 +24,7 @@ class _Published:
     """What the output topic holds of one user, stale records dropped as a reader drops them."""
 
     source_offset: int = -1
-    vector: npt.NDArray[np.float32] | None = None
+    vector: F32 | None = None
     """None: a tombstone."""
     firsts: list[tuple[int, int]] = field(default_factory=list)
     """(source offset, when published) of each record that was not stale, ascending in both."""
@@ -145,5 +145,5 @@ class OutputChecks:
         return ages
 
 
-def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+def _cosine(a: F32, b: F32) -> float:
     return float(a @ b) / max(float(np.linalg.norm(a)) * float(np.linalg.norm(b)), 1e-12)

@@ -20,12 +20,13 @@ from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 from encoder.actions.columns import Actions, item_key
+from encoder.arrays import I64
 from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker, Fenced, Output, SourceRecord
 from infra.harness.simulation.model import Event, Model
 from infra.harness.simulation.worker import LIMITS, Died, Disk, Violation, Worker
 from streams.core.deadlines import BUCKET_MS
-from streams.core.layout import Columns, Ints
+from streams.core.layout import Columns
 from streams.storage.reader import read_users
 
 BEGIN_MS = 1_700_000_000_000
@@ -288,7 +289,7 @@ class World:
         stored = read_users(self.worker.disk, cold, LIMITS).stored
         self._compare_all(cold, stored.headers, stored.actions, stored.starts, offset)
 
-    def _compare_all(self, users: list[bytes], headers: Columns, actions: Actions, starts: Ints, offset: int) -> None:
+    def _compare_all(self, users: list[bytes], headers: Columns, actions: Actions, starts: I64, offset: int) -> None:
         items = actions["item"].tolist()
         for row, user in enumerate(users):
             right = self.model.at(user, offset)

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import ACTION_DTYPE, SequenceBatch
+from encoder.arrays import F32
 from streams.core.effects import EncodeJob, merged
 from streams.core.triggers import Reason
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
@@ -32,7 +32,7 @@ class Runtime:
         self.extensions = self.prefills = self.cleared = 0
         self._trouble = trouble
 
-    def embed(self, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+    def embed(self, batch: SequenceBatch) -> F32:
         self.calls.append(list(batch.users))
         self._trouble(batch.users)
         self.extensions += len(batch) - 1
@@ -63,7 +63,7 @@ class Source:
     def take(self, users: Sequence[bytes]) -> EncodeJob:
         return job(users)
 
-    async def publish(self, job: EncodeJob, embeddings: npt.NDArray[np.float32]) -> None:
+    async def publish(self, job: EncodeJob, embeddings: F32) -> None:
         await self.acknowledged.wait()
         self.order += job.sequences.users
         self.published |= dict(zip(job.sequences.users, embeddings[:, 0].tolist(), strict=True))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, SequenceBatch, item_key, name_code
+from encoder.arrays import F32
 from encoder.features import Vocabularies, padded_rows, sequence_positions
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder, initialize
@@ -95,7 +95,7 @@ def sequences(users: Sequence[User]) -> SequenceBatch:
 
 
 @torch.inference_mode()
-def forward(release: Release, batch: SequenceBatch) -> npt.NDArray[np.float32]:
+def forward(release: Release, batch: SequenceBatch) -> F32:
     """The model's own forward pass over everything kept: what every runtime must agree with."""
     positions = sequence_positions(batch.starts, batch.counts)
     tokens = release.tokenizer.tokenize(batch.actions, batch.starts, positions)
