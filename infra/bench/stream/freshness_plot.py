@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from encoder.arrays import F32
+from encoder.arrays import F64
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 COLOURS = {50: "#0b6e4f", 90: "#4a90a4", 99: "#e0a030"}
 
 
-def save_plot(steps: Sequence[tuple[float, F32]], saturation: float, folder: Path) -> Path:
+def save_plot(steps: Sequence[tuple[float, F64]], saturation: float, folder: Path) -> Path:
     """Draw percentiles of freshness over (events/s, freshness in ms) into `folder`/freshness.png; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
