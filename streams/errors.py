@@ -19,7 +19,7 @@ class SettingsError(StreamformerError):
 
     def __init__(self, problems: list[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("wrong settings", count, "see docs/settings.md")
+        super().__init__("wrong settings", count, "see docs/reference/settings.md")
         self.problems = problems
 
     def __str__(self) -> str:

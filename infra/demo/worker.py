@@ -121,7 +121,7 @@ def environment(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """`settings` with some of them replaced; keys as in docs/settings.md."""
+    """`settings` with some of them replaced; keys as in docs/reference/settings.md."""
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         changed = getattr(settings, group).model_copy(update={name: value}) if group else value

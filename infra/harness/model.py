@@ -1,7 +1,8 @@
 """What every user's sequence must be, recomputed record by record from the input topic.
 
-Written from the contract (docs/architecture.md) and not from the worker's code: one event at a time, Python lists, no
-shortcuts. It knows of the project only the layout of an action (`encoder.actions`), in which sequences are compared.
+Written from the contract (docs/explanation/architecture.md) and not from the worker's code: one event at a time,
+Python lists, no shortcuts. It shares with the project only the layout of an action (`encoder.actions`), in which
+sequences are compared.
 """
 
 from __future__ import annotations

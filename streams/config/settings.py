@@ -2,7 +2,7 @@
 
 A key of group `kafka` is `[kafka] poll_records_max = 500` in the file and `STREAMFORMER_KAFKA_POLL_RECORDS_MAX` in the
 environment. Secrets may also come from a file: `STREAMFORMER_KAFKA_SASL_PASSWORD_FILE` names it. All problems are
-reported at once; what is printed is redacted. docs/settings.md lists every key.
+reported at once; what is printed is redacted. docs/reference/settings.md lists every key.
 """
 
 from __future__ import annotations

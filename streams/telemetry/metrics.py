@@ -2,7 +2,7 @@
 
 Instruments hold their own numbers and know no monitoring system; `prometheus.py` serves them. They are updated
 once a batch, from any thread. Labels come from closed sets or are partition numbers, never user ids.
-docs/metrics.md is made from this module.
+docs/reference/metrics.md is made from this module.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embed
 from tests.unit.wire.test_embeddings import ONE
 
 DOCS = Path(__file__).parents[2] / "docs"
-CONTRACTS = (DOCS / "contracts.md").read_text(encoding="utf-8")
+CONTRACTS = (DOCS / "reference" / "contracts.md").read_text(encoding="utf-8")
 
 
 def test_generated_pages_are_up_to_date() -> None:
-    """docs/settings.md and docs/metrics.md are what `python docs/generate.py` writes."""
+    """The generated pages of docs/reference are what `python docs/generate.py` writes."""
     for name, content in runpy.run_path(str(DOCS / "generate.py"))["pages"]().items():
         assert (DOCS / name).read_text(encoding="utf-8") == content, f"run python docs/generate.py: {name} is old"
 
