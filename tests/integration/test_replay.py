@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from kafka.structs import TopicPartition
 
-from infra import replay as replay_module
+from infra.datasets import replay as replay_module
 from infra.datasets.event_log import EventLog, event_log
 from infra.datasets.generator import GeneratorPolicy, generate
 from infra.datasets.replay import Acknowledged, Pace, ReplayFailed, replay
