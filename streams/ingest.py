@@ -89,7 +89,7 @@ class Ingest:
     async def _wake(self, owned: OwnedPartition, until_ms: int) -> None:
         """Fire what falls due until then, in portions; the cold ones among the users fire once they are loaded."""
         while (deadline_ms := owned.state.next_deadline_ms) is not None and deadline_ms <= until_ms:
-            effects = owned.state.wake(until_ms)
+            effects = owned.state.fire_timers(until_ms)
             self._perform(owned, effects)
             if not await self._load(owned, effects.to_load):
                 return
@@ -115,7 +115,7 @@ class Ingest:
         cold = state.missing(users)
         if not cold:
             return True
-        state.evict(len(cold))
+        state.evict(len(cold), spare=users)
         while state.room < len(cold):
             # Everyone in memory is dirty or waits for the encoder: make them clean, let the encoder go on.
             await self._partitions.checkpoint(owned)
@@ -123,7 +123,7 @@ class Ingest:
             if not self._is_mine(owned):
                 return False
             cold = state.missing(users)
-            state.evict(len(cold))
+            state.evict(len(cold), spare=users)
         try:
             read = read_users(owned.store, cold, state.limits)
         except StoreDamaged as damage:

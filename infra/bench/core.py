@@ -59,12 +59,12 @@ def measure(seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = PartitionStore.open(Path(folder) / "store")
         began = time.thread_time()
-        snapshot = state.take_dirty()
+        snapshot = state.begin_checkpoint()
         records = encode(snapshot, limits)
         encoded = time.thread_time()
         store.write(records, 0)
         written = time.thread_time()
-        state.settle(snapshot)
+        state.commit_checkpoint(snapshot)
         store.flush()
         cold = _time_cold(store, [_batch(_distinct(rng), rng, offset) for offset in _offsets(8, 10**8)], limits)
         store.close()
@@ -86,9 +86,9 @@ def changelog_bytes(chunk_length: int) -> list[float]:
     for checkpoint in range(3):
         for offset in _offsets(CHECKPOINT_EVENTS // BATCH, checkpoint * CHECKPOINT_EVENTS):
             _apply(state, _batch(_skewed(rng), rng, offset))
-        snapshot = state.take_dirty()
+        snapshot = state.begin_checkpoint()
         size = sum(len(key) + len(value or b"") for key, value in encode(snapshot, limits))
-        state.settle(snapshot)
+        state.commit_checkpoint(snapshot)
         figures.append(size / CHECKPOINT_EVENTS)
     return figures
 
@@ -133,8 +133,8 @@ def _apply(state: PartitionState, batch: ActionBatch) -> None:
 
 
 def _acknowledge(state: PartitionState, users: list[bytes]) -> None:
-    job = state.sequences(users)
-    state.encoded(job.sequences.users, job.offsets, BEGIN_MS)
+    job = state.begin_job(users)
+    state.finish_job(job.sequences.users, job.offsets, BEGIN_MS)
 
 
 def _offsets(batches: int, begin: int) -> Iterator[int]:

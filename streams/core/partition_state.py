@@ -1,30 +1,40 @@
 """The state of one source partition: batches in, effects out. Pure: no clock, no I/O; `now_ms` is processing time.
 
+At assignment, once:
+
     state = PartitionState(policy, limits)
-    state.note_published(users, offsets)         # once, at assignment: what the output topic holds beyond the mark
-    state.resume(store.pending())                # once, at assignment: deadlines of users that are not in memory
+    state.seed_published(users, offsets)    # what the output topic holds beyond the checkpoint mark
+    state.seed_deadlines(store.pending())   # deadlines of users that are not in memory
 
-    cold = state.missing(batch.users)            # for each batch, without a pause up to apply:
-    state.evict(len(cold))                       #   if state.room < len(cold): checkpoint and begin with missing again
-    state.load(cold, read_users(store, cold).stored)
-    effects = state.apply(batch, now_ms)         #   hand over effects.due, publish tombstones of effects.forgotten
+Each batch, without an await between the last `missing` and `apply`:
 
-    effects = state.wake(now_ms)                 # when state.next_deadline_ms has come:
-    state.load(effects.to_load, ...)             #   load these and wake again; hand over effects.due
+    cold = state.missing(batch.users)
+    state.evict(len(cold), spare=batch.users)   # if state.room is still below len(cold): checkpoint, then start over
+    state.load(cold, read_users(store, cold, limits).stored)
+    effects = state.apply(batch, now_ms)        # queue effects.due, publish tombstones of effects.forgotten
 
-    job = state.sequences(users)                 # from the encode queue: those still due, as of now
-    rows = state.publishable(job)                # after encoding: the rows of the job that may still be published
-    state.encoded(users, offsets, now_ms)        # after the output topic has acknowledged them
-    state.shed(users, now_ms, delay_ms)          # dropped from the queue under load: due again after the delay
-    state.defer(users, now_ms, delay_ms)         # their job has failed: due again after the delay
+Whenever `next_deadline_ms` has come:
 
-    snapshot = state.take_dirty()                # a checkpoint (see streams.storage.checkpoint), ended by
-    state.settle(snapshot)                       #   settle, or by restore_dirty(snapshot) when it failed
+    effects = state.fire_timers(now_ms)     # queue effects.due, load effects.to_load, then fire again
 
-A user is *due* from the moment a trigger fires until `encoded` names a source offset that contains what the trigger
-wanted. That is part of the persisted state, so neither a checkpoint waits for the encoder nor does a crash forget a
-due user. A user handed over is not handed over again before `sequences` has taken it, and is not evicted before
-`encoded`, `shed` or `defer` has returned it.
+The encode queue begins each job once and ends it once:
+
+    job = state.begin_job(users)            # the users that are still due, with their sequences as of now
+    rows = state.drop_outdated(job)         # after encoding: ends the job of outdated users, returns the other rows
+    state.finish_job(users, offsets, now_ms)    # the output topic has acknowledged the embeddings, or
+    state.retry_job(users, now_ms, delay_ms)    # encoding or publishing failed: due again after the delay
+    state.requeue(users, now_ms, delay_ms)  # shed from the queue before a job took them: due again after the delay
+
+A checkpoint (see streams.storage.checkpoint) begins once and ends once:
+
+    snapshot = state.begin_checkpoint()
+    state.commit_checkpoint(snapshot)       # the snapshot is durable, or
+    state.abort_checkpoint(snapshot)        # it may not be
+
+A user is *due* from the moment a trigger fires until `finish_job` acknowledges a source offset that covers what the
+trigger wanted. Being due is part of the persisted state: a checkpoint need not wait for the encoder, and a crash
+loses no due user. A user that was handed over is not handed over again before `begin_job` has taken it, and is not
+evicted before `finish_job`, `retry_job` or `requeue` has returned it.
 """
 
 from __future__ import annotations
@@ -54,7 +64,7 @@ from streams.core.merge import Outcome
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Touched, TriggerPolicy, Triggers
 
-RESUME_AT_ONCE = 100_000
+SEED_USERS_PER_STEP = 100_000
 _LATE, _TOMBSTONE = int(Outcome.LATE), int(Outcome.TOMBSTONE)
 """As plain numbers: a look-up in an enum takes as long as a step of a small batch."""
 
@@ -69,7 +79,6 @@ class PartitionState:
         self._deadlines = Deadlines()
         self._published: dict[bytes, int] = {}
         """Source offsets that the output topic holds of cold users, beyond what their state knows."""
-        self._wanted: Sequence[bytes] = ()
 
     # -- who is in memory
 
@@ -83,8 +92,7 @@ class PartitionState:
         return self._sequences.room
 
     def missing(self, users: Sequence[bytes]) -> list[bytes]:
-        """Those of `users` that are not in memory, each once; `evict` spares the others until the next call."""
-        self._wanted = users
+        """Return those of `users` that are not in memory, each once, in order of appearance."""
         cold = set(users).difference(self._sequences.slot_of)
         return [user for user in dict.fromkeys(users) if user in cold] if cold else []
 
@@ -98,11 +106,11 @@ class PartitionState:
             if user in self._published:
                 self._note(slots[row : row + 1], self._published.pop(user))
 
-    def evict(self, room: int = 0) -> int:
-        """Make room for at least `room` users, as far as there are clean, idle ones; return how many had to go.
+    def evict(self, room: int, *, spare: Sequence[bytes] = ()) -> int:
+        """Make room for at least `room` users, as far as clean, idle users allow; return how many were evicted.
 
-        Users of the last call of `missing` stay. An eighth of all slots is freed at a time, so that the choice costs
-        little per user.
+        Users in `spare`, those of the batch at hand, stay. At least an eighth of all slots is freed at a time, so
+        that choosing them costs little per user.
         """
         sequences = self._sequences
         if sequences.room >= room:
@@ -110,7 +118,7 @@ class PartitionState:
         slots = sequences.hot_slots()
         live = sequences.live.take(slots)
         slots = slots[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
-        slots = np.setdiff1d(slots, sequences.slots([user for user in self._wanted if user in sequences.slot_of]))
+        slots = np.setdiff1d(slots, sequences.slots([user for user in spare if user in sequences.slot_of]))
         wanted = max(room, self.limits.hot_users_max // 8) - sequences.room
         slots = sequences.least_recently_used(slots, wanted)
         due_ms = sequences.headers["due_ms"][slots]
@@ -130,8 +138,8 @@ class PartitionState:
         due = self._fire(batch, applied.slots[rows], rows, now_ms) if len(rows) else rows
         return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes)
 
-    def wake(self, now_ms: int) -> Effects:
-        """Fire what has fallen due by `now_ms`, at most `wake_users_max` users at a time."""
+    def fire_timers(self, now_ms: int) -> Effects:
+        """Fire the timers that have fallen due by `now_ms`, at most `wake_users_max` users at a time."""
         popped, cold = self._deadlines.pop(now_ms, self.limits.wake_users_max)
         self._sequences.live["wheel_ms"][popped] = NEVER
         headers, live = self._sequences.columns(popped)
@@ -146,20 +154,20 @@ class PartitionState:
 
     @property
     def next_deadline_ms(self) -> int | None:
-        """When `wake` has something to look at, None when nothing is pending."""
+        """Processing time at which `fire_timers` next has work, None when nothing is pending."""
         return self._deadlines.next_ms
 
-    def resume(self, pending: Iterable[tuple[bytes, int]]) -> None:
-        """Take over the deadlines of users that are not in memory: (user, due_ms)."""
+    def seed_deadlines(self, pending: Iterable[tuple[bytes, int]]) -> None:
+        """Enter the stored deadlines of users that are not in memory, as (user, due_ms)."""
         entries = iter(pending)
-        while chunk := list(islice(entries, RESUME_AT_ONCE)):
+        while chunk := list(islice(entries, SEED_USERS_PER_STEP)):
             users = [user for user, _ in chunk]
             self._deadlines.add_cold(users, np.array([due_ms for _, due_ms in chunk], np.int64))
 
     # -- encoding
 
-    def sequences(self, users: Sequence[bytes]) -> EncodeJob:
-        """The kept sequences of those of `users` that are still due; they are in work from now on."""
+    def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
+        """Start encoding those of `users` that are still due; return them with their kept sequences."""
         sequences = self._sequences
         slots = sequences.slots([user for user in users if user in sequences.slot_of])
         sequences.live["queued"][slots] = False
@@ -180,8 +188,8 @@ class PartitionState:
         )
         return EncodeJob(batch, headers["applied_offset"].copy(), live["newest_ms"].copy(), headers["reason"].copy())
 
-    def publishable(self, job: EncodeJob) -> I64:
-        """Rows of `job` that may be published: not those of users forgotten, or published anew, since it was taken."""
+    def drop_outdated(self, job: EncodeJob) -> I64:
+        """End the job of users forgotten or published since it began; return the rows that may still be published."""
         rows = self._hot_rows(job.sequences.users)
         slots, offsets = self._sequences.slots([job.sequences.users[row] for row in rows.tolist()]), job.offsets[rows]
         is_outdated = offsets <= self._sequences.headers["encoded_offset"][slots]
@@ -189,15 +197,15 @@ class PartitionState:
         self._enter(slots[is_outdated])
         return rows[~is_outdated]
 
-    def encoded(self, users: Sequence[bytes], offsets: I64, now_ms: int) -> None:
-        """The output topic has acknowledged embeddings of distinct `users` that contain these source offsets.
+    def finish_job(self, users: Sequence[bytes], offsets: I64, now_ms: int) -> None:
+        """Record that the output topic acknowledged embeddings of distinct `users` that contain these source offsets.
 
-        Who has left memory meanwhile (a later job of the user ended first) is noted as by `note_published`.
+        Users evicted in the meantime (because a later job of theirs ended first) are recorded as by `seed_published`.
         """
         rows = self._hot_rows(users)
         if len(rows) < len(users):
             cold = np.delete(np.arange(len(users)), rows)
-            self.note_published([users[row] for row in cold.tolist()], offsets[cold])
+            self.seed_published([users[row] for row in cold.tolist()], offsets[cold])
             users, offsets = [users[row] for row in rows.tolist()], offsets[rows]
         slots = self._sequences.slots(users)
         self._end_job(slots, offsets)
@@ -212,20 +220,20 @@ class PartitionState:
         self._sequences.put(slots, headers, live)
         self._enter(slots)
 
-    def shed(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
-        """Distinct `users` left the encode queue without being taken: those still due are so again after the delay."""
+    def requeue(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """Put back distinct `users` that the encode queue shed: those still due are due again after the delay."""
         self._put_off(users, "queued", now_ms + delay_ms)
 
-    def defer(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
-        """The job of distinct `users` has failed: those still due are so again after the delay."""
+    def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """End the failed job of distinct `users`: those still due are due again after the delay."""
         self._put_off(users, "in_job", now_ms + delay_ms)
 
-    def note_published(self, users: Sequence[bytes], offsets: I64) -> None:
-        """The output topic holds, by this encoder version, embeddings of these users up to these source offsets.
+    def seed_published(self, users: Sequence[bytes], offsets: I64) -> None:
+        """Record up to which source offsets the output topic holds embeddings of `users` by this encoder version.
 
-        What a replay would publish again up to there is taken as encoded already (law 5). The next wake-ups ask for
-        the cold ones to be loaded, after which the state itself knows; until then `has_notes` is true, and a
-        checkpoint must not move past these outputs.
+        A replay up to there publishes nothing again (invariant 5: monotone). `fire_timers` asks for the cold users
+        among them to be loaded, and loading writes the offset into their state. Until then `has_unseen_outputs` is
+        true, and a checkpoint's mark must not pass these outputs.
         """
         cold = self.missing(users)
         self._deadlines.add_cold(cold, np.zeros(len(cold), np.int64))
@@ -239,8 +247,8 @@ class PartitionState:
     # -- checkpoints
 
     @property
-    def has_notes(self) -> bool:
-        """Whether `note_published` said things of users that their state does not know yet."""
+    def has_unseen_outputs(self) -> bool:
+        """Whether `seed_published` recorded outputs that the state of their users does not contain yet."""
         return bool(self._published)
 
     @property
@@ -248,17 +256,17 @@ class PartitionState:
         """Whether anything has changed since the last snapshot."""
         return bool(self._sequences.live["dirty"].any())
 
-    def take_dirty(self) -> Snapshot:
-        """What has changed since the last snapshot."""
-        return snapshots.take(self._sequences)
+    def begin_checkpoint(self) -> Snapshot:
+        """Return all that changed since the last snapshot; its users stay in memory until the checkpoint ends."""
+        return snapshots.begin(self._sequences)
 
-    def settle(self, snapshot: Snapshot) -> None:
-        """The snapshot is durable."""
-        snapshots.settle(self._sequences, snapshot)
+    def commit_checkpoint(self, snapshot: Snapshot) -> None:
+        """Record that the snapshot is durable."""
+        snapshots.commit(self._sequences, snapshot)
 
-    def restore_dirty(self, snapshot: Snapshot) -> None:
-        """The snapshot is not known to be durable; the next one contains it."""
-        snapshots.undo(self._sequences, snapshot)
+    def abort_checkpoint(self, snapshot: Snapshot) -> None:
+        """Mark everything in the snapshot as changed again, because it may not be durable."""
+        snapshots.abort(self._sequences, snapshot)
 
     # -- inside
 

@@ -13,8 +13,8 @@ from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Snapshot, rows_whe
 from streams.core.sequences import SequenceState
 
 
-def take(state: SequenceState) -> Snapshot:
-    """The dirty users, who are clean from now on but stay hot until `settle` or `undo`."""
+def begin(state: SequenceState) -> Snapshot:
+    """The dirty users, who are clean from now on but stay hot until `commit` or `abort`."""
     slots = state.hot_slots()
     slots = slots[state.live["dirty"][slots]]
     headers, live = state.columns(slots)
@@ -40,12 +40,12 @@ def take(state: SequenceState) -> Snapshot:
     return snapshot
 
 
-def settle(state: SequenceState, snapshot: Snapshot) -> None:
+def commit(state: SequenceState, snapshot: Snapshot) -> None:
     """The snapshot is durable: its users may be evicted."""
     state.live["in_snapshot"][state.slots(snapshot.users)] = False
 
 
-def undo(state: SequenceState, snapshot: Snapshot) -> None:
+def abort(state: SequenceState, snapshot: Snapshot) -> None:
     """The snapshot did not become durable, or may not have: its users are dirty again."""
     slots = state.slots(snapshot.users)
     headers, live = state.columns(slots)

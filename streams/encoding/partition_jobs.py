@@ -50,14 +50,14 @@ class PartitionSource:
 
     def take(self, users: Sequence[bytes]) -> EncodeJob:
         """Revisions are told apart by lineage, so that a cache of another lineage fits nobody."""
-        job = self._owned.state.sequences(users)
+        job = self._owned.state.begin_job(users)
         job.sequences.revisions[:] += self._lineage << REVISION_BITS
         return job
 
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
         """Publish what may still be published; on failure the users stay due and are handed over again later."""
         state = self._owned.state
-        rows = state.publishable(job)
+        rows = state.drop_outdated(job)
         if len(rows) < len(job):
             job, embeddings = job.select(rows), embeddings[rows]
         if not len(job):
@@ -68,11 +68,11 @@ class PartitionSource:
         except Exception as error:
             logger.warning("%d embeddings could not be published, they are encoded again: %r", len(job), error)
             self._metrics.publish_failures.inc(len(job))
-            state.defer(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
+            state.retry_job(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
             return
         self._owned.output_offset = max(end, self._owned.output_offset)
         now_ms = self._now_ms()
-        state.encoded(job.sequences.users, job.offsets, now_ms)
+        state.finish_job(job.sequences.users, job.offsets, now_ms)
         self._metrics.embeddings_published.inc(len(job))
         self._metrics.freshness_seconds.observe_many((now_ms - job.newest_event_ms) / 1000)
 
@@ -88,11 +88,11 @@ class PartitionSource:
                 await self._outputs.dead_letter(tp.partition, user, value, headers)
             except KafkaError as error:
                 logger.warning("a dead letter of the encoder could not be sent: %r", error)
-        state.defer(job.sequences.users, self._now_ms(), REFUSED_RETRY_MS)
+        state.retry_job(job.sequences.users, self._now_ms(), REFUSED_RETRY_MS)
 
     def shed(self, users: Sequence[bytes]) -> None:
         """Due again after a while; until then they wait in their state."""
-        self._owned.state.shed(users, self._now_ms(), SHED_RETRY_MS)
+        self._owned.state.requeue(users, self._now_ms(), SHED_RETRY_MS)
 
     def _batch(self, job: EncodeJob, embeddings: F32) -> EmbeddingBatch:
         sequences = job.sequences

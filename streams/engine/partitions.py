@@ -211,8 +211,8 @@ class Partitions(Service):
     ) -> OwnedPartition:
         state = self._host.new_state()
         published = await self._host.published_since(source.partition, mark.output_offset if mark else 0)
-        state.note_published(published.users, published.source_offsets)
-        state.resume(store.pending())
+        state.seed_published(published.users, published.source_offsets)
+        state.seed_deadlines(store.pending())
         earliest = (await self.app.consumer.earliest_offsets(source))[source]
         start = earliest if mark is None else mark.source_offset
         return OwnedPartition(source, state, store, producer, start, start, published.end)

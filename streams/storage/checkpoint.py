@@ -52,10 +52,10 @@ async def checkpoint(
     store has failed: stop the worker. While the state has notes of outputs that it has not taken up, the mark stays
     before these outputs, so that the next owner reads them again.
     """
-    if state.has_notes:
+    if state.has_unseen_outputs:
         known = store.mark()
         mark = CheckpointMark(mark.source_offset, known.output_offset if known else 0)
-    snapshot = state.take_dirty()
+    snapshot = state.begin_checkpoint()
     try:
         records: list[Record] = [*encode(snapshot, state.limits), encode_mark(mark)]
         await outputs.acknowledged()
@@ -64,9 +64,9 @@ async def checkpoint(
         await changelog.send_source_offset(mark.source_offset)
         await changelog.commit()
     except BaseException:
-        state.restore_dirty(snapshot)
+        state.abort_checkpoint(snapshot)
         raise
     for _ in store.write_steps(records, changelog_offset):
         await asyncio.sleep(0)
-    state.settle(snapshot)
+    state.commit_checkpoint(snapshot)
     return len(records)

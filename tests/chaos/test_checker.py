@@ -116,8 +116,11 @@ def faithful(encoder: EncoderRuntime) -> Run:
         if effects.due:
             for message in embeddings(encoder, state, effects.due):
                 append(outputs, *message)
-        records = [*encode(snapshot := state.take_dirty(), LIMITS), encode_mark(CheckpointMark(part[-1].offset + 1, 0))]
-        state.settle(snapshot)
+        records = [
+            *encode(snapshot := state.begin_checkpoint(), LIMITS),
+            encode_mark(CheckpointMark(part[-1].offset + 1, 0)),
+        ]
+        state.commit_checkpoint(snapshot)
         store.write(records, len(changelog))
         for key, value in records:
             append(changelog, key, value)
@@ -125,8 +128,8 @@ def faithful(encoder: EncoderRuntime) -> Run:
 
 
 def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes]) -> list[tuple[object, ...]]:
-    job = state.sequences(due)
-    state.encoded(job.sequences.users, job.offsets, NOW_MS)
+    job = state.begin_job(due)
+    state.finish_job(job.sequences.users, job.offsets, NOW_MS)
     batch = EmbeddingBatch(
         job.sequences.users,
         encoder.embed(job.sequences),
@@ -156,7 +159,7 @@ def rewritten(run: Run, user: bytes, change: Callable[[PartitionState, np.ndarra
     slot = state._sequences.slots([user])
     state._sequences.live["dirty"][slot] = True
     state._sequences.live["dirty_from"][slot] = 0
-    records = [*encode(state.take_dirty(), LIMITS), encode_mark(CheckpointMark(run.committed, 0))]
+    records = [*encode(state.begin_checkpoint(), LIMITS), encode_mark(CheckpointMark(run.committed, 0))]
     base = len(run.evidence.changelog)
     more = [LogRecord(0, base + i, NOW_MS, key, value) for i, (key, value) in enumerate(records)]
     return replace(run, evidence=replace(run.evidence, changelog=[*run.evidence.changelog, *more]))

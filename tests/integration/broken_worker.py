@@ -109,7 +109,7 @@ def no_position_guard() -> None:
 
 def store_before_commit() -> None:
     async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
-        snapshot = state.take_dirty()
+        snapshot = state.begin_checkpoint()
         records = [*encode(snapshot, state.limits), encode_mark(mark)]
         await outputs.acknowledged()
         await changelog.begin()
@@ -118,7 +118,7 @@ def store_before_commit() -> None:
         crash_once()
         await changelog.send_source_offset(mark.source_offset)
         await changelog.commit()
-        state.settle(snapshot)
+        state.commit_checkpoint(snapshot)
         return len(records)
 
     partitions_module.checkpoint = checkpoint

@@ -55,20 +55,20 @@ def forgotten_users_come_back(patch: Patch) -> None:
 
 
 def late_events_do_not_rewrite_chunks(patch: Patch) -> None:
-    take = snapshots.take
+    begin = snapshots.begin
 
     def lazy(state: SequenceState) -> Any:
         slots = state.hot_slots()
         stored = state.live["stored_keys"][slots].astype(np.int64) * state.limits.chunk_length
         state.live["dirty_from"][slots] = np.maximum(state.live["dirty_from"][slots], stored)
-        return take(state)
+        return begin(state)
 
-    patch.setattr(snapshots, "take", lazy)
+    patch.setattr(snapshots, "begin", lazy)
 
 
 def store_before_commit(patch: Patch) -> None:
     async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
-        snapshot = state.take_dirty()
+        snapshot = state.begin_checkpoint()
         records = [*encode(snapshot, state.limits), encode_mark(mark)]
         await outputs.acknowledged()
         await changelog.begin()
@@ -77,7 +77,7 @@ def store_before_commit(patch: Patch) -> None:
             await asyncio.sleep(0)
         await changelog.send_source_offset(mark.source_offset)
         await changelog.commit()
-        state.settle(snapshot)
+        state.commit_checkpoint(snapshot)
         return len(records)
 
     patch.setattr(worker, "checkpoint", checkpoint)
@@ -115,15 +115,15 @@ def no_fencing(patch: Patch) -> None:
 
 
 def published_outputs_are_not_noted(patch: Patch) -> None:
-    patch.setattr(partition_state.PartitionState, "note_published", lambda self, users, offsets: None)
+    patch.setattr(partition_state.PartitionState, "seed_published", lambda self, users, offsets: None)
 
 
 def mark_passes_outputs_not_taken_up(patch: Patch) -> None:
-    patch.setattr(partition_state.PartitionState, "has_notes", False)
+    patch.setattr(partition_state.PartitionState, "has_unseen_outputs", False)
 
 
 def outdated_embeddings_are_published(patch: Patch) -> None:
-    patch.setattr(partition_state.PartitionState, "publishable", lambda self, job: np.arange(len(job)))
+    patch.setattr(partition_state.PartitionState, "drop_outdated", lambda self, job: np.arange(len(job)))
 
 
 def due_users_are_forgotten_in_a_crash(patch: Patch) -> None:
@@ -150,14 +150,12 @@ def staleness_fires_late(patch: Patch) -> None:
 
 
 def a_batch_may_evict_its_own_users(patch: Patch) -> None:
-    missing = partition_state.PartitionState.missing
+    evict = partition_state.PartitionState.evict
 
-    def careless(self: partition_state.PartitionState, users: Sequence[bytes]) -> list[bytes]:
-        cold = missing(self, users)
-        self._wanted = ()
-        return cold
+    def careless(self: partition_state.PartitionState, room: int, *, spare: Sequence[bytes]) -> int:
+        return evict(self, room)
 
-    patch.setattr(partition_state.PartitionState, "missing", careless)
+    patch.setattr(partition_state.PartitionState, "evict", careless)
 
 
 def chunks_are_not_written(patch: Patch) -> None:

@@ -104,8 +104,8 @@ class Worker:
         outputs = self.broker.outputs[mark.output_offset if mark else 0 :]
         self.output_offset = len(self.broker.outputs)
         published = [output for output in outputs if output.version in (None, self.version)]
-        self.state.note_published([o.user for o in published], np.array([o.offset for o in published], np.int64))
-        self.state.resume(self.disk.pending())
+        self.state.seed_published([o.user for o in published], np.array([o.offset for o in published], np.int64))
+        self.state.seed_deadlines(self.disk.pending())
 
     def _restore(self) -> None:
         local = self.disk.changelog_offset
@@ -140,7 +140,7 @@ class Worker:
             if attempt:
                 self._checkpoint_for_room() if attempt == 1 else self.drain()
             cold = self.state.missing(users)
-            self.state.evict(len(cold))
+            self.state.evict(len(cold), spare=users)
             if len(cold) <= self.state.room:
                 break
         read = read_users(self.disk, cold, LIMITS)
@@ -160,7 +160,7 @@ class Worker:
             due_ms = self.state.next_deadline_ms
             if due_ms is None or due_ms > self.now_ms:
                 return
-            effects = self.state.wake(self.now_ms)
+            effects = self.state.fire_timers(self.now_ms)
             self._perform(effects)
             for user in effects.to_load:
                 self.load([user])
@@ -186,7 +186,7 @@ class Worker:
         taken = sorted(self.queue, key=lambda user: -self.queue[user])[:users]
         for user in taken:
             del self.queue[user]
-        job = self.state.sequences(taken)
+        job = self.state.begin_job(taken)
         for user in job.sequences.users:
             self.unencoded_since_ms.pop(user, None)
         if len(job):
@@ -197,7 +197,7 @@ class Worker:
         if not self.jobs:
             return
         job = self.jobs.popleft()
-        job = job.select(self.state.publishable(job))
+        job = job.select(self.state.drop_outdated(job))
         starts, items = job.sequences.starts.tolist(), job.sequences.actions["item"].tolist()
         outputs = [
             Output(user, self.version, int(job.offsets[row]), tuple(items[starts[row] : starts[row + 1]]))
@@ -218,7 +218,7 @@ class Worker:
             self.output_offset += len(sent.outputs)
             if sent.job is not None:
                 users = sent.job.sequences.users
-                self.state.encoded(users, sent.job.offsets, self.now_ms)
+                self.state.finish_job(users, sent.job.offsets, self.now_ms)
                 self.handed_over_ms |= dict.fromkeys(users, self.now_ms)
 
     def shed(self, delay_ms: int) -> None:
@@ -228,7 +228,7 @@ class Worker:
             del self.queue[user]
             self.handed_over_ms.pop(user, None)
             self.shed_users.add(user)
-            self.state.shed([user], self.now_ms, delay_ms)
+            self.state.requeue([user], self.now_ms, delay_ms)
 
     def drain(self) -> None:
         """Encode and publish all that is due."""

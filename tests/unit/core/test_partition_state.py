@@ -14,12 +14,12 @@ NOW_MS = 1_000_000
 
 
 def _encode(state: PartitionState, users: list[bytes], now_ms: int = NOW_MS) -> None:
-    job = state.sequences(users)
-    state.encoded(job.sequences.users, job.offsets, now_ms)
+    job = state.begin_job(users)
+    state.finish_job(job.sequences.users, job.offsets, now_ms)
 
 
 def _clean(state: PartitionState) -> None:
-    state.settle(state.take_dirty())
+    state.commit_checkpoint(state.begin_checkpoint())
 
 
 def test_waiting_user_is_handed_over_once() -> None:
@@ -27,7 +27,7 @@ def test_waiting_user_is_handed_over_once() -> None:
     state = state_of(TriggerPolicy(), [b"a"])
     assert state.apply(batch([b"a", b"a"], [1, 2]), NOW_MS).due == [b"a"]
     assert state.apply(batch([b"a"], [3], offset=2), NOW_MS).due == []
-    job = state.sequences([b"a"])
+    job = state.begin_job([b"a"])
     assert (job.sequences.actions["item"].tolist(), job.offsets.tolist()) == ([1, 2, 3], [2])
     assert job.newest_event_ms.tolist() == [3]
 
@@ -36,19 +36,19 @@ def test_action_during_encoding_hands_over_again() -> None:
     """An action that comes while its user is being encoded is not covered by that embedding."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
-    job = state.sequences([b"a"])
+    job = state.begin_job([b"a"])
     assert state.apply(batch([b"a"], [2], offset=1), NOW_MS).due == [b"a"]
-    state.encoded(job.sequences.users, job.offsets, NOW_MS)
-    assert state.sequences([b"a"]).offsets.tolist() == [1]
+    state.finish_job(job.sequences.users, job.offsets, NOW_MS)
+    assert state.begin_job([b"a"]).offsets.tolist() == [1]
 
 
 def test_unencoded_actions_are_counted_from_the_job() -> None:
     """With every_n = 3, two actions during encoding do not fire, and the first one after it does."""
     state = state_of(TriggerPolicy(every_n=3), [b"a"])
     assert state.apply(batch([b"a"] * 3, [1, 2, 3]), NOW_MS).due == [b"a"]
-    job = state.sequences([b"a"])
+    job = state.begin_job([b"a"])
     assert state.apply(batch([b"a"] * 2, [4, 5], offset=3), NOW_MS).due == []
-    state.encoded(job.sequences.users, job.offsets, NOW_MS)
+    state.finish_job(job.sequences.users, job.offsets, NOW_MS)
     assert state.apply(batch([b"a"], [6], offset=5), NOW_MS).due == [b"a"]
 
 
@@ -56,7 +56,7 @@ def test_job_of_some_users() -> None:
     """A job can be cut down to some of its rows, each with its own actions."""
     state = state_of(TriggerPolicy(), [b"a", b"b", b"c"])
     state.apply(batch([b"a", b"b", b"c", b"b"], [1, 2, 3, 4]), NOW_MS)
-    job = state.sequences([b"a", b"b", b"c"]).select(np.array([1, 2]))
+    job = state.begin_job([b"a", b"b", b"c"]).select(np.array([1, 2]))
     assert job.sequences.users == [b"b", b"c"]
     assert job.sequences.actions["item"].tolist() == [2, 4, 3]
     assert job.sequences.starts.tolist() == [0, 2, 3]
@@ -77,7 +77,7 @@ def test_forgotten_user_is_published_as_a_tombstone_once() -> None:
     """A tombstone is an effect, for an unknown user too; one that the output topic holds already is none."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.load([b"b"], nothing_stored(1, LIMITS))
-    state.note_published([b"b"], np.array([7]))
+    state.seed_published([b"b"], np.array([7]))
     effects = state.apply(batch([b"a", b"b"], [5, 5], tombstones=[True, True]), NOW_MS)
     assert (effects.forgotten, effects.forgotten_offsets.tolist()) == ([b"a"], [0])
 
@@ -86,15 +86,15 @@ def test_embedding_of_a_forgotten_user_is_not_published() -> None:
     """A job taken before the tombstone must not bring the user back to the output topic."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     state.apply(batch([b"a", b"b"], [1, 1]), NOW_MS)
-    job = state.sequences([b"a", b"b"])
+    job = state.begin_job([b"a", b"b"])
     state.apply(batch([b"a", b"a"], [5, 6], offset=2, tombstones=[True, False]), NOW_MS)
-    assert [job.sequences.users[row] for row in state.publishable(job)] == [b"b"]
+    assert [job.sequences.users[row] for row in state.drop_outdated(job)] == [b"b"]
 
 
 def test_replay_publishes_nothing_that_is_published() -> None:
     """Events up to a published source offset fire nothing; the first one beyond it does."""
     state = state_of(TriggerPolicy(), [b"a"])
-    state.note_published([b"a"], np.array([1]))
+    state.seed_published([b"a"], np.array([1]))
     assert state.apply(batch([b"a", b"a"], [1, 2]), NOW_MS).due == []
     assert state.apply(batch([b"a"], [3], offset=2), NOW_MS).due == [b"a"]
 
@@ -102,13 +102,13 @@ def test_replay_publishes_nothing_that_is_published() -> None:
 def test_notes_of_cold_users_are_taken_up_by_waking() -> None:
     """What is noted of a cold user asks for it to be loaded, and is known from then on."""
     state = PartitionState(TriggerPolicy(), LIMITS)
-    state.note_published([b"a"], np.array([3]))
-    assert state.has_notes
+    state.seed_published([b"a"], np.array([3]))
+    assert state.has_unseen_outputs
     assert state.next_deadline_ms == 0
-    assert state.wake(NOW_MS).to_load == [b"a"]
+    assert state.fire_timers(NOW_MS).to_load == [b"a"]
     state.load([b"a"], nothing_stored(1, LIMITS))
-    assert not state.has_notes
-    assert state.take_dirty().headers["encoded_offset"].tolist() == [3]
+    assert not state.has_unseen_outputs
+    assert state.begin_checkpoint().headers["encoded_offset"].tolist() == [3]
 
 
 def test_dirty_queued_and_encoding_users_are_not_evicted() -> None:
@@ -118,10 +118,10 @@ def test_dirty_queued_and_encoding_users_are_not_evicted() -> None:
     state.apply(batch(users[:3], [1, 1, 1]), NOW_MS)
     _clean(state)
     _encode(state, users[:1])
-    state.sequences(users[1:2])
+    state.begin_job(users[1:2])
     dirty, in_job, queued, in_hand = users[:4]
     assert state.missing([in_hand, b"new"]) == [b"new"]
-    assert state.evict(LIMITS.hot_users_max) == LIMITS.hot_users_max - 4
+    assert state.evict(LIMITS.hot_users_max, spare=[in_hand, b"new"]) == LIMITS.hot_users_max - 4
     assert state.missing([dirty, in_job, queued, in_hand]) == []
 
 
@@ -129,9 +129,9 @@ def test_users_of_an_open_snapshot_are_not_evicted() -> None:
     """Until a checkpoint has ended, memory is the only place that has its users."""
     state = state_of(TriggerPolicy(every_n=100), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
-    snapshot = state.take_dirty()
+    snapshot = state.begin_checkpoint()
     assert state.evict(LIMITS.hot_users_max) == 0
-    state.settle(snapshot)
+    state.commit_checkpoint(snapshot)
     assert state.evict(LIMITS.hot_users_max) == 1
 
 
@@ -143,8 +143,7 @@ def test_evicts_those_untouched_for_longest() -> None:
     for offset, user in enumerate(users):
         state.apply(batch([user], [offset], offset=offset), NOW_MS)
     _clean(state)
-    state.missing([b"x", b"y"])
-    state.evict(2)
+    state.evict(2, spare=[b"x", b"y"])
     assert state.missing(users) == users[:2]
 
 
@@ -152,35 +151,35 @@ def test_deadline_of_an_evicted_user_asks_for_it_to_be_loaded() -> None:
     """A user that waits for a timer may leave memory; when the timer comes it is loaded and fires."""
     state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=1_000), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
-    snapshot = state.take_dirty()
-    state.settle(snapshot)
+    snapshot = state.begin_checkpoint()
+    state.commit_checkpoint(snapshot)
     assert state.evict(LIMITS.hot_users_max) == 1
-    assert state.wake(NOW_MS + 900).to_load == []
-    assert state.wake(NOW_MS + 1_000).to_load == [b"a"]
+    assert state.fire_timers(NOW_MS + 900).to_load == []
+    assert state.fire_timers(NOW_MS + 1_000).to_load == [b"a"]
 
 
 def test_failed_checkpoint_leaves_everything_dirty() -> None:
-    """After restore_dirty the next snapshot holds what the failed one held."""
+    """After abort_checkpoint the next snapshot holds what the failed one held."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     state.apply(batch([b"a"] * 5 + [b"b"], [1, 2, 3, 4, 5, 6]), NOW_MS)
-    failed = state.take_dirty()
-    state.restore_dirty(failed)
-    again = state.take_dirty()
+    failed = state.begin_checkpoint()
+    state.abort_checkpoint(failed)
+    again = state.begin_checkpoint()
     assert list(again.users) == list(failed.users) == [b"a", b"b"]
     again.headers["flags"] = failed.headers["flags"]  # whether an index entry may exist is not known after a failure
     for column in ("headers", "tails", "chunk_numbers", "chunks"):
         assert getattr(again, column).tobytes() == getattr(failed, column).tobytes()
-    state.settle(again)
-    assert len(state.take_dirty()) == 0
+    state.commit_checkpoint(again)
+    assert len(state.begin_checkpoint()) == 0
 
 
 def test_shed_user_is_due_again_later() -> None:
     """A user dropped from the queue is handed over again after the delay, for the same reason."""
     state = state_of(TriggerPolicy(), [b"a"])
     reason = state.apply(batch([b"a"], [1]), NOW_MS).reasons.tolist()
-    state.shed([b"a"], NOW_MS, 500)
-    assert state.wake(NOW_MS + 400).due == []
-    effects = state.wake(NOW_MS + 500)
+    state.requeue([b"a"], NOW_MS, 500)
+    assert state.fire_timers(NOW_MS + 400).due == []
+    effects = state.fire_timers(NOW_MS + 500)
     assert (effects.due, effects.reasons.tolist()) == ([b"a"], reason)
 
 
@@ -188,9 +187,9 @@ def test_failed_job_is_due_again_later() -> None:
     """A user whose job failed is handed over again after the delay."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
-    state.defer(state.sequences([b"a"]).sequences.users, NOW_MS, 500)
-    assert state.wake(NOW_MS + 400).due == []
-    assert state.wake(NOW_MS + 500).due == [b"a"]
+    state.retry_job(state.begin_job([b"a"]).sequences.users, NOW_MS, 500)
+    assert state.fire_timers(NOW_MS + 400).due == []
+    assert state.fire_timers(NOW_MS + 500).due == [b"a"]
 
 
 def test_event_of_a_user_not_loaded_is_an_error() -> None:

@@ -24,12 +24,12 @@ def _reasons(state: PartitionState, times: int, offset: int, now_ms: int, action
 
 
 def _encode(state: PartitionState, now_ms: int) -> None:
-    job = state.sequences([b"a"])
-    state.encoded(job.sequences.users, job.offsets, now_ms)
+    job = state.begin_job([b"a"])
+    state.finish_job(job.sequences.users, job.offsets, now_ms)
 
 
 def _wake(state: PartitionState, now_ms: int) -> list[int]:
-    reasons: list[int] = state.wake(now_ms).reasons.tolist()
+    reasons: list[int] = state.fire_timers(now_ms).reasons.tolist()
     return reasons
 
 
@@ -105,7 +105,7 @@ def test_phase_spreads_deadlines_within_the_bound() -> None:
     users = [b"%d" % index for index in range(32)]
     state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=5_000, spread_ms=2_000), users)
     state.apply(batch(users, [1] * len(users)), NOW_MS)
-    due = [len(state.wake(NOW_MS + ms).due) for ms in range(2_900, 5_001, 100)]
+    due = [len(state.fire_timers(NOW_MS + ms).due) for ms in range(2_900, 5_001, 100)]
     assert sum(due) == len(users)
     assert sum(count > 0 for count in due) > 10
 

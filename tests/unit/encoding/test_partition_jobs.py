@@ -25,7 +25,7 @@ def test_a_cache_of_another_lineage_fits_nobody() -> None:
         state.apply(batch([b"a"], [lineage], offset=lineage), NOW_MS)
         source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=lineage, now_ms=lambda: NOW_MS)
         job = source.take([b"a"])
-        state.encoded(job.sequences.users, job.offsets, NOW_MS)
+        state.finish_job(job.sequences.users, job.offsets, NOW_MS)
         return job.sequences.revisions.tolist()
 
     one, other = revisions(1), revisions(2)
@@ -40,7 +40,7 @@ def test_shed_users_are_due_again_after_a_while() -> None:
     source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=1, now_ms=lambda: NOW_MS)
     assert state.apply(batch([b"a", b"b"], [1, 2]), NOW_MS).due == [b"a", b"b"]
     source.shed([b"a"])
-    assert state.wake(NOW_MS + SHED_RETRY_MS - 1).due == []
-    assert state.wake(NOW_MS + SHED_RETRY_MS).due == [b"a"]
+    assert state.fire_timers(NOW_MS + SHED_RETRY_MS - 1).due == []
+    assert state.fire_timers(NOW_MS + SHED_RETRY_MS).due == [b"a"]
     job = source.take([b"a", b"b"])
     assert (job.sequences.users, job.offsets.tolist()) == ([b"a", b"b"], [0, 1])

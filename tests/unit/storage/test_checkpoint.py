@@ -79,7 +79,7 @@ def test_order_of_side_effects() -> None:
     assert (store.changelog_offset, store.mark()) == (41, MARK)
     assert recorder.records[-1][0] == MARK_KEY
     assert written == len(recorder.records) == 4
-    assert len(state.take_dirty()) == 0
+    assert len(state.begin_checkpoint()) == 0
 
 
 @pytest.mark.parametrize("step", ["acknowledged", "begin", "append", "source offset 3", "commit"])

@@ -21,10 +21,10 @@ NOW_MS = 1_000_000
 
 
 def _write(state: PartitionState, store: MemoryStore) -> int:
-    snapshot = state.take_dirty()
+    snapshot = state.begin_checkpoint()
     records = encode(snapshot, LIMITS)
     store.write(records, 0)
-    state.settle(snapshot)
+    state.commit_checkpoint(snapshot)
     return len(records)
 
 
@@ -73,7 +73,7 @@ def test_late_event_rewrites_the_chunks_behind_it() -> None:
     state.apply(batch([b"a"] * 6, [0, 10, 20, 30, 40, 50]), NOW_MS)
     _write(state, store)
     state.apply(batch([b"a"], [25], offset=6), NOW_MS)
-    assert state.take_dirty().chunk_numbers.tolist() == [1, 2]
+    assert state.begin_checkpoint().chunk_numbers.tolist() == [1, 2]
 
 
 def test_nothing_of_a_forgotten_user_stays_in_the_store() -> None:
