@@ -66,7 +66,7 @@ class Ingest:
 
     async def on_batch(self, batch: RecordBatch) -> None:
         """Apply a batch exactly where the last one of its partition ended, or not at all."""
-        owned = await self._partitions.fits(batch)
+        owned = await self._partitions.accept(batch)
         if owned is None or not await self._has_room(owned):
             return
         records = [record for record in batch.records if record.offset >= owned.next_offset]

@@ -49,7 +49,7 @@ class FaultyRuntime:
 
 def main() -> None:
     fault = sys.argv.pop(1)
-    module: Any = importlib.import_module("streams.worker")
+    module: Any = importlib.import_module("streams.app")
     load = module.load_runtime
 
     def load_faulty(*args: Any, **kwargs: Any) -> FaultyRuntime:

@@ -1,9 +1,10 @@
-"""Records as aiokafka's parser makes them, without the object that aiokafka wraps around each.
+"""Overrides inside Faust and aiokafka, installed by one visible call: `install_overrides`.
 
-Wrapping costs a microsecond a record, more than parsing it, and adds nothing that a batch needs: topic and partition
-are those of the batch. A consumer made with `key_deserializer=as_parsed` yields the parser's records: `key`, `value`,
-`headers`, `offset`, `timestamp` and `timestamp_type` are theirs, the other attributes of a `ConsumerRecord` are not.
-All other consumers of the process are left as they are.
+aiokafka wraps each record that it has parsed into a `ConsumerRecord`. Wrapping costs a microsecond per record, more
+than parsing it, and adds nothing that a batch needs, because topic and partition are those of the batch. A consumer
+created with `key_deserializer=as_parsed` therefore yields the parser's records, which have `key`, `value`, `headers`,
+`offset`, `timestamp` and `timestamp_type`, but no other attribute of a `ConsumerRecord`. All other consumers of the
+process are unaffected.
 
 Private parts relied upon, held by tests/contract/test_faust_insides.py: `aiokafka.consumer.fetcher.PartitionRecords`
 (`__iter__`, `__next__`, `_unpack_records`, `_consumer_record`) and `FetchResult.getall`.
@@ -15,15 +16,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from aiokafka.consumer import fetcher
+from faust import stores
+
+STORE_SCHEME = "streamformer-rocksdb"
+STORE_URL = f"{STORE_SCHEME}://"
+STORE_CLASS = "streams.engine.table:SequenceStore"
+
+
+def install_overrides() -> None:
+    """Replace the names inside Faust and aiokafka that the engine needs changed; a second call changes nothing."""
+    fetcher.PartitionRecords = ParsedRecords
+    stores.STORES.aliases[STORE_SCHEME] = STORE_CLASS
 
 
 def as_parsed(key: bytes | None) -> bytes | None:
-    """The key as it is; given as `key_deserializer`, it asks for the parser's records."""
+    """Return the key unchanged; as a consumer's `key_deserializer` it requests the parser's records."""
     return key
 
 
 class ParsedRecords(fetcher.PartitionRecords):
-    """One partition of a fetch response; aiokafka makes them all of this class once this module is imported."""
+    """One partition of a fetch response; aiokafka creates this class after `install_overrides`."""
 
     def __iter__(self) -> Iterator[Any]:
         records: Iterator[Any] = self._records_iterator
@@ -33,6 +45,3 @@ class ParsedRecords(fetcher.PartitionRecords):
         if self._key_deserializer is as_parsed:
             return record
         return super()._consumer_record(tp, record)
-
-
-fetcher.PartitionRecords = ParsedRecords

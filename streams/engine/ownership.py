@@ -15,14 +15,15 @@ from streams.engine.delivery import RecordBatch
 from streams.storage.store import PartitionStore
 
 
-class Joint(Enum):
-    """How a batch fits the position that its partition expects next."""
+class Continuity(Enum):
+    """Relation of a batch to the offset that its partition expects next."""
 
-    FITS = "fits"
-    PASSED = "passed"
-    """Everything in it has been processed, or it was fetched before the last seek: ignore it."""
-    HOLE = "hole"
-    """It begins behind the expected position: records in between were not delivered."""
+    CONTIGUOUS = "contiguous"
+    """The batch holds the expected offset: apply it from there."""
+    STALE = "stale"
+    """All of its records were processed, or it was fetched before the last seek: ignore it."""
+    GAP = "gap"
+    """It begins above the expected offset: records in between were not delivered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,18 +49,18 @@ class OwnedPartition:
     """Dead letters that must be acknowledged before the offsets behind them may be committed."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def joint(self, batch: RecordBatch) -> Joint:
-        """Whether the batch continues exactly where the last one ended (law 2)."""
+    def continuity(self, batch: RecordBatch) -> Continuity:
+        """Return how the batch continues the partition; every record must be processed exactly once."""
         if batch.epoch < self.epoch or batch.end <= self.next_offset:
-            return Joint.PASSED
-        return Joint.FITS if batch.begin <= self.next_offset else Joint.HOLE
+            return Continuity.STALE
+        return Continuity.CONTIGUOUS if batch.begin <= self.next_offset else Continuity.GAP
 
 
 class SendFailed(Exception):
     """A dead letter or tombstone could not be delivered; only a replay can send it again. Stops the worker."""
 
 
-class Sent:
+class PendingOutputs:
     """What has been sent for the events of a partition up to now, as `streams.storage.checkpoint.Outputs`."""
 
     def __init__(self, owned: OwnedPartition) -> None:

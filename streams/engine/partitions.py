@@ -32,7 +32,7 @@ from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
-from streams.engine.ownership import Joint, OwnedPartition, SendFailed, Sent
+from streams.engine.ownership import Continuity, OwnedPartition, PendingOutputs, SendFailed
 from streams.engine.restore import IncompleteRestore, restore
 from streams.storage.checkpoint import CheckpointMark, checkpoint
 from streams.storage.store import PartitionStore, StoreDamaged, StoreFailed
@@ -69,7 +69,7 @@ class PartitionHost(Protocol):
         ...
 
     def on_ready(self, owned: OwnedPartition) -> None: ...
-    async def on_giving_back(self, owned: Collection[OwnedPartition]) -> None:
+    async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
         """Stop taking work for these partitions and let what is in flight end, within bounded time."""
         ...
 
@@ -101,7 +101,7 @@ class Partitions(Service):
 
     # -- acquiring
 
-    async def take_over(self, changelogs: frozenset[TP], generation: int) -> None:
+    async def on_assigned(self, changelogs: frozenset[TP], generation: int) -> None:
         """Acquire the partitions of a new assignment; returns at once."""
         self.assigned = frozenset(tp.partition for tp in changelogs)
         self._fenced_at.clear()
@@ -118,7 +118,7 @@ class Partitions(Service):
         """Delete the partition's local store, which is damaged, and acquire the partition anew from the changelog."""
         number = owned.tp.partition
         self.app.consumer.pause_partitions({owned.tp})
-        await self._host.on_giving_back([owned])
+        await self._host.on_revoking([owned])
         await self.checkpoint(owned)
         await self._close([owned])
         PartitionStore.destroy(self._path(number))
@@ -226,13 +226,12 @@ class Partitions(Service):
 
     # -- reading without a hole
 
-    async def fits(self, batch: RecordBatch) -> OwnedPartition | None:
+    async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
         """The owner of `batch` when the batch continues exactly where it stands; else None, after seeking back."""
         owned = self.ready.get(batch.tp.partition)
-        joint = Joint.PASSED if owned is None else owned.joint(batch)
-        if owned is None or joint is Joint.PASSED:
+        if owned is None or (continuity := owned.continuity(batch)) is Continuity.STALE:
             return None
-        if joint is Joint.HOLE and not await self._expired(owned, batch):
+        if continuity is Continuity.GAP and not await self._expired(owned, batch):
             self._metrics.position_holes.inc()
             await self._seek(owned)
             return None
@@ -300,7 +299,7 @@ class Partitions(Service):
         started, written_before = time.monotonic(), owned.producer.bytes_written
         mark = CheckpointMark(owned.next_offset, owned.output_offset)
         try:
-            records = await checkpoint(owned.state, mark, Sent(owned), owned.producer, owned.store)
+            records = await checkpoint(owned.state, mark, PendingOutputs(owned), owned.producer, owned.store)
         except (StoreFailed, SendFailed) as error:
             self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
         owned.committed_offset = mark.source_offset
@@ -332,13 +331,13 @@ class Partitions(Service):
 
     # -- giving back
 
-    async def release(self) -> None:
+    async def revoke_all(self) -> None:
         """Checkpoint and close every partition; used when partitions are revoked and at shutdown."""
         for task in list(self._acquiring.values()):
             task.cancel()
         await asyncio.gather(*self._acquiring.values(), return_exceptions=True)
         owned = list(self.ready.values())
-        await self._host.on_giving_back(owned)
+        await self._host.on_revoking(owned)
         await asyncio.gather(*(self.checkpoint(each) for each in owned))
         await self._close(owned)
         self.assigned = frozenset()

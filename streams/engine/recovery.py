@@ -22,14 +22,14 @@ from faust.tables.recovery import Recovery
 from faust.types import TP
 from mode import Service
 
-TakeOver = Callable[[frozenset[TP], int], Awaitable[None]]
+OnAssigned = Callable[[frozenset[TP], int], Awaitable[None]]
 """Called with the active changelog partitions and the generation; returns at once, work goes on in tasks."""
 
 
 class PausedRecovery(Recovery):
     """Resumes the flow with all partitions paused and hands them over to be restored one by one."""
 
-    take_over: TakeOver
+    on_assigned: OnAssigned
 
     async def on_rebalance(
         self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
@@ -61,7 +61,7 @@ class PausedRecovery(Recovery):
         self.tables.on_standbys_ready()
         app.on_rebalance_end()
         actives = frozenset(tp for tp in app.assignor.assigned_actives() if tp.topic in self.tables.changelog_topics)
-        await self.take_over(actives, generation_id)
+        await self.on_assigned(actives, generation_id)
 
     @Service.task
     async def _slurp_changelogs(self) -> None:
@@ -75,7 +75,7 @@ class PausedRecovery(Recovery):
 class PausedTableManager(TableManager):
     """Faust's table manager with `PausedRecovery`, and without the second it sleeps at start."""
 
-    take_over: TakeOver
+    on_assigned: OnAssigned
     _recovery: Recovery | None
 
     @property
@@ -83,7 +83,7 @@ class PausedTableManager(TableManager):
         recovery: Recovery | None = self._recovery
         if recovery is None:
             recovery = self._recovery = PausedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
-            recovery.take_over = self.take_over
+            recovery.on_assigned = self.on_assigned
         return recovery
 
     async def on_start(self) -> None:
@@ -91,6 +91,6 @@ class PausedTableManager(TableManager):
         await self.recovery.start()
 
 
-def with_take_over(take_over: TakeOver) -> type[Any]:
-    """A table manager class for Faust's `TableManager` setting, bound to `take_over`."""
-    return type("BoundTableManager", (PausedTableManager,), {"take_over": staticmethod(take_over)})
+def with_on_assigned(on_assigned: OnAssigned) -> type[Any]:
+    """A table manager class for Faust's `TableManager` setting, bound to `on_assigned`."""
+    return type("BoundTableManager", (PausedTableManager,), {"on_assigned": staticmethod(on_assigned)})

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import faust
-from faust import stores
 from faust.stores.base import SerializedStore
 from faust.types import TP
 
@@ -19,7 +18,6 @@ from streams.engine.partitions import Partitions
 from streams.storage.codec import head_key
 
 TABLE_NAME = "user-sequences"
-STORE_URL = "streamformer-rocksdb://"
 
 
 class SequenceStore(SerializedStore):
@@ -90,8 +88,5 @@ class SequenceTable(faust.Table):
         await self.add_runtime_dependency(self.app.partitions)
 
     async def on_stop(self) -> None:
-        await self.app.partitions.release()
+        await self.app.partitions.revoke_all()
         await super().on_stop()
-
-
-stores.STORES.aliases["streamformer-rocksdb"] = f"{SequenceStore.__module__}:{SequenceStore.__qualname__}"

@@ -12,12 +12,15 @@ from aiokafka.structs import TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
 
 from streams.engine.changelog import BATCH_BYTES_MAX, ChangelogNames, ChangelogProducer, Fenced, LogReader
+from streams.engine.compat import install_overrides
 
 pytestmark = pytest.mark.broker
 
 
 @pytest.fixture
 def names(broker: Any, topic_prefix: str) -> ChangelogNames:
+    """Return the names of a new source and changelog topic of one partition each."""
+    install_overrides()
     source, changelog = f"{topic_prefix}-source", f"{topic_prefix}-changelog"
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
     admin.create_topics([NewTopic(source, 1, 1), NewTopic(changelog, 1, 1)])

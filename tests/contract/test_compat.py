@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import ConsumerRecord, TopicPartition
+from faust import stores
 
-from streams.engine.compat import ParsedRecords, as_parsed
+from streams.engine.compat import STORE_CLASS, STORE_SCHEME, ParsedRecords, as_parsed, install_overrides
+from streams.engine.table import SequenceStore
 
 TP = TopicPartition("actions", 3)
 READ_COMMITTED = 1
@@ -21,6 +26,15 @@ RECORDS: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]] = [
     (b"", b"", [("empty", b"")]),
 ]
 SEEN = ("key", "value", "offset", "timestamp", "timestamp_type")
+
+
+IMPORTS_ALL = f"""
+import streams.app, streams.health, streams.worker
+from aiokafka.consumer import fetcher
+from faust import stores
+assert fetcher.PartitionRecords.__module__ == "aiokafka.consumer.fetcher"
+assert {STORE_SCHEME!r} not in stores.STORES.aliases
+"""
 
 
 class _Assignment:
@@ -69,3 +83,19 @@ def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
         offsets += [record.offset for record in result.getall(records_max)]
         assert assignment.position == offsets[-1] + 1
     assert offsets == list(range(len(RECORDS)))
+
+
+def test_importing_the_worker_overrides_nothing() -> None:
+    """Faust and aiokafka are as published until `install_overrides` is called, whatever has been imported."""
+    ended = subprocess.run([sys.executable, "-c", IMPORTS_ALL], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_overrides_are_installed_by_one_call_and_once() -> None:
+    """`install_overrides` sets both names, and a second call sets them to the same."""
+    for _ in range(2):
+        install_overrides()
+        assert fetcher.PartitionRecords is ParsedRecords
+        assert ParsedRecords.__mro__[1].__module__ == "aiokafka.consumer.fetcher"
+        assert stores.STORES.by_name(STORE_SCHEME) is SequenceStore
+        assert stores.STORES.aliases[STORE_SCHEME] == STORE_CLASS

@@ -9,6 +9,7 @@ import aiokafka
 import pytest
 from kafka.admin import KafkaAdminClient, NewTopic
 
+from streams.engine.compat import install_overrides
 from streams.engine.outputs import VALUE_OMITTED, Outputs, OutputsConfig
 from streams.wire.embeddings import EmbeddingCodec, encode_tombstone
 
@@ -18,6 +19,8 @@ TOPIC_BYTES_MAX = 1_500_000
 
 @pytest.fixture
 def config(broker: Any, topic_prefix: str) -> OutputsConfig:
+    """Return the configuration of outputs to two new topics, the second with a limit on record sizes."""
+    install_overrides()
     embeddings, dead_letter = f"{topic_prefix}-out", f"{topic_prefix}-dead"
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
     limit = {"max.message.bytes": str(TOPIC_BYTES_MAX)}

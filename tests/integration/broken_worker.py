@@ -21,7 +21,7 @@ from streams.core.sequences import Applied, SequenceState
 from streams.engine import partitions as partitions_module
 from streams.engine.changelog import ChangelogProducer, LogReader
 from streams.engine.delivery import RecordBatch
-from streams.engine.ownership import Joint, OwnedPartition
+from streams.engine.ownership import Continuity, OwnedPartition
 from streams.engine.partitions import Partitions
 from streams.ingest import Ingest
 from streams.storage.codec import encode, encode_mark
@@ -104,7 +104,7 @@ def no_dedupe_by_offset() -> None:
 
 def no_position_guard() -> None:
     loses_batches()
-    OwnedPartition.joint = lambda self, batch: Joint.FITS  # type: ignore[method-assign]
+    OwnedPartition.continuity = lambda self, batch: Continuity.CONTIGUOUS  # type: ignore[method-assign]
 
 
 def store_before_commit() -> None:
@@ -159,14 +159,14 @@ def restores_slowly() -> None:
 
 
 def stops_for_ever() -> None:
-    release = Partitions.release
+    revoke_all = Partitions.revoke_all
 
     async def endless(self: Partitions) -> None:
         if self.ready:
             await asyncio.Event().wait()
-        await release(self)
+        await revoke_all(self)
 
-    Partitions.release = endless  # type: ignore[method-assign]
+    Partitions.revoke_all = endless  # type: ignore[method-assign]
 
 
 def processes_nothing() -> None:

@@ -86,7 +86,7 @@ class Starts:
         else:
             self.incomplete += 1
 
-    async def on_giving_back(self, owned: Collection[OwnedPartition]) -> None:
+    async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
         """Nothing is in flight."""
 
     def on_lost(self, owned: OwnedPartition) -> None:

@@ -20,8 +20,9 @@ from kafka.admin import KafkaAdminClient, NewTopic
 from yarl import URL
 
 from streams.engine import delivery
+from streams.engine.compat import install_overrides
 from streams.engine.delivery import BatchTransport, RecordBatch
-from streams.engine.recovery import with_take_over
+from streams.engine.recovery import with_on_assigned
 
 pytestmark = pytest.mark.broker
 PARTITIONS = 2
@@ -31,6 +32,7 @@ class Receiver:
     """A Faust app whose agent only notes the batches it gets; every assignment starts at the beginning."""
 
     def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
+        install_overrides()
         self.batches: list[RecordBatch] = []
         self.servers = bootstrap_servers
         self.busy_s = 0.0
@@ -50,7 +52,7 @@ class Receiver:
             web_enabled=False,
             broker_max_poll_records=7,
             consumer_auto_offset_reset="earliest",
-            TableManager=with_take_over(self._take_over),
+            TableManager=with_on_assigned(self._on_assigned),
             datadir=str(datadir),
         )
         batched = frozenset({self.topic})
@@ -59,7 +61,7 @@ class Receiver:
         self.app.Table("numbers", partitions=PARTITIONS)
         self.app.agent(source)(self._receive)
 
-    async def _take_over(self, changelogs: frozenset[TP], generation: int) -> None:
+    async def _on_assigned(self, changelogs: frozenset[TP], generation: int) -> None:
         for tp in changelogs:
             await self.resume(tp.partition, 0)
 

@@ -142,7 +142,7 @@ def test_health_of_a_blocked_event_loop(enter: Enter) -> None:
     until(lambda: is_ready(trial), trial)
     send(trial.stage.settings, some(10))
     until(lambda: asked(trial, "/livez")[0] == 503, trial)
-    assert "event loop has not turned" in asked(trial, "/livez")[1] or not is_ready(trial)
+    assert "the event loop has been blocked" in asked(trial, "/livez")[1] or not is_ready(trial)
 
 
 def test_a_restart_moves_no_partition(enter: Enter) -> None:

@@ -16,7 +16,7 @@ BROKEN = {
     "the core is pure": ("streams/core/layout.py", "import time"),
     "wire knows msgspec and numpy only": ("streams/wire/actions.py", "import aiokafka"),
     "streams sees only actions": ("streams/core/merge.py", "import encoder.model"),
-    "Faust in engine and worker only": ("streams/ingest.py", "import faust"),
+    "Faust in engine and app only": ("streams/ingest.py", "import faust"),
     "RocksDB in storage": ("streams/engine/table.py", "import rocksdict"),
     "torch in the encoder": ("streams/ingest.py", "import torch"),
     "prometheus-client in one file": ("streams/worker.py", "import prometheus_client"),

@@ -1,0 +1,267 @@
+"""Composition: one worker's parts, built from its settings and plugged together.
+
+Everything that Faust and aiokafka do differently here is set in this file: `install_overrides` replaces classes and
+names inside the libraries, and `_faust_app` passes our table, table manager and transport to the Faust app.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faust
+from faust.types import TP
+from rocksdict import Cache
+from yarl import URL
+
+from encoder.inference import EncoderRuntime, load_runtime
+from streams.config.settings import Settings
+from streams.core.layout import StateLimits
+from streams.core.partition_state import PartitionState
+from streams.core.triggers import TriggerPolicy, parse_policy
+from streams.encoding.partition_jobs import PartitionSource
+from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
+from streams.engine.compat import STORE_URL, install_overrides
+from streams.engine.delivery import BatchTransport
+from streams.engine.outputs import Outputs, OutputsConfig, Published
+from streams.engine.ownership import OwnedPartition
+from streams.engine.partitions import Partitions, PartitionsConfig
+from streams.engine.recovery import with_on_assigned
+from streams.engine.table import TABLE_NAME, SequenceTable
+from streams.errors import SettingsError
+from streams.ingest import Ingest
+from streams.storage.store import PartitionStore
+from streams.telemetry.metrics import Metrics
+from streams.wire.actions import DecodeLimits
+from streams.wire.embeddings import EmbeddingCodec
+
+logger = logging.getLogger(__name__)
+
+STREAM_BUFFER_FETCHES = 4
+"""Fetches, not events: one Faust message holds everything that a fetch returned."""
+REQUEST_TIMEOUT_MIN_S = 90.0
+
+
+def now_ms() -> int:
+    """Return processing time."""
+    return time.time_ns() // 1_000_000
+
+
+class WorkerApp:
+    """The parts of one worker; implements `streams.engine.partitions.PartitionHost`."""
+
+    def __init__(self, settings: Settings, *, abort: Callable[[str], None]) -> None:
+        install_overrides()
+        self.settings = settings
+        self.abort = abort
+        self._policy = _trigger_policy(settings)
+        self._limits = _state_limits(settings)
+        self._block_cache = Cache(settings.checkpoint.store_cache_bytes)
+        client = settings.kafka.client_options()
+        self.metrics = Metrics()
+        self.runtime = _runtime(settings)
+        self.outputs = Outputs(_outputs_config(settings, client))
+        self.partitions = Partitions(_partitions_config(settings, client), self, self.metrics)
+        self.queue = EncodeQueue(self.runtime, EncodeQueuePolicy(**settings.queue.model_dump()), self.metrics)
+        self.ingest = Ingest(
+            self.partitions,
+            self.queue,
+            self.outputs,
+            self.metrics,
+            limits=DecodeLimits(**settings.decode.model_dump()),
+            checkpoint_events_max=settings.checkpoint.events_max,
+            now_ms=now_ms,
+        )
+        self.faust = self._faust_app()
+        self._revoked_at: dict[int, int] = {}
+        """Source offset at which this worker gave a partition back, by partition."""
+        self._incarnations: dict[int, int] = {}
+        self.metrics.info.set(
+            1, version=version("streamformer"), encoder_version=self.runtime.version, dtype=self.runtime.dtype
+        )
+
+    # -- Faust
+
+    def _faust_app(self) -> Any:
+        settings = self.settings
+        faust_dir = settings.data_dir / "faust"
+        faust_dir.mkdir(parents=True, exist_ok=True)
+        urls = [URL(f"kafka://{server.strip()}") for server in settings.kafka.bootstrap_servers.split(",")]
+        app = faust.App(
+            settings.app_id,
+            broker=urls,
+            datadir=str(faust_dir),
+            store=STORE_URL,  # read-only; the checkpoints of `Partitions` write
+            Table=SequenceTable,  # starts and stops `Partitions`
+            TableManager=with_on_assigned(self.partitions.on_assigned),  # restores nothing itself
+            **_faust_options(settings),
+        )
+        app.transport = BatchTransport(  # one message per fetch instead of one per record
+            urls,
+            app,
+            batched_topics=frozenset({settings.topics.actions}),
+            fetch_max_wait_ms=settings.kafka.fetch_max_wait_ms,
+        )
+        app.partitions = self.partitions
+        self.partitions.app = app
+        app.Table(TABLE_NAME, partitions=settings.topics.partitions, key_type=bytes, value_type=bytes)
+        source = app.topic(settings.topics.actions, key_type=bytes, value_type=bytes, value_serializer="raw")
+        app.agent(source, name="ingest")(self._ingest_stream)
+        app.on_partitions_revoked.connect(self._on_partitions_revoked)
+        return app
+
+    async def _ingest_stream(self, stream: Any) -> None:
+        async for batches in stream:
+            for batch in batches:
+                try:
+                    await self.ingest.on_batch(batch)
+                except Exception:
+                    logger.exception("a batch of %s could not be applied", batch.tp)
+                    self.abort(f"a batch of {batch.tp} could not be applied, so the state may be wrong")
+
+    async def _on_partitions_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
+        await self.partitions.revoke_all()
+        gc.collect()  # revoked partitions are held by cycles, which the collector would not visit for a long time
+
+    # -- PartitionHost: what the partitions need from the worker
+
+    def new_state(self) -> PartitionState:
+        """Return an empty state with this worker's policy and limits."""
+        return PartitionState(self._policy, self._limits)
+
+    def open_store(self, path: Path) -> PartitionStore:
+        """Open a local database; all databases of the worker share one block cache."""
+        return PartitionStore.open(path, cache=self._block_cache)
+
+    async def published_since(self, partition: int, offset: int) -> Published:
+        """Return what this encoder version has published from output offset `offset` on."""
+        return await self.outputs.published_since(partition, offset, self.runtime.version)
+
+    def on_ready(self, owned: OwnedPartition) -> None:
+        """Begin to process a partition."""
+        source = PartitionSource(
+            owned,
+            self.outputs,
+            self.metrics,
+            encoder_version=self.runtime.version,
+            lineage=self._incarnation(owned),
+            now_ms=now_ms,
+        )
+        self.ingest.add(owned, source)
+
+    def _incarnation(self, owned: OwnedPartition) -> int:
+        """Return a number that stays the same while no other worker can have advanced the partition's state.
+
+        That is the case when the partition returns at the offset where this worker gave it back: the encoder's cache
+        of its users is still valid. Otherwise the cache may stem from a history that the state does not have.
+        """
+        number = owned.tp.partition
+        if owned.rebuilt or self._revoked_at.pop(number, None) != owned.next_offset:
+            self._incarnations[number] = self._incarnations.get(number, 0) + 1
+        return self._incarnations[number]
+
+    async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
+        """Stop taking work for these partitions and let the encoder finish, for at most a quarter of the session."""
+        for each in owned:
+            self.ingest.remove(each)
+            self._revoked_at[each.tp.partition] = each.next_offset
+        await self.queue.settle(self.settings.kafka.session_timeout_ms / 1000 / 4)
+
+    def on_lost(self, owned: OwnedPartition) -> None:
+        """Stop processing a partition that another worker has fenced."""
+        self.ingest.remove(owned)
+
+
+def _runtime(settings: Settings) -> EncoderRuntime:
+    """Load the release; one thread, because more cores are used by more workers."""
+    encoder = settings.encoder
+    if encoder.release_dir is None:
+        remedy = "create a release with `streamformer train` or `make demo`"
+        raise SettingsError([f"encoder.release_dir: the worker needs a release; {remedy}"])
+    return load_runtime(
+        encoder.release_dir,
+        kind=encoder.runtime,
+        cache_bytes_max=encoder.cache_bytes_max,
+        threads=1,
+        dtype=encoder.dtype,
+    )
+
+
+def _trigger_policy(settings: Settings) -> TriggerPolicy:
+    """Return the policy of the settings; without a file every action is a trigger."""
+    path = settings.triggers.policy_file
+    return TriggerPolicy() if path is None else parse_policy(path.read_text())
+
+
+def _state_limits(settings: Settings) -> StateLimits:
+    state = settings.state
+    return StateLimits(
+        sequence_length=state.sequence_length,
+        chunk_length=state.chunk_length,
+        hot_users_max=state.hot_users_max,
+        wake_users_max=min(state.wake_users_max, state.hot_users_max),
+    )
+
+
+def _outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsConfig:
+    return OutputsConfig(
+        embeddings_topic=settings.topics.embeddings,
+        dead_letter_topic=settings.topics.dead_letter,
+        codec=EmbeddingCodec(settings.output.codec),
+        client=client,
+        request_timeout_ms=settings.output.request_timeout_ms,
+    )
+
+
+def _partitions_config(settings: Settings, client: Mapping[str, Any]) -> PartitionsConfig:
+    return PartitionsConfig(
+        app_id=settings.app_id,
+        source_topic=settings.topics.actions,
+        changelog_topic=settings.changelog_topic,
+        client=client,
+        data_dir=settings.data_dir,
+        checkpoint_interval_ms=settings.checkpoint.interval_ms,
+        transaction_timeout_ms=settings.kafka.transaction_timeout_ms,
+        session_timeout_ms=settings.kafka.session_timeout_ms,
+        restores_max=settings.checkpoint.restores_max,
+    )
+
+
+def _faust_options(settings: Settings) -> dict[str, Any]:
+    """Return the plain options of the Faust app: security, consumer group, sizes and timeouts."""
+    kafka = settings.kafka
+    session_timeout_s = kafka.session_timeout_ms / 1000
+    return {
+        "broker_credentials": _faust_credentials(settings),
+        "topic_partitions": settings.topics.partitions,
+        "topic_allow_declare": False,
+        "topic_disable_leader": True,
+        "web_enabled": False,
+        "stream_buffer_maxsize": STREAM_BUFFER_FETCHES,
+        "consumer_auto_offset_reset": "earliest",
+        "consumer_group_instance_id": settings.worker.instance_id,
+        "consumer_max_fetch_size": kafka.fetch_bytes_max,
+        "broker_max_poll_records": kafka.poll_records_max,
+        "broker_session_timeout": session_timeout_s,
+        "broker_heartbeat_interval": kafka.heartbeat_interval_ms / 1000,
+        "broker_request_timeout": max(REQUEST_TIMEOUT_MIN_S, session_timeout_s + 5),
+    }
+
+
+def _faust_credentials(settings: Settings) -> Any:
+    """Translate Kafka's security settings for Faust; None for a plaintext connection."""
+    kafka, options = settings.kafka, settings.kafka.client_options()
+    context = options.get("ssl_context")
+    if kafka.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            mechanism=kafka.sasl_mechanism,
+            username=kafka.sasl_username,
+            password=kafka.sasl_password.get_secret_value(),
+            ssl_context=context,
+        )
+    return faust.SSLCredentials(context=context) if context is not None else None

@@ -1,0 +1,78 @@
+"""Health: the watchdog that ends a stuck worker, the gauges, and the answers of `/livez` and `/readyz`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import NoReturn
+
+from streams.app import WorkerApp, now_ms
+from streams.telemetry.prometheus import HealthServer
+from streams.telemetry.watchdog import Progress, Watchdog
+
+WATCH_EVERY_S = 1.0
+UNBOUNDED = 2**62
+"""Goal of a job whose end is not known: the watchdog only looks for movement towards it."""
+
+
+class Health:
+    """Watches one worker's parts and serves what it sees."""
+
+    def __init__(self, app: WorkerApp) -> None:
+        self._app = app
+        self._watchdog_timeout_ms = app.settings.worker.watchdog_timeout_ms
+        self._ticked_at = time.monotonic()
+        self._stalled: str | None = None
+
+    def serve(self) -> HealthServer:
+        """Start the HTTP server of `/metrics`, `/livez` and `/readyz`; the caller closes it."""
+        web = self._app.settings.web
+        return HealthServer(self._app.metrics, host=web.host, port=web.port, livez=self.livez, readyz=self.readyz)
+
+    async def watch(self) -> NoReturn:
+        """Once per second update the gauges, and abort the worker when Faust has crashed or progress has stalled."""
+        app, watchdog = self._app, Watchdog(self._watchdog_timeout_ms)
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            self._ticked_at = time.monotonic()
+            if app.faust.crashed:
+                app.abort(f"Faust has crashed: {app.faust.crash_reason!r}")
+            self._stalled = watchdog.observe(self._progress(), now_ms())
+            if self._stalled:
+                app.abort(self._stalled)
+            self._set_gauges()
+
+    def livez(self) -> str | None:
+        """Return why the worker should be killed, or None; the server calls this from its own threads."""
+        silent_s = time.monotonic() - self._ticked_at
+        if silent_s > self._watchdog_timeout_ms / 1000:
+            return f"the event loop has been blocked for {silent_s:.0f} s"
+        return self._stalled
+
+    def readyz(self) -> str | None:
+        """Return why the worker does not publish every assigned partition, or None."""
+        partitions = self._app.partitions
+        if not partitions.assigned:
+            return "no partition is assigned yet"
+        restoring = len(partitions.assigned) - len(partitions.ready)
+        if restoring:
+            return f"{restoring} partitions are being restored"
+        return None if self._app.queue.healthy else "the encoder fails or is stuck"
+
+    def _progress(self) -> dict[str, Progress]:
+        goal = UNBOUNDED if self._app.queue.is_busy else 0
+        encode_queue = Progress(int(self._app.metrics.encoded_users.value()), goal)
+        return {"encode queue": encode_queue, **self._app.partitions.progress()}
+
+    def _set_gauges(self) -> None:
+        metrics, partitions = self._app.metrics, self._app.partitions
+        ready = partitions.ready
+        metrics.keep_partitions(partitions.assigned)
+        metrics.queue_users.set(len(self._app.queue))
+        metrics.hot_users.set(sum(owned.state.hot_users for owned in ready.values()))
+        metrics.partitions.set(len(ready), state="ready")
+        metrics.partitions.set(len(partitions.assigned) - len(ready), state="restoring")
+        for number, owned in ready.items():
+            end = self._app.faust.consumer.highwater(owned.tp) or owned.next_offset
+            metrics.processed_offset.set(owned.next_offset, partition=number)
+            metrics.consumer_lag.set(max(0, end - owned.next_offset), partition=number)
