@@ -1,7 +1,7 @@
 """`python -m infra.chaos --seed N --minutes M`: real workers on a real broker under seeded faults, judged at rest.
 
 Progress on standard error. The last line on standard output is `{"bench":"chaos",...}`; the exit code is 1 when a law
-was broken. The run stops at the first episode that broke one, unless told to keep going.
+was broken. The run stops at the first round that broke one, unless told to keep going.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 
 from infra.chaos import report
 from infra.chaos.faults.catalogue import BY_NAME, PAIRED
-from infra.chaos.schedule import Outcome, Plan, run
+from infra.chaos.schedule import Outcome, Plan, run_schedule
 from infra.harness.reporting import console, print_result, run_command
 
 VIOLATIONS_SHOWN = 20
@@ -24,7 +24,7 @@ VIOLATIONS_SHOWN = 20
 
 def chaos(
     seed: Annotated[int | None, typer.Option(help="Root seed; a fresh one is drawn and printed without it.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long; an episode begun is ended.")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long; a round begun is ended.")] = 10.0,
     faults: Annotated[str, typer.Option(help="Only these, separated by commas; a+b is a pair.")] = "",
     keep_going: Annotated[bool, typer.Option(help="Do not stop at the first broken law.")] = False,
     rate: Annotated[float, typer.Option(min=1, max=5_000, help="Actions a second.")] = 500.0,
@@ -40,7 +40,7 @@ def chaos(
     plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate)
     _say(f"seed {plan.seed}, {minutes:g} minutes")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # leave no broker and no disk behind
-    outcome = run(plan, _say, _tell)
+    outcome = run_schedule(plan, _say, _tell)
     report.show(outcome)
     _say(f"report: {report.write(out, outcome)}")
     print_result(report.summary(outcome))
@@ -63,9 +63,9 @@ def _say(text: str) -> None:
 
 
 def _tell(outcome: Outcome) -> None:
-    """After each episode: a line, and the laws it broke."""
-    _say(report.episode_line(outcome))
-    broken = outcome.episodes[-1].violations
+    """After each round: a line, and the laws it broke."""
+    _say(report.round_line(outcome))
+    broken = outcome.rounds[-1].violations
     for violation in broken[:VIOLATIONS_SHOWN]:
         _say(f"          {violation}")
     if len(broken) > VIOLATIONS_SHOWN:

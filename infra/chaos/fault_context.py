@@ -1,7 +1,7 @@
-"""What a fault can reach: the broker, the workers and their disks, the traffic, the topics, and the seeded dice.
+"""The part of a run that a fault can reach: broker, workers and their disks, workload, topics, and a seeded generator.
 
-A fault is a generator over a `Scene`: it strikes, yields the seconds until its next step, heals what it broke and ends.
-`play` runs several at once. A fault that is stopped half-way still heals, in its `finally`.
+A fault is a generator over a `FaultContext`: it strikes, yields the seconds until its next step, heals what it broke,
+and ends. `play` runs several at once. A fault that is stopped half-way still heals, in its `finally`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import kafka
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from infra.chaos.checks.violations import Violation
-from infra.harness.deployment import Stage
-from infra.harness.run import Trial
-from infra.harness.workload import Traffic
+from infra.harness.deployment import Deployment
+from infra.harness.run import Run
+from infra.harness.workload import Workload
 from infra.kafka.broker import Broker
 
 TICK_S = 0.05
@@ -29,13 +29,13 @@ Steps = Iterator[float]
 
 
 @dataclass(slots=True)
-class Scene:
+class FaultContext:
     """One run's surroundings."""
 
     broker: Broker
-    trial: Trial
-    traffic: Traffic
-    dice: random.Random
+    run: Run
+    workload: Workload
+    rng: random.Random
     folder: Path
     rebalances_wanted: int
     say: Callable[[str], None] = print
@@ -48,19 +48,19 @@ class Scene:
     """Of that worker, as its log tells them."""
 
     @property
-    def stage(self) -> Stage:
-        return self.trial.stage
+    def deployment(self) -> Deployment:
+        return self.run.deployment
 
     def some_worker(self) -> int | None:
-        """A running worker, by the dice."""
-        running = self.trial.fleet.running()
-        return self.dice.choice(running) if running else None
+        """A running worker, by the rng."""
+        running = self.run.supervisor.running()
+        return self.rng.choice(running) if running else None
 
     def until_ready(self, number: int) -> Steps:
         """Until a worker that was just started, or killed, works; it may take its time, but not for ever."""
         yield STARTED_S
         until_s = time.monotonic() + READY_MAX_S
-        while time.monotonic() < until_s and not self.trial.fleet.is_ready(number):
+        while time.monotonic() < until_s and not self.run.supervisor.is_ready(number):
             yield TICK_S
 
     def restart_broker(self) -> Steps:
@@ -72,12 +72,12 @@ class Scene:
         self.broker_restarts += 1
 
 
-def play(scene: Scene, faults: Sequence[Steps]) -> None:
+def play(context: FaultContext, faults: Sequence[Steps]) -> None:
     """Run faults side by side until all have healed, the supervisor of the workers going on."""
     due_s = {fault: time.monotonic() for fault in faults}
     try:
         while due_s:
-            scene.trial.fleet.tick()
+            context.run.supervisor.tick()
             for fault in [fault for fault, at_s in due_s.items() if at_s <= time.monotonic()]:
                 try:
                     due_s[fault] = time.monotonic() + next(fault)

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from infra.chaos.round import Episode
+from infra.chaos.round import Round
 from infra.chaos.schedule import Outcome
 from infra.harness.reporting import machine, print_table
 
 HEADINGS = ("fault", "alone", "paired", "seconds to resume", "p99 freshness ms", "violations")
 
 
-def episode_line(outcome: Outcome) -> str:
-    """The last episode, and where the run stands."""
-    last = outcome.episodes[-1]
+def round_line(outcome: Outcome) -> str:
+    """The last round, and where the run stands."""
+    last = outcome.rounds[-1]
     exits = ", ".join(f"{count} x {code}" for code, count in sorted(last.exits.items())) or "none"
     return (
         f"          {last.seconds:.0f} s, resumed in {last.resume_seconds:.1f} s, {last.counts['events']} events so "
@@ -30,20 +30,20 @@ def episode_line(outcome: Outcome) -> str:
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
     """One row a fault: how often, and what followed."""
-    return [_row(name, [each for each in outcome.episodes if name in each.faults]) for name in sorted(outcome.faults)]
+    return [_row(name, [each for each in outcome.rounds if name in each.faults]) for name in sorted(outcome.faults)]
 
 
-def _row(name: str, episodes: list[Episode]) -> tuple[str, ...]:
-    alone = sum(len(each.faults) == 1 for each in episodes)
-    resumes = sorted(each.resume_seconds for each in episodes)
-    ages = np.concatenate([each.freshness_ms for each in episodes])
+def _row(name: str, rounds: list[Round]) -> tuple[str, ...]:
+    alone = sum(len(each.faults) == 1 for each in rounds)
+    resumes = sorted(each.resume_seconds for each in rounds)
+    ages = np.concatenate([each.freshness_ms for each in rounds])
     return (
         name,
         str(alone),
-        str(len(episodes) - alone),
+        str(len(rounds) - alone),
         f"{resumes[len(resumes) // 2]:.1f} (worst {resumes[-1]:.1f})",
         f"{np.quantile(ages, 0.99):,.0f}" if len(ages) else "-",
-        str(sum(len(each.violations) for each in episodes)),
+        str(sum(len(each.violations) for each in rounds)),
     )
 
 
@@ -55,13 +55,13 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "machine": machine(),
         "seed": outcome.plan.seed,
         "minutes": round(outcome.seconds / 60, 1),
-        "episodes": len(outcome.episodes),
+        "episodes": len(outcome.rounds),
         "worker_kills": outcome.worker_kills,
         "broker_restarts": outcome.broker_restarts,
         "faults": dict(sorted(outcome.faults.items())),
         "left_out": list(outcome.left_out),
         "violations": outcome.violations,
-        "kinds": dict(sorted(Counter(str(one.kind) for each in outcome.episodes for one in each.violations).items())),
+        "kinds": dict(sorted(Counter(str(one.kind) for each in outcome.rounds for one in each.violations).items())),
         "worst_resume_seconds": round(outcome.worst_resume_seconds, 1),
         "start_seconds_median": round(starts[len(starts) // 2], 1) if starts else None,
         "freshness_p50_ms_under_faults": round(outcome.freshness_ms(0.5)),
@@ -90,11 +90,9 @@ def write(folder: Path, outcome: Outcome) -> Path:
 
 
 def _page(outcome: Outcome, result: dict[str, Any]) -> list[str]:
-    events = outcome.episodes[-1].counts if outcome.episodes else Counter[str]()
+    events = outcome.rounds[-1].counts if outcome.rounds else Counter[str]()
     table = ["| " + " | ".join(row) + " |" for row in (HEADINGS, ("---",) * len(HEADINGS), *rows(outcome))]
-    violations = [
-        f"- episode {each.number}, {each.name}: {one}" for each in outcome.episodes for one in each.violations
-    ]
+    violations = [f"- round {each.number}, {each.name}: {one}" for each in outcome.rounds for one in each.violations]
     figures = [
         f"| {name} | {value} |" for name, value in result.items() if name not in ("bench", "faults", "machine", "kinds")
     ]
@@ -103,7 +101,7 @@ def _page(outcome: Outcome, result: dict[str, Any]) -> list[str]:
         "",
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {result['machine']['cpu']}, {result['machine']['cores']} cores. "
         f"{events['events']:,} events, {events['users']:,} users, {events['output_records']:,} output records, "
-        f"{events['checkpoints']:,} checkpoints, all held against the truth.",
+        f"{events['checkpoints']:,} checkpoints, all held against the model.",
         "",
         *table,
         "",

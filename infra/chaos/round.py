@@ -1,7 +1,7 @@
-"""One episode: workers at work, one fault or two, healing, resumption, rest, judgement.
+"""One round: workers at work, one fault or two, healing, resumption, rest, judgement.
 
 Time to resume is measured from the moment at which all is healed: until the committed offset of every partition has
-passed what the log held at that moment, traffic going on. It may take `RESUME_MAX_S`.
+passed what the log held at that moment, workload going on. It may take `RESUME_MAX_S`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from kafka.errors import KafkaError
 
 from encoder.arrays import F32
 from infra.chaos.checks.violations import Explained, Kind, Violation
-from infra.chaos.fault_context import Scene, play
+from infra.chaos.fault_context import FaultContext, play
 from infra.chaos.faults.catalogue import Fault, Group
-from infra.harness.stall_monitor import Watch
+from infra.harness.stall_monitor import StallMonitor
 from infra.harness.supervisor import FORCED, STOPPED
-from infra.harness.workload import Habits
+from infra.harness.workload import WorkloadOptions
 
 RESUME_MAX_S = 15.0
 PATIENCE_S = 60.0
 AFTER_S = 1.5
 LOOK_S = 0.1
-EPISODE_MAX_MS = 3_600_000
+ROUND_MAX_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
-    """What an episode came to."""
+class Round:
+    """What a round came to."""
 
     number: int
     faults: tuple[str, ...]
@@ -47,37 +47,39 @@ class Episode:
         return " + ".join(self.faults) or "no fault"
 
 
-def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault], habits: Habits) -> Episode:
-    """Strike, heal, rest and judge; afterwards the scene is at rest and the checker has settled."""
+def run_round(
+    context: FaultContext, monitor: StallMonitor, number: int, faults: Sequence[Fault], options: WorkloadOptions
+) -> Round:
+    """Strike, heal, rest and judge; afterwards the context is at rest and the checker has settled."""
     begun_s, begun_ms = time.monotonic(), _now_ms()
-    fleet, trial = scene.trial.fleet, scene.trial
-    exits_before = len(fleet.exits)
+    supervisor, run = context.run.supervisor, context.run
+    exits_before = len(supervisor.exits)
     if any(fault.explains for fault in faults):
-        trial.explained.append(Explained(begun_ms, begun_ms + EPISODE_MAX_MS))
-    scene.traffic.habits = habits
-    fleet.scale(_workers(scene, faults))
-    _pass(scene, AFTER_S)
-    resumed(scene, PATIENCE_S)
-    play(scene, [fault.steps(scene) for fault in faults])
-    resume_s = resumed(scene, PATIENCE_S)
-    _pass(scene, AFTER_S)
-    busy = "" if scene.traffic.calm(30) else "the producer did not end"
-    if not busy and not trial.rest(max([60.0, *(fault.rest_s for fault in faults)])):
-        busy = trial.busy_with or "quiet for a moment only"
-    verdict = trial.judge()
-    trial.explained[:] = [replace(span, end_ms=min(span.end_ms, _now_ms())) for span in trial.explained]
-    violations = [*verdict.violations, *scene.found, *watch.take(), *_slow(resume_s), *_unrested(busy)]
-    exits = fleet.exits[exits_before:]
+        run.explained.append(Explained(begun_ms, begun_ms + ROUND_MAX_MS))
+    context.workload.options = options
+    supervisor.scale(_workers(context, faults))
+    _pass(context, AFTER_S)
+    resumed(context, PATIENCE_S)
+    play(context, [fault.steps(context) for fault in faults])
+    resume_s = resumed(context, PATIENCE_S)
+    _pass(context, AFTER_S)
+    busy = "" if context.workload.calm(30) else "the producer did not end"
+    if not busy and not run.rest(max([60.0, *(fault.rest_s for fault in faults)])):
+        busy = run.busy_with or "quiet for a moment only"
+    verdict = run.judge()
+    run.explained[:] = [replace(span, end_ms=min(span.end_ms, _now_ms())) for span in run.explained]
+    violations = [*verdict.violations, *context.found, *monitor.take(), *_slow(resume_s), *_unrested(busy)]
+    exits = supervisor.exits[exits_before:]
     violations += [
         Violation(Kind.UNEXPECTED_EXIT, None, -1, each.code, f"worker {each.number}: {each.last_words}")
         for each in exits
         if not _is_fine(each.code, each.expected, faults)
     ]
     freshness_ms = np.array(verdict.freshness_ms, np.float32)
-    scene.found.clear()
+    context.found.clear()
     if not busy:
-        trial.checker.settle()
-    return Episode(
+        run.checker.settle()
+    return Round(
         number,
         tuple(fault.name for fault in faults),
         time.monotonic() - begun_s,
@@ -89,14 +91,14 @@ def run_episode(scene: Scene, watch: Watch, number: int, faults: Sequence[Fault]
     )
 
 
-def resumed(scene: Scene, patience_s: float) -> float:
+def resumed(context: FaultContext, patience_s: float) -> float:
     """Seconds until every partition's committed offset has passed what the log holds now; infinite beyond patience."""
     started_s, wanted = time.monotonic(), None
     while time.monotonic() - started_s < patience_s:
-        scene.trial.fleet.tick()
+        context.run.supervisor.tick()
         try:
-            wanted = wanted if wanted is not None else scene.trial.gatherer.ends()
-            committed = scene.trial.gatherer.committed()
+            wanted = wanted if wanted is not None else context.run.reader.ends()
+            committed = context.run.reader.committed()
         except (KafkaError, OSError):
             continue
         if all(committed.get(partition, 0) >= end for partition, end in wanted.items()):
@@ -109,16 +111,16 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _workers(scene: Scene, faults: Sequence[Fault]) -> int:
-    """One or two, by the dice; one where a fault counts on it."""
+def _workers(context: FaultContext, faults: Sequence[Fault]) -> int:
+    """One or two, by the rng; one where a fault counts on it."""
     groups = {fault.group for fault in faults}
-    return 1 if groups & {Group.SCALE, Group.DISK, Group.ALONE} else scene.dice.choice((1, 1, 2))
+    return 1 if groups & {Group.SCALE, Group.DISK, Group.ALONE} else context.rng.choice((1, 1, 2))
 
 
-def _pass(scene: Scene, seconds: float) -> None:
+def _pass(context: FaultContext, seconds: float) -> None:
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
-        scene.trial.fleet.tick()
+        context.run.supervisor.tick()
         time.sleep(LOOK_S)
 
 

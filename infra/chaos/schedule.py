@@ -1,4 +1,4 @@
-"""A run of chaos: episodes until the time is over, drawn from one seed.
+"""A run of chaos: rounds until the time is over, drawn from one seed.
 
 Every fault strikes alone once, in a seeded order; between those, and after, pairs strike. Pairs are drawn so that
 kills of workers and restarts of the broker keep pace with what an hour must hold (`KILLS_PER_HOUR`,
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from infra.chaos.fault_context import Scene
+from infra.chaos.fault_context import FaultContext
 from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, Fault, pairs
 from infra.chaos.faults.disk import can_mount
-from infra.chaos.round import Episode, run_episode
-from infra.harness.deployment import set_up
-from infra.harness.run import Trial
-from infra.harness.stall_monitor import Watch
-from infra.harness.workload import Habits, Traffic
+from infra.chaos.round import Round, run_round
+from infra.harness.deployment import deploy
+from infra.harness.run import Run
+from infra.harness.stall_monitor import StallMonitor
+from infra.harness.workload import Workload, WorkloadOptions
 from infra.kafka.broker import Broker, BrokerOptions
 
 KILLS_PER_HOUR, RESTARTS_PER_HOUR = 230, 26
@@ -53,7 +53,7 @@ class Outcome:
     """What a run came to."""
 
     plan: Plan
-    episodes: list[Episode] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
     worker_kills: int = 0
     broker_restarts: int = 0
@@ -65,61 +65,61 @@ class Outcome:
 
     @property
     def violations(self) -> int:
-        return sum(len(episode.violations) for episode in self.episodes)
+        return sum(len(each.violations) for each in self.rounds)
 
     @property
     def faults(self) -> Counter[str]:
-        return Counter(name for episode in self.episodes for name in episode.faults)
+        return Counter(name for each in self.rounds for name in each.faults)
 
     @property
     def worst_resume_seconds(self) -> float:
-        return max((episode.resume_seconds for episode in self.episodes), default=0.0)
+        return max((each.resume_seconds for each in self.rounds), default=0.0)
 
     def freshness_ms(self, quantile: float) -> float:
-        """Of all actions of all episodes, from their arrival in the log to the embedding that contains them."""
-        ages = [episode.freshness_ms for episode in self.episodes if len(episode.freshness_ms)]
+        """Of all actions of all rounds, from their arrival in the log to the embedding that contains them."""
+        ages = [each.freshness_ms for each in self.rounds if len(each.freshness_ms)]
         return float(np.quantile(np.concatenate(ages), quantile)) if ages else 0.0
 
 
-def run(plan: Plan, say: Callable[[str], None], on_episode: Callable[[Outcome], None]) -> Outcome:
-    """Run episodes until the time is over or, unless told to keep going, a law is broken."""
+def run_schedule(plan: Plan, say: Callable[[str], None], on_round: Callable[[Outcome], None]) -> Outcome:
+    """Run rounds until the time is over or, unless told to keep going, a law is broken."""
     outcome = Outcome(plan, left_out=() if can_mount() else ("disk-full",))
-    with _scene(plan, say, outcome) as scene, Watch(scene.trial) as watch:
+    with _context(plan, say, outcome) as context, StallMonitor(context.run) as monitor:
         begun_s = time.monotonic()
-        draws = _draws(plan, scene, lambda: time.monotonic() - begun_s)
-        habits = Habits(rate=plan.rate)
+        draws = _draws(plan, context, lambda: time.monotonic() - begun_s)
+        options = WorkloadOptions(rate=plan.rate)
         while (elapsed_s := time.monotonic() - begun_s) < plan.minutes * 60:
             faults = next(draws)
             names = " + ".join(fault.name for fault in faults)
-            say(f"{elapsed_s / 60:5.1f} min, episode {len(outcome.episodes) + 1}: {names}")
-            outcome.episodes.append(run_episode(scene, watch, len(outcome.episodes) + 1, faults, habits))
+            say(f"{elapsed_s / 60:5.1f} min, round {len(outcome.rounds) + 1}: {names}")
+            outcome.rounds.append(run_round(context, monitor, len(outcome.rounds) + 1, faults, options))
             outcome.seconds = time.monotonic() - begun_s
-            outcome.worker_kills, outcome.broker_restarts = scene.trial.fleet.kills, scene.broker_restarts
-            outcome.rebalances, outcome.memory_mb = scene.rebalances, tuple(scene.memory_mb)
-            outcome.start_seconds = tuple(scene.trial.fleet.start_seconds)
-            outcome.longest_stall_s = watch.longest_stall_s
-            on_episode(outcome)
+            outcome.worker_kills, outcome.broker_restarts = context.run.supervisor.kills, context.broker_restarts
+            outcome.rebalances, outcome.memory_mb = context.rebalances, tuple(context.memory_mb)
+            outcome.start_seconds = tuple(context.run.supervisor.start_seconds)
+            outcome.longest_stall_s = monitor.longest_stall_s
+            on_round(outcome)
             if outcome.violations and not plan.keep_going:
                 break
     return outcome
 
 
 @contextmanager
-def _scene(plan: Plan, say: Callable[[str], None], outcome: Outcome) -> Iterator[Scene]:
-    """A broker, an application and its traffic; the folder is kept when a law was broken, for its logs."""
+def _context(plan: Plan, say: Callable[[str], None], outcome: Outcome) -> Iterator[FaultContext]:
+    """A broker, an application and its workload; the folder is kept when a law was broken, for its logs."""
     folder = Path(tempfile.mkdtemp(prefix="streamformer-chaos-"))
     say("starting a broker")
     try:
         with Broker.start(BrokerOptions(message_bytes_max=LARGEST_RECORD_BYTES)) as broker:
-            stage = set_up(folder / "chaos", broker.bootstrap_servers, "chaos")
-            traffic = Traffic(stage.settings, plan.seed, habits=Habits(rate=0.0))
-            with Trial(stage) as trial:
-                traffic.start()
+            deployment = deploy(folder / "chaos", broker.bootstrap_servers, "chaos")
+            workload = Workload(deployment.settings, plan.seed, options=WorkloadOptions(rate=0.0))
+            with Run(deployment) as run:
+                workload.start()
                 rebalances = REBALANCES_OF_AN_HOUR if plan.minutes >= LONG_MINUTES else REBALANCES_OF_A_SHORT_RUN
                 try:
-                    yield Scene(broker, trial, traffic, random.Random(plan.seed), folder, rebalances, say)
+                    yield FaultContext(broker, run, workload, random.Random(plan.seed), folder, rebalances, say)
                 finally:
-                    traffic.stop()
+                    workload.stop()
     finally:
         if outcome.violations:
             say(f"the workers' logs and disks are in {folder}")
@@ -127,28 +127,28 @@ def _scene(plan: Plan, say: Callable[[str], None], outcome: Outcome) -> Iterator
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _draws(plan: Plan, scene: Scene, elapsed_s: Callable[[], float]) -> Iterator[tuple[Fault, ...]]:
-    """The faults of each episode."""
+def _draws(plan: Plan, context: FaultContext, elapsed_s: Callable[[], float]) -> Iterator[tuple[Fault, ...]]:
+    """The faults of each round."""
     if plan.faults:
         while True:
             yield from (tuple(BY_NAME[each] for each in name.split("+")) for name in plan.faults)
     alone = [fault for fault in CATALOGUE if fault.name != "disk-full" or can_mount()]
-    scene.dice.shuffle(alone)
+    context.rng.shuffle(alone)
     for fault in alone:
         yield (fault,)
-        yield _pair(scene, elapsed_s())
+        yield _pair(context, elapsed_s())
     while True:
-        yield _pair(scene, elapsed_s())
+        yield _pair(context, elapsed_s())
 
 
-def _pair(scene: Scene, elapsed_s: float) -> tuple[Fault, ...]:
+def _pair(context: FaultContext, elapsed_s: float) -> tuple[Fault, ...]:
     """Two faults that may strike together, what is behind its pace among them."""
     hours = (elapsed_s + 60) / 3600
     wanted = set()
-    if scene.trial.fleet.kills < KILLS_PER_HOUR * hours:
+    if context.run.supervisor.kills < KILLS_PER_HOUR * hours:
         wanted.add("worker-killed")
-    if scene.broker_restarts < RESTARTS_PER_HOUR * hours:
-        wanted.add(scene.dice.choice(("broker-killed", "broker-bounced")))
+    if context.broker_restarts < RESTARTS_PER_HOUR * hours:
+        wanted.add(context.rng.choice(("broker-killed", "broker-bounced")))
     found = [pair for pair in pairs() if wanted <= {fault.name for fault in pair}]
     drawable = [pair for pair in found if can_mount() or all(fault.name != "disk-full" for fault in pair)]
-    return scene.dice.choice(drawable)
+    return context.rng.choice(drawable)

@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Deployment:
     """One application on one broker."""
 
     folder: Path
@@ -70,9 +70,9 @@ class Stage:
         return self.folder / f"worker-{number}"
 
 
-def set_up(
+def deploy(
     folder: Path, bootstrap_servers: str, name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None
-) -> Stage:
+) -> Deployment:
     """A release, a settings file and the topics; `overrides` (group -> key -> value) go over `DEFAULTS`."""
     folder.mkdir(parents=True, exist_ok=True)
     release_dir = folder / "release"
@@ -87,7 +87,7 @@ def set_up(
     config.write_text(_toml({"app_id": name}, groups))
     settings = Settings(**tomllib.loads(config.read_text()))
     ensure_topics(settings)
-    return Stage(folder, settings, config, release_dir)
+    return Deployment(folder, settings, config, release_dir)
 
 
 def _toml(top: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> str:

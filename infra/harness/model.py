@@ -42,7 +42,7 @@ TIME, EVENT_ID = 3, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class UserVersion:
     """A user right after one source offset: what an embedding of that offset must say of itself."""
 
     count: int
@@ -51,32 +51,32 @@ class Stand:
 
 
 @dataclass(slots=True)
-class TrueUser:
-    """One user's sequence: kept actions, oldest first, and its history by source offset."""
+class ModelUser:
+    """One user's sequence: kept actions, oldest first, and its versions by source offset."""
 
     partition: int
     rows: list[Row] = field(default_factory=list)
     count: int = 0
     applied_offset: int = -1
     forgotten_ms: int = LONG_AGO
-    history: dict[int, Stand] = field(default_factory=dict)
+    versions: dict[int, UserVersion] = field(default_factory=dict)
     tombstones: set[int] = field(default_factory=set)
 
     def actions(self) -> Actions:
         return np.array(self.rows, ACTION_DTYPE)
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A record that is no action; the text is the reason its dead letter must give."""
 
 
-class Truth:
+class Model:
     """Every user as it must be after the input read so far."""
 
     def __init__(self, sequence_length: int) -> None:
         self._length_max = sequence_length
-        self.users: dict[bytes, TrueUser] = {}
-        self.refused: dict[tuple[int, int], tuple[str, LogRecord]] = {}
+        self.users: dict[bytes, ModelUser] = {}
+        self.rejected: dict[tuple[int, int], tuple[str, LogRecord]] = {}
         """(partition, offset) -> reason, and the record as received."""
         self.changes: dict[int, list[tuple[int, bytes]]] = {}
         """Partition -> (offset, user) of every event that changed a user, in order of offset."""
@@ -93,41 +93,41 @@ class Truth:
             self.events += 1
             try:
                 row = read(record)
-            except Refused as refused:
-                self.refused[record.partition, record.offset] = (str(refused), record)
+            except Rejected as rejected:
+                self.rejected[record.partition, record.offset] = (str(rejected), record)
                 continue
             assert record.key is not None
             self._apply(record, record.key, row)
 
     def settle(self) -> None:
-        """Keep users as they are, with their last change; forget the history before it."""
+        """Keep users as they are, with their last change; forget the versions before it."""
         for user in self.users.values():
             last = user.applied_offset
-            user.history = {last: user.history[last]} if last in user.history else {}
+            user.versions = {last: user.versions[last]} if last in user.versions else {}
             user.tombstones &= {last}
         self.changes.clear()
         self.arrived_ms.clear()
-        self.refused.clear()
+        self.rejected.clear()
 
     def _apply(self, record: LogRecord, name: bytes, row: Row | None) -> None:
-        user = self.users.setdefault(name, TrueUser(record.partition))
+        user = self.users.setdefault(name, ModelUser(record.partition))
         changed = self._forget(user, record) if row is None else self._insert(user, row)
         if not changed:
             return
         user.applied_offset = record.offset
         newest_ms = user.rows[-1][TIME] if user.rows else LONG_AGO
-        user.history[record.offset] = Stand(user.count, newest_ms, len(user.rows))
+        user.versions[record.offset] = UserVersion(user.count, newest_ms, len(user.rows))
         self.changes.setdefault(record.partition, []).append((record.offset, name))
         if row is not None:
             self.arrived_ms[record.partition, record.offset] = record.timestamp_ms
 
-    def _forget(self, user: TrueUser, record: LogRecord) -> bool:
+    def _forget(self, user: ModelUser, record: LogRecord) -> bool:
         user.rows, user.count = [], 0
         user.forgotten_ms = max(user.forgotten_ms, record.timestamp_ms)
         user.tombstones.add(record.offset)
         return True
 
-    def _insert(self, user: TrueUser, row: Row) -> bool:
+    def _insert(self, user: ModelUser, row: Row) -> bool:
         if row[TIME] <= user.forgotten_ms:
             return False
         if row[EVENT_ID] and any(kept[EVENT_ID] == row[EVENT_ID] for kept in user.rows):
@@ -142,15 +142,15 @@ class Truth:
 
 
 def read(record: LogRecord) -> Row | None:
-    """The action of a record, None for a tombstone; raises `Refused` with the reason."""
+    """The action of a record, None for a tombstone; raises `Rejected` with the reason."""
     if record.key is None:
-        raise Refused("key-missing")
+        raise Rejected("key-missing")
     if record.value is None:
         if not _is_id(record.key):
-            raise Refused("key-invalid")
+            raise Rejected("key-invalid")
         return None
     if len(record.value) > VALUE_BYTES_MAX:
-        raise Refused("value-too-large")
+        raise Rejected("value-too-large")
     event = _object(record.value[5:] if record.value[:1] == b"\0" else record.value)
     row = (
         item_key(_text(event, "item_id", ID_CHARS_MAX)),
@@ -161,7 +161,7 @@ def read(record: LogRecord) -> Row | None:
         item_key(event_id) if (event_id := _optional(event, "event_id", ID_CHARS_MAX)) else 0,
     )
     if _text(event, "user_id", ID_CHARS_MAX).encode() != record.key:
-        raise Refused("key-mismatch")
+        raise Rejected("key-mismatch")
     _check_time(row[TIME], record.timestamp_ms)
     _check_duration(event.get("duration_ms"))
     return row
@@ -171,13 +171,13 @@ def _object(value: bytes) -> dict[str, Any]:
     try:
         text = value.decode()
     except UnicodeDecodeError:
-        raise Refused("not-utf8") from None
+        raise Rejected("not-utf8") from None
     try:
         event = json.loads(text, parse_constant=_no_constant)
     except ValueError:
-        raise Refused("not-json") from None
+        raise Rejected("not-json") from None
     if not isinstance(event, dict):
-        raise Refused("field-type")
+        raise Rejected("field-type")
     return event
 
 
@@ -187,12 +187,12 @@ def _no_constant(name: str) -> None:
 
 def _text(event: dict[str, Any], name: str, chars_max: int) -> str:
     if name not in event:
-        raise Refused("field-missing")
+        raise Rejected("field-missing")
     text = event[name]
     if not isinstance(text, str):
-        raise Refused("field-type")
+        raise Rejected("field-type")
     if not 1 <= len(text) <= chars_max:
-        raise Refused("field-length")
+        raise Rejected("field-length")
     return text
 
 
@@ -202,18 +202,18 @@ def _optional(event: dict[str, Any], name: str, chars_max: int) -> str:
 
 def _number(event: dict[str, Any], name: str) -> int:
     if name not in event:
-        raise Refused("field-missing")
+        raise Rejected("field-missing")
     number = event[name]
     if not isinstance(number, int) or isinstance(number, bool):
-        raise Refused("field-type")
+        raise Rejected("field-type")
     return number
 
 
 def _check_duration(duration_ms: Any) -> None:
     if duration_ms is not None and not isinstance(duration_ms, int):
-        raise Refused("field-type")
+        raise Rejected("field-type")
     if duration_ms is not None and not 0 <= duration_ms < 2**32:
-        raise Refused("field-range")
+        raise Rejected("field-range")
 
 
 def _check_time(time_ms: int, arrived_ms: int) -> None:
@@ -221,8 +221,8 @@ def _check_time(time_ms: int, arrived_ms: int) -> None:
     if TIMESTAMP_MIN_MS <= time_ms <= latest_ms:
         return
     if any(TIMESTAMP_MIN_MS <= time_ms / per_ms <= latest_ms for per_ms in (1e-3, 1e3, 1e6)):
-        raise Refused("timestamp-unit")
-    raise Refused("timestamp-past" if time_ms < TIMESTAMP_MIN_MS else "timestamp-future")
+        raise Rejected("timestamp-unit")
+    raise Rejected("timestamp-past" if time_ms < TIMESTAMP_MIN_MS else "timestamp-future")
 
 
 def _is_id(key: bytes) -> bool:

@@ -14,41 +14,41 @@ import time
 from kafka.errors import KafkaError
 
 from infra.chaos.checks.violations import Kind, Violation
-from infra.harness.run import Trial
-from infra.harness.topic_reader import Gatherer
+from infra.harness.run import Run
+from infra.harness.topic_reader import HistoryReader
 
 LOOK_EVERY_S = 1.0
 ANSWER_S = 2.0
 MARGIN_S = 10.0
 
 
-class Watch:
+class StallMonitor:
     """Looks every second, in a thread of its own."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._fleet, self._gatherer = trial.fleet, Gatherer(trial.stage.settings)
-        self._unseen_max_s = trial.stage.settings.worker.watchdog_timeout_ms / 1000 + MARGIN_S
+    def __init__(self, run: Run) -> None:
+        self._supervisor, self._reader = run.supervisor, HistoryReader(run.deployment.settings)
+        self._unseen_max_s = run.deployment.settings.worker.watchdog_timeout_ms / 1000 + MARGIN_S
         self._stands: dict[int, tuple[int, float]] = {}
         """Partition that is behind -> (committed offset, since when)."""
         self._seen_s = time.monotonic()
         """When a worker last was not well, or was not there: what stands still since then has been seen."""
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._found: list[Violation] = []
         self._failure: BaseException | None = None
         self.longest_stall_s = 0.0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> StallMonitor:
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stopping.set()
         self._thread.join()
-        self._gatherer.close()
+        self._reader.close()
 
     def take(self) -> list[Violation]:
-        """Stalls that went unseen since the last call; raises what ended the watch, if anything did."""
+        """Stalls that went unseen since the last call; raises what ended the monitor, if anything did."""
         if self._failure is not None:
             raise self._failure
         found, self._found = self._found, []
@@ -56,17 +56,17 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            self._watch()
+            self._monitor()
         except BaseException as error:
             self._failure = error
 
-    def _watch(self) -> None:
+    def _monitor(self) -> None:
         while not self._stopping.wait(LOOK_EVERY_S):
             if not self._all_well():
                 self._seen_s = time.monotonic()
             asked_s = time.monotonic()
             try:
-                committed, ends = self._gatherer.committed(), self._gatherer.ends()
+                committed, ends = self._reader.committed(), self._reader.ends()
             except (KafkaError, OSError):
                 self._stands.clear()
                 continue
@@ -92,12 +92,12 @@ class Watch:
                 del stands[partition]
 
     def _all_well(self) -> bool:
-        numbers = self._fleet.running()
+        numbers = self._supervisor.running()
         return bool(numbers) and all(self._is_well(number) for number in numbers)
 
     def _is_well(self, number: int) -> bool:
         try:
-            port = self._fleet.port(number)
+            port = self._supervisor.port(number)
             return port is not None and all(_status(port, path) == 200 for path in ("/livez", "/readyz"))
         except (OSError, http.client.HTTPException, KeyError):
             return False

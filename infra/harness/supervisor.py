@@ -1,7 +1,7 @@
-"""The workers of a run: real processes, each with its own disk and name, kept running as a supervisor would.
+"""Keep the workers of a run running: real processes, each with a disk and a name of its own.
 
-A worker that ends although it is wanted is started again, and how it ended is noted. `fleet.tick()` does that; call it
-often. Workers die with this process.
+`Supervisor.tick` restarts a worker that ended although it is wanted, and notes how it ended; call it often. Workers die
+with this process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.harness.deployment import Stage
+from infra.harness.deployment import Deployment
 
 PR_SET_PDEATHSIG = 1
 RESTART_AFTER_S = 0.3
@@ -53,7 +53,7 @@ class Exit:
 
 
 @dataclass(slots=True)
-class Slot:
+class WorkerHandle:
     """One worker's place: at most one process at a time, one disk, one log."""
 
     number: int
@@ -69,19 +69,19 @@ class Slot:
 
 
 @dataclass
-class Fleet:
+class Supervisor:
     """Starts, watches, hurts and stops workers."""
 
-    stage: Stage
+    deployment: Deployment
     command: Sequence[str] = WORKER
-    slots: dict[int, Slot] = field(default_factory=dict)
+    workers: dict[int, WorkerHandle] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
     start_seconds: list[float] = field(default_factory=list)
     """From a process's start until its worker begins: what the machine makes of importing the program."""
     kills: int = 0
     """Processes ended by SIGKILL so far."""
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Supervisor:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -90,70 +90,70 @@ class Fleet:
     def scale(self, count: int, *, cold: bool = False) -> None:
         """Workers 0 to `count` - 1 are wanted, the others are told to stop; with `cold`, new ones have empty disks."""
         for number in range(count):
-            if cold and not self._slot(number).wanted:
-                shutil.rmtree(self.stage.data_dir(number), ignore_errors=True)
-            self._slot(number).wanted = True
-        for slot in self.slots.values():
-            if slot.number >= count:
-                slot.wanted = False
-                self._stop(slot)
+            if cold and not self._worker(number).wanted:
+                shutil.rmtree(self.deployment.data_dir(number), ignore_errors=True)
+            self._worker(number).wanted = True
+        for worker in self.workers.values():
+            if worker.number >= count:
+                worker.wanted = False
+                self._stop(worker)
         self.tick()
 
     def tick(self) -> None:
         """Note who has ended, and start who is wanted and has been down for a moment."""
-        for slot in self.slots.values():
-            if slot.process is not None and (code := slot.process.poll()) is not None:
-                self._note_end(slot, code)
-            rested = time.time() - slot.ended_at >= RESTART_AFTER_S
-            if slot.process is None and slot.wanted and rested:
-                self._start(slot)
+        for worker in self.workers.values():
+            if worker.process is not None and (code := worker.process.poll()) is not None:
+                self._note_end(worker, code)
+            rested = time.time() - worker.ended_at >= RESTART_AFTER_S
+            if worker.process is None and worker.wanted and rested:
+                self._start(worker)
 
     def running(self) -> list[int]:
         """Numbers of the workers whose process runs and is wanted."""
-        return [slot.number for slot in list(self.slots.values()) if slot.process is not None and slot.wanted]
+        return [worker.number for worker in list(self.workers.values()) if worker.process is not None and worker.wanted]
 
     def kill(self, number: int) -> None:
         """SIGKILL; the supervisor starts it again."""
-        self._signal(self.slots[number], signal.SIGKILL)
+        self._signal(self.workers[number], signal.SIGKILL)
 
     def terminate(self, number: int) -> None:
         """SIGTERM; the supervisor starts it again once it has ended."""
-        self._signal(self.slots[number], signal.SIGTERM)
+        self._signal(self.workers[number], signal.SIGTERM)
 
     def pause(self, number: int) -> None:
         """SIGSTOP."""
-        self._signal(self.slots[number], signal.SIGSTOP)
+        self._signal(self.workers[number], signal.SIGSTOP)
 
     def resume(self, number: int) -> None:
         """SIGCONT."""
-        self._signal(self.slots[number], signal.SIGCONT)
+        self._signal(self.workers[number], signal.SIGCONT)
 
     def hold(self, number: int) -> None:
         """Kill a worker and keep it down until `release`."""
-        slot = self.slots[number]
-        slot.wanted = False
-        self._signal(slot, signal.SIGKILL)
-        if slot.process is not None:
-            self._note_end(slot, slot.process.wait())
+        worker = self.workers[number]
+        worker.wanted = False
+        self._signal(worker, signal.SIGKILL)
+        if worker.process is not None:
+            self._note_end(worker, worker.process.wait())
 
     def retire(self, number: int) -> None:
         """SIGTERM, and keep it down until `release`."""
-        slot = self.slots[number]
-        slot.wanted = False
-        self._stop(slot)
+        worker = self.workers[number]
+        worker.wanted = False
+        self._stop(worker)
 
     def release(self, number: int) -> None:
         """Let a held worker, or a new one, be started."""
-        self._slot(number).wanted = True
+        self._worker(number).wanted = True
         self.tick()
 
     def is_down(self, number: int) -> bool:
-        slot = self.slots[number]
-        return slot.process is None or slot.process.poll() is not None
+        worker = self.workers[number]
+        return worker.process is None or worker.process.poll() is not None
 
     def memory_mb(self, number: int) -> float:
         """Resident memory of a worker, in 10^6 bytes; 0 when it does not run."""
-        process = self.slots[number].process
+        process = self.workers[number].process
         try:
             return float(psutil.Process(process.pid).memory_info().rss) / 1e6 if process is not None else 0.0
         except psutil.Error:
@@ -161,12 +161,12 @@ class Fleet:
 
     def port(self, number: int) -> int | None:
         """Where the worker's present process answers `/livez`; None before it does."""
-        slot = self.slots[number]
-        if slot.port is None and (found := PORT.search(self.said(number))):
-            slot.port = int(found[2])
+        worker = self.workers[number]
+        if worker.port is None and (found := PORT.search(self.said(number))):
+            worker.port = int(found[2])
             begun = datetime.strptime(found[1], LOG_TIME).timestamp()
-            self.start_seconds.append(begun - slot.started_at)
-        return slot.port
+            self.start_seconds.append(begun - worker.started_at)
+        return worker.port
 
     def is_ready(self, number: int) -> bool:
         """Whether the worker's present process has had a partition ready."""
@@ -175,76 +175,76 @@ class Fleet:
     def said(self, number: int) -> str:
         """What the worker's present, or last, process has written."""
         with self._log_path(number).open("rb") as log:
-            log.seek(self._slot(number).log_begin)
+            log.seek(self._worker(number).log_begin)
             return log.read().decode(errors="replace")
 
     def stop(self) -> Counter[int]:
         """SIGTERM to all and wait; the exit codes, -9 for one that did not end in time."""
         codes: Counter[int] = Counter()
-        for slot in self.slots.values():
-            slot.wanted = False
-            self._stop(slot)
-        for slot in self.slots.values():
-            if slot.process is not None:
+        for worker in self.workers.values():
+            worker.wanted = False
+            self._stop(worker)
+        for worker in self.workers.values():
+            if worker.process is not None:
                 try:
-                    code = slot.process.wait(STOP_S)
+                    code = worker.process.wait(STOP_S)
                 except subprocess.TimeoutExpired:
-                    slot.process.kill()
-                    code = slot.process.wait()
+                    worker.process.kill()
+                    code = worker.process.wait()
                 codes[code] += 1
-                self._note_end(slot, code)
+                self._note_end(worker, code)
         return codes
 
     def close(self) -> None:
         """Kill whoever still runs."""
-        for slot in self.slots.values():
-            if slot.process is not None:
-                slot.process.kill()
-                slot.process.wait()
-                slot.process = None
+        for worker in self.workers.values():
+            if worker.process is not None:
+                worker.process.kill()
+                worker.process.wait()
+                worker.process = None
 
     def log(self, number: int) -> str:
         """All that a worker has said, over all its starts."""
         return self._log_path(number).read_text(errors="replace")
 
-    def _slot(self, number: int) -> Slot:
-        return self.slots.setdefault(number, Slot(number))
+    def _worker(self, number: int) -> WorkerHandle:
+        return self.workers.setdefault(number, WorkerHandle(number))
 
     def _log_path(self, number: int) -> Path:
-        return self.stage.folder / f"worker-{number}.log"
+        return self.deployment.folder / f"worker-{number}.log"
 
-    def _start(self, slot: Slot) -> None:
+    def _start(self, worker: WorkerHandle) -> None:
         started_at = time.time()
-        with self._log_path(slot.number).open("ab") as log:
-            slot.log_begin = log.tell()
-            slot.process = subprocess.Popen(
-                [*self.command, "--config", str(self.stage.config)],
-                env={**os.environ, **self.stage.worker_environment(slot.number)},
+        with self._log_path(worker.number).open("ab") as log:
+            worker.log_begin = log.tell()
+            worker.process = subprocess.Popen(
+                [*self.command, "--config", str(self.deployment.config)],
+                env={**os.environ, **self.deployment.worker_environment(worker.number)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        slot.doomed, slot.port, slot.started_at = False, None, started_at
+        worker.doomed, worker.port, worker.started_at = False, None, started_at
 
-    def _stop(self, slot: Slot) -> None:
+    def _stop(self, worker: WorkerHandle) -> None:
         """SIGTERM, unless the process has had one: a second says "at once"."""
-        if not slot.doomed:
-            self._signal(slot, signal.SIGTERM)
+        if not worker.doomed:
+            self._signal(worker, signal.SIGTERM)
 
-    def _signal(self, slot: Slot, number: signal.Signals) -> None:
-        if slot.process is None:
+    def _signal(self, worker: WorkerHandle, number: signal.Signals) -> None:
+        if worker.process is None:
             return
-        slot.process.send_signal(number)
+        worker.process.send_signal(number)
         if number in (signal.SIGKILL, signal.SIGTERM):
-            slot.doomed = True
+            worker.doomed = True
         self.kills += number is signal.SIGKILL
 
-    def _note_end(self, slot: Slot, code: int) -> None:
-        words = self.said(slot.number).strip().splitlines()[-1:] or [""]
-        self.exits.append(Exit(slot.number, time.time(), code, slot.doomed, words[0][:300]))
-        slot.process, slot.ended_at = None, time.time()
+    def _note_end(self, worker: WorkerHandle, code: int) -> None:
+        words = self.said(worker.number).strip().splitlines()[-1:] or [""]
+        self.exits.append(Exit(worker.number, time.time(), code, worker.doomed, words[0][:300]))
+        worker.process, worker.ended_at = None, time.time()
 
 
 def _die_with_parent() -> None:

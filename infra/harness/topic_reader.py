@@ -9,14 +9,14 @@ from typing import Any
 import kafka
 from kafka.errors import KafkaError
 
-from infra.chaos.checks.checker import Evidence
+from infra.chaos.checks.checker import History
 from infra.harness.model import LogRecord
 from streams.config.settings import Settings
 
 POLL_MS = 200
 
 
-class Gatherer:
+class HistoryReader:
     """Reads every topic of one application, committed records only."""
 
     def __init__(self, settings: Settings) -> None:
@@ -25,7 +25,7 @@ class Gatherer:
         self._consumer: Any = None
         self._admin: Any = None
 
-    def gather(self) -> Evidence:
+    def read_new(self) -> History:
         """What has been added to each topic since the last call; the input topic reaches at least as far as others.
 
         Raises `KafkaError` when the broker does not answer; then nothing has been taken in.
@@ -35,9 +35,9 @@ class Gatherer:
         read = {topic: self._read(topic, self._next.get(topic, {})) for topic in topics}
         self._next = {topic: positions for topic, (_, positions) in read.items()}
         changelog, outputs, dead_letters, inputs = (read[topic][0] for topic in topics)
-        return Evidence(inputs, changelog, outputs, dead_letters)
+        return History(inputs, changelog, outputs, dead_letters)
 
-    def begin_anew(self, topic: str) -> None:
+    def restart(self, topic: str) -> None:
         """The topic has been created again: what it holds now is read from its beginning."""
         self._next.pop(topic, None)
         self.close()
@@ -58,7 +58,7 @@ class Gatherer:
         return {tp.partition: end for tp, end in ends.items()}
 
     def read_all(self, topic: str) -> list[LogRecord]:
-        """Everything a topic holds, apart from what `gather` has read."""
+        """Everything a topic holds, apart from what `read_new` has read."""
         return self._read(topic, {})[0]
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""The producer of a run: numbered actions of many users, at a modest rate, from a seed, with trouble on request.
+"""Produce the events of a run: numbered actions of many users, at a modest rate, from a seed, with trouble on request.
 
-An action's number (1, 2, 3, ... for each user) travels as its duration, so that a checker can name it. Trouble is set
-by `Habits`, which faults exchange while traffic flows: duplicates (the same event again, its event id the same),
-disorder (events that arrive behind younger ones), records that are no actions, oversized ones, tombstones, and an
-upstream that produces in transactions, some of which it aborts.
+Each user's actions are numbered from 1, and the number is sent as the duration, so that a checker can name the action.
+`WorkloadOptions` set the trouble, and faults exchange them while the workload runs: duplicates (the same event and
+event id again), disorder (events that arrive after younger ones), records that are no actions, oversized records,
+tombstones, and an upstream that produces in transactions, some of which it aborts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OVERSIZED_BYTES = (70_000, 400_000, 1_900_000)
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class WorkloadOptions:
     """How the producer behaves; fractions are per event."""
 
     rate: float = 500.0
@@ -54,17 +54,19 @@ class _User:
     last: bytes = b""
 
 
-class Traffic:
+class Workload:
     """Produces in a thread of its own between `start` and `stop`."""
 
-    def __init__(self, settings: Settings, seed: int, *, users: int = 2_000, habits: Habits | None = None) -> None:
+    def __init__(
+        self, settings: Settings, seed: int, *, users: int = 2_000, options: WorkloadOptions | None = None
+    ) -> None:
         self._settings = settings
         self._random = random.Random(seed)
         self._users = [_User(f"user-{number}") for number in range(users)]
-        self.habits = habits or Habits()
+        self.options = options or WorkloadOptions()
         self.sent: Counter[str] = Counter()
         self._stopping, self._calm = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="workload", daemon=True)
         self.failure: BaseException | None = None
 
     def start(self) -> None:
@@ -78,9 +80,9 @@ class Traffic:
             raise self.failure
 
     def calm(self, timeout_s: float) -> bool:
-        """Send nothing more until `habits` are set again; True once everything sent has been settled."""
+        """Send nothing more until `options` are set again; True once everything sent has been settled."""
         self._calm.clear()
-        self.habits = replace(self.habits, rate=0.0)
+        self.options = replace(self.options, rate=0.0)
         return self._calm.wait(timeout_s)
 
     def _run(self) -> None:
@@ -92,11 +94,11 @@ class Traffic:
     async def _produce(self) -> None:
         """Tick until stopped; after a failure of the broker a new producer goes on with the next events."""
         while not self._stopping.is_set():
-            transactional = self.habits.transactional
+            transactional = self.options.transactional
             producer = self._producer(transactional)
             try:
                 await producer.start()
-                while not self._stopping.is_set() and self.habits.transactional == transactional:
+                while not self._stopping.is_set() and self.options.transactional == transactional:
                     await self._tick(producer, transactional)
             except KafkaError as error:
                 logger.debug("the producer starts anew: %r", error)
@@ -120,7 +122,7 @@ class Traffic:
 
     async def _tick(self, producer: Any, transactional: bool) -> None:
         started = time.monotonic()
-        is_calm = not self.habits.rate
+        is_calm = not self.options.rate
         messages = [self._message() for _ in range(self._count())]
         if transactional and messages:
             await producer.begin_transaction()
@@ -138,7 +140,7 @@ class Traffic:
 
     def _count(self) -> int:
         """Events of this tick; the mean is the rate."""
-        exact = self.habits.rate * TICK_S
+        exact = self.options.rate * TICK_S
         return int(exact) + (self._random.random() < exact % 1)
 
     async def _send(self, producer: Any, key: bytes | None, value: bytes | None) -> Any:
@@ -148,23 +150,23 @@ class Traffic:
         )
 
     def _message(self) -> tuple[bytes | None, bytes | None]:
-        habits, draw = self.habits, self._random.random()
+        options, draw = self.options, self._random.random()
         user = self._users[int(len(self._users) * self._random.random() ** 2)]
-        if draw < habits.poison:
+        if draw < options.poison:
             return self._poison(user)
-        if draw < habits.poison + habits.oversized:
+        if draw < options.poison + options.oversized:
             size = self._random.choice(OVERSIZED_BYTES)
             return user.name.encode(), b'{"user_id": "' + b"x" * size + b'"}'
-        if draw < habits.poison + habits.oversized + habits.tombstones:
+        if draw < options.poison + options.oversized + options.tombstones:
             return user.name.encode(), None
-        if user.last and self._random.random() < habits.duplicates:
+        if user.last and self._random.random() < options.duplicates:
             return user.name.encode(), user.last
         return self._action(user)
 
     def _action(self, user: _User) -> tuple[bytes, bytes]:
         """The user's next action; four in five have an event id, and only those are ever sent twice."""
         user.number += 1
-        late_ms = self._random.randrange(20_000) if self._random.random() < self.habits.disorder else 0
+        late_ms = self._random.randrange(20_000) if self._random.random() < self.options.disorder else 0
         event: dict[str, Any] = {
             "user_id": user.name,
             "item_id": f"item-{self._random.randrange(ITEMS)}",

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from infra.chaos.checks.violations import Kind
-from infra.chaos.fault_context import Scene, play
+from infra.chaos.fault_context import FaultContext, play
 from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs
 from infra.chaos.faults.workers import rebalances_seen
 from infra.chaos.round import _is_fine
-from infra.harness.deployment import set_up
-from infra.harness.run import Trial
-from infra.harness.stall_monitor import Watch
+from infra.harness.deployment import deploy
+from infra.harness.run import Run
+from infra.harness.stall_monitor import StallMonitor
 from infra.harness.supervisor import ABORTED
-from infra.harness.workload import Habits, Traffic
+from infra.harness.workload import Workload, WorkloadOptions
 from infra.kafka.broker import Broker
 
 SEED = 7
@@ -84,7 +84,7 @@ def test_every_fault_has_a_name_of_its_own_and_most_have_partners() -> None:
 
 
 def test_exits_are_judged_by_what_was_done_to_the_worker() -> None:
-    """A worker may end as it was told to or as a fault of the episode allows, and in no other way."""
+    """A worker may end as it was told to or as a fault of the round allows, and in no other way."""
     poison, frozen = [BY_NAME["poison"]], [BY_NAME["worker-frozen-10s"]]
     assert _is_fine(0, True, poison)
     assert _is_fine(-9, True, poison)
@@ -102,10 +102,10 @@ def test_rebalances_are_counted_by_partitions_that_are_ready_again() -> None:
 
 
 class _Idle:
-    """As much of a scene as `play` touches."""
+    """As much of a context as `play` touches."""
 
-    class trial:
-        class fleet:
+    class run:
+        class supervisor:
             ticks = 0
 
             @classmethod
@@ -127,30 +127,30 @@ def test_faults_run_side_by_side_and_heal_also_when_one_breaks() -> None:
         finally:
             told.append(f"{name} heals")
 
-    scene: Any = _Idle()
-    play(scene, [fault("slow", 0.4), fault("quick", 0.1)])
+    context: Any = _Idle()
+    play(context, [fault("slow", 0.4), fault("quick", 0.1)])
     assert told == ["slow strikes", "quick strikes", "quick heals", "slow heals"]
     told.clear()
     with pytest.raises(RuntimeError):
-        play(scene, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
+        play(context, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
     assert told == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
 
 
 @pytest.mark.broker
 @pytest.mark.slow
 def test_a_stall_that_no_worker_notices_is_found(broker: Broker, topic_prefix: str, tmp_path: Path) -> None:
-    """Actions arrive and nobody works on them: once the watchdog's time is over the watch names every partition."""
-    stage = set_up(tmp_path, broker.bootstrap_servers, topic_prefix)
-    with Trial(stage) as trial:
-        watch = Watch(trial)
-        watch._unseen_max_s = 3.0
-        watch._all_well = lambda: True  # type: ignore[method-assign]
-        traffic = Traffic(stage.settings, SEED, users=50, habits=Habits(rate=200))
-        with watch:
-            traffic.start()
-            scene = Scene(broker, trial, traffic, random.Random(SEED), tmp_path, 0)
-            play(scene, [iter([6.0])])
-            traffic.stop()
-        found = watch.take()
+    """Actions arrive and nobody works on them: once the watchdog's time is over the monitor names every partition."""
+    deployment = deploy(tmp_path, broker.bootstrap_servers, topic_prefix)
+    with Run(deployment) as run:
+        monitor = StallMonitor(run)
+        monitor._unseen_max_s = 3.0
+        monitor._all_well = lambda: True  # type: ignore[method-assign]
+        workload = Workload(deployment.settings, SEED, users=50, options=WorkloadOptions(rate=200))
+        with monitor:
+            workload.start()
+            context = FaultContext(broker, run, workload, random.Random(SEED), tmp_path, 0)
+            play(context, [iter([6.0])])
+            workload.stop()
+        found = monitor.take()
     assert {each.kind for each in found} == {Kind.UNSEEN_STALL}
-    assert {each.partition for each in found} == set(range(stage.settings.topics.partitions))
+    assert {each.partition for each in found} == set(range(deployment.settings.topics.partitions))

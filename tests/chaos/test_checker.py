@@ -13,7 +13,7 @@ from encoder.inference import EncoderRuntime
 from encoder.inference.kernel import Precision
 from encoder.inference.runtime import make_full
 from encoder.model import EncoderConfig
-from infra.chaos.checks.checker import Checker, Evidence, Rules, Verdict
+from infra.chaos.checks.checker import Checker, History, Rules, Verdict
 from infra.chaos.checks.violations import Explained, Kind
 from infra.harness.model import LogRecord
 from streams.core.layout import StateLimits
@@ -32,16 +32,16 @@ TOPIC = "actions"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """A run as its topics hold it."""
 
-    evidence: Evidence
+    history: History
     committed: int
 
     def judge(self, encoder: EncoderRuntime, *explained: Explained) -> Verdict:
         rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, explained)
         checker = Checker(rules, encoder)
-        checker.feed(self.evidence)
+        checker.feed(self.history)
         return checker.judge({0: self.committed})
 
 
@@ -92,7 +92,7 @@ class _Received:
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
-def faithful(encoder: EncoderRuntime) -> Run:
+def faithful(encoder: EncoderRuntime) -> RecordedRun:
     """What the real core and codec make of `sent`: a batch of seven, all due users encoded, a checkpoint, and so on."""
     inputs, changelog, outputs, letters = sent(), [], [], []
     state, store = PartitionState(TriggerPolicy(), LIMITS), MemoryStore()
@@ -124,7 +124,7 @@ def faithful(encoder: EncoderRuntime) -> Run:
         store.write(records, len(changelog))
         for key, value in records:
             append(changelog, key, value)
-    return Run(Evidence(inputs, changelog, outputs, letters), len(inputs))
+    return RecordedRun(History(inputs, changelog, outputs, letters), len(inputs))
 
 
 def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes]) -> list[tuple[object, ...]]:
@@ -143,10 +143,10 @@ def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes])
     return list(encode_embeddings(batch, EmbeddingCodec.FLOAT32))
 
 
-def rewritten(run: Run, user: bytes, change: Callable[[PartitionState, np.ndarray], np.ndarray]) -> Run:  # type: ignore[type-arg]
+def rewritten(run: RecordedRun, user: bytes, change: Callable[[PartitionState, np.ndarray], np.ndarray]) -> RecordedRun:  # type: ignore[type-arg]
     """The run with one more checkpoint, in which `change` has altered what is kept of `user`."""
     store = MemoryStore()
-    for record in run.evidence.changelog:
+    for record in run.history.changelog:
         assert record.key is not None
         if record.value is not None:
             store.put(record.key, record.value)
@@ -160,9 +160,9 @@ def rewritten(run: Run, user: bytes, change: Callable[[PartitionState, np.ndarra
     state._sequences.live["dirty"][slot] = True
     state._sequences.live["dirty_from"][slot] = 0
     records = [*encode(state.begin_checkpoint(), LIMITS), encode_mark(CheckpointMark(run.committed, 0))]
-    base = len(run.evidence.changelog)
+    base = len(run.history.changelog)
     more = [LogRecord(0, base + i, NOW_MS, key, value) for i, (key, value) in enumerate(records)]
-    return replace(run, evidence=replace(run.evidence, changelog=[*run.evidence.changelog, *more]))
+    return replace(run, history=replace(run.history, changelog=[*run.history.changelog, *more]))
 
 
 def test_a_faithful_log_passes(encoder: EncoderRuntime) -> None:
@@ -195,8 +195,8 @@ def test_swapped_actions_are_named(encoder: EncoderRuntime) -> None:
     assert run.judge(encoder).kinds() == {Kind.SWAPPED: 1}
 
 
-def appended(run: Run, record: LogRecord) -> Run:
-    return replace(run, evidence=replace(run.evidence, outputs=[*run.evidence.outputs, record]))
+def appended(run: RecordedRun, record: LogRecord) -> RecordedRun:
+    return replace(run, history=replace(run.history, outputs=[*run.history.outputs, record]))
 
 
 @pytest.mark.parametrize(("which", "kind"), [(0, Kind.STALE), (-1, Kind.REPEATED)])
@@ -205,7 +205,7 @@ def test_a_stale_or_repeated_embedding_is_named_unless_a_fault_explains_it(
 ) -> None:
     """An old embedding after a newer one, and one published twice, count only in the time of a fault."""
     run = faithful(encoder)
-    again = [record for record in run.evidence.outputs if record.key == b"ann"][which]
+    again = [record for record in run.history.outputs if record.key == b"ann"][which]
     stale = appended(run, replace(again, timestamp_ms=NOW_MS + 70_000))
     assert stale.judge(encoder).kinds() == {kind: 1}
     verdict = stale.judge(encoder, Explained(NOW_MS + 60_000, NOW_MS + 80_000))
@@ -216,44 +216,44 @@ def test_a_stale_or_repeated_embedding_is_named_unless_a_fault_explains_it(
 def test_an_embedding_of_a_forgotten_user_is_named(encoder: EncoderRuntime) -> None:
     """An output behind the user's tombstone is stale; a tombstone that never came leaves the user resurrected."""
     run = faithful(encoder)
-    before = [record for record in run.evidence.outputs if record.key == b"cy" and record.value is not None][-1]
+    before = [record for record in run.history.outputs if record.key == b"cy" and record.value is not None][-1]
     assert appended(run, replace(before, timestamp_ms=NOW_MS)).judge(encoder).kinds() == {Kind.STALE: 1}
-    kept = [record for record in run.evidence.outputs if not (record.key == b"cy" and record.value is None)]
-    without = replace(run, evidence=replace(run.evidence, outputs=kept))
+    kept = [record for record in run.history.outputs if not (record.key == b"cy" and record.value is None)]
+    without = replace(run, history=replace(run.history, outputs=kept))
     assert without.judge(encoder).kinds() == {Kind.RESURRECTED: 1}
 
 
 def test_a_wrong_or_missing_last_embedding_is_named(encoder: EncoderRuntime) -> None:
     """The last embedding must contain the last action and be the one of the full history."""
     run = faithful(encoder)
-    at = max(i for i, record in enumerate(run.evidence.outputs) if record.key == b"ann")
-    outputs = list(run.evidence.outputs)
+    at = max(i for i, record in enumerate(run.history.outputs) if record.key == b"ann")
+    outputs = list(run.history.outputs)
     last = outputs.pop(at)
-    assert replace(run, evidence=replace(run.evidence, outputs=outputs)).judge(encoder).kinds() == {Kind.UNPUBLISHED: 1}
+    assert replace(run, history=replace(run.history, outputs=outputs)).judge(encoder).kinds() == {Kind.UNPUBLISHED: 1}
     assert last.value is not None
     vector = np.frombuffer(last.value, "<f4")[::-1]
     outputs.insert(at, replace(last, value=vector.tobytes()))
-    wrong = replace(run, evidence=replace(run.evidence, outputs=outputs))
+    wrong = replace(run, history=replace(run.history, outputs=outputs))
     assert wrong.judge(encoder).kinds() == {Kind.WRONG_EMBEDDING: 1}
 
 
 def test_an_embedding_that_lies_about_its_history_is_named(encoder: EncoderRuntime) -> None:
     """An output whose headers were not true at its source offset is reported, wherever it stands."""
     run = faithful(encoder)
-    outputs = list(run.evidence.outputs)
+    outputs = list(run.history.outputs)
     headers = tuple((name, b"3" if name == "sequence-length" else value) for name, value in outputs[9].headers)
     outputs[9] = replace(outputs[9], headers=headers)
-    assert Kind.WRONG_OUTPUT in replace(run, evidence=replace(run.evidence, outputs=outputs)).judge(encoder).kinds()
+    assert Kind.WRONG_OUTPUT in replace(run, history=replace(run.history, outputs=outputs)).judge(encoder).kinds()
 
 
 def test_a_checkpoint_ahead_of_or_behind_its_mark_is_named(encoder: EncoderRuntime) -> None:
     """Moving one head to the next checkpoint makes two checkpoints wrong, though the end is right."""
     run = faithful(encoder)
-    log = list(run.evidence.changelog)
+    log = list(run.history.changelog)
     at = next(i for i, record in enumerate(log) if record.key == b"ubob")
     mark = next(i for i in range(at, len(log)) if log[i].key == b"m")
     log.insert(mark, log.pop(at))
-    moved = replace(run, evidence=replace(run.evidence, changelog=log))
+    moved = replace(run, history=replace(run.history, changelog=log))
     assert moved.judge(encoder).kinds() == {Kind.WRONG_CHECKPOINT: 1}
 
 
@@ -267,10 +267,10 @@ def test_a_commit_apart_from_the_state_is_named(encoder: EncoderRuntime, by: int
 def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRuntime) -> None:
     """Each refused record has a dead letter with its own bytes and reason, and no valid one has any."""
     run = faithful(encoder)
-    (letter,) = run.evidence.dead_letters
+    (letter,) = run.history.dead_letters
 
-    def with_letters(*letters: LogRecord) -> Run:
-        return replace(run, evidence=replace(run.evidence, dead_letters=list(letters)))
+    def with_letters(*letters: LogRecord) -> RecordedRun:
+        return replace(run, history=replace(run.history, dead_letters=list(letters)))
 
     assert with_letters().judge(encoder).kinds() == {Kind.DEAD_LETTER_MISSING: 1}
     assert with_letters(replace(letter, value=b"{}")).judge(encoder).kinds() == {Kind.DEAD_LETTER_WRONG: 1}
@@ -284,14 +284,14 @@ def test_what_was_judged_is_forgotten_and_what_follows_is_still_found(encoder: E
     run = faithful(encoder)
     rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC)
     checker = Checker(rules, encoder)
-    checker.feed(run.evidence)
+    checker.feed(run.history)
     assert not checker.judge({0: run.committed}).violations
     checker.settle()
     again = checker.judge({0: run.committed})
-    assert (again.violations, len(again.freshness_ms), len(checker.truth.changes)) == ([], 0, 0)
-    last = [record for record in run.evidence.outputs if record.key == b"ann"][-1]
+    assert (again.violations, len(again.freshness_ms), len(checker.model.changes)) == ([], 0, 0)
+    last = [record for record in run.history.outputs if record.key == b"ann"][-1]
     event = {"user_id": "bob", "item_id": "x", "action": "save", "timestamp_ms": NOW_MS + 990}
     unread = LogRecord(0, run.committed, NOW_MS + 1_000, b"bob", json.dumps(event).encode())
-    checker.feed(Evidence(inputs=[unread], outputs=[last]))
+    checker.feed(History(inputs=[unread], outputs=[last]))
     kinds = set(checker.judge({0: run.committed}).kinds())
     assert {Kind.REPEATED, Kind.UNPROCESSED, Kind.UNPUBLISHED, Kind.LOST} <= kinds

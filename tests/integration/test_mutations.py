@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from kafka.errors import KafkaError
 
-from infra.harness.deployment import Stage, set_up
-from infra.harness.run import Trial
+from infra.harness.deployment import Deployment, deploy
+from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED
 from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, restore_ends_at_a_silence
 from tests.integration.trials import Sent, action, send
@@ -34,12 +34,12 @@ EVENTS = ROUNDS * ACTIONS * 20
 EARLY, LATE = [f"early-{number}" for number in range(20)], [f"late-{number}" for number in range(20)]
 REST_S = 60.0
 BROKEN_REST_S = 6.0
-"""With a fault there may be no rest: an embedding that the truth demands never comes."""
+"""With a fault there may be no rest: an embedding that the model demands never comes."""
 
 
 @pytest.fixture
-def stage(broker: Any, topic_prefix: str, tmp_path: Path) -> Stage:
-    return set_up(tmp_path, broker.bootstrap_servers, topic_prefix, {"topics": {"partitions": 2}})
+def deployment(broker: Any, topic_prefix: str, tmp_path: Path) -> Deployment:
+    return deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"topics": {"partitions": 2}})
 
 
 def history(users: list[str], round_: int) -> list[Sent]:
@@ -47,64 +47,64 @@ def history(users: list[str], round_: int) -> list[Sent]:
     return [action(user, round_ * ACTIONS + number, event_id=None) for number in range(ACTIONS) for user in users]
 
 
-def lived_through(stage: Stage, fault: Fault) -> Iterator[Trial]:
+def lived_through(deployment: Deployment, fault: Fault) -> Iterator[Run]:
     """Early users act, then late ones, in rounds; the worker is started again whenever it ends."""
-    with Trial(stage, command(fault, stage.folder)) as trial:
-        send(stage.settings, history(EARLY, 0))
-        trial.fleet.scale(1)
-        tended(trial, lambda: committed_events(trial) > 0 or bool(refusals(trial)))
+    with Run(deployment, command(fault, deployment.folder)) as run:
+        send(deployment.settings, history(EARLY, 0))
+        run.supervisor.scale(1)
+        tended(run, lambda: committed_events(run) > 0 or bool(refusals(run)))
         if fault is restore_ends_at_a_silence:
-            trial.fleet.hold(0)
-            shutil.rmtree(stage.data_dir(0))
-            trial.fleet.release(0)
+            run.supervisor.hold(0)
+            shutil.rmtree(deployment.data_dir(0))
+            run.supervisor.release(0)
         for round_ in range(1, ROUNDS):
-            send(stage.settings, history(LATE, round_))
-            trial.rest(ROUND_S)
-        yield trial
+            send(deployment.settings, history(LATE, round_))
+            run.rest(ROUND_S)
+        yield run
 
 
-def tended(trial: Trial, condition: Callable[[], bool]) -> None:
+def tended(run: Run, condition: Callable[[], bool]) -> None:
     """Keep the worker running until the condition holds."""
     until_s = time.monotonic() + REST_S
     while not condition():
-        assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
-        trial.fleet.tick()
+        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
+        run.supervisor.tick()
         time.sleep(0.2)
 
 
-def committed_events(trial: Trial) -> int:
+def committed_events(run: Run) -> int:
     """0 also while the broker has no coordinator for the group yet."""
     try:
-        return sum(trial.gatherer.committed().values())
+        return sum(run.reader.committed().values())
     except KafkaError:
         return 0
 
 
-def refusals(trial: Trial) -> list[str]:
+def refusals(run: Run) -> list[str]:
     """What the worker said when it would not go on."""
-    return [end.last_words for end in trial.fleet.exits if end.code == ABORTED]
+    return [end.last_words for end in run.supervisor.exits if end.code == ABORTED]
 
 
-def found(trial: Trial, rest_s: float) -> list[str]:
+def found(run: Run, rest_s: float) -> list[str]:
     """Violations once every event is committed, or what the worker said when it refused to begin."""
-    tended(trial, lambda: committed_events(trial) == EVENTS or bool(refusals(trial)))
-    if refused := refusals(trial):
+    tended(run, lambda: committed_events(run) == EVENTS or bool(refusals(run)))
+    if refused := refusals(run):
         return refused
-    trial.rest(rest_s)
-    return [str(violation) for violation in trial.judge().violations]
+    run.rest(rest_s)
+    return [str(violation) for violation in run.judge().violations]
 
 
 @pytest.mark.parametrize("fault", TROUBLE, ids=lambda fault: fault.__name__)
-def test_trouble_is_borne(stage: Stage, fault: Fault) -> None:
+def test_trouble_is_borne(deployment: Deployment, fault: Fault) -> None:
     """A crash on either side of a commit, a delivery that repeats and one that loses break no law."""
-    for trial in lived_through(stage, fault):
-        assert found(trial, REST_S) == []
+    for run in lived_through(deployment, fault):
+        assert found(run, REST_S) == []
 
 
 @pytest.mark.parametrize("fault", BROKEN, ids=lambda fault: fault.__name__)
-def test_fault_is_noticed(stage: Stage, fault: Fault) -> None:
+def test_fault_is_noticed(deployment: Deployment, fault: Fault) -> None:
     """With this broken the checker finds a violation, or the worker refuses to begin."""
-    for trial in lived_through(stage, fault):
-        noticed = found(trial, BROKEN_REST_S)
+    for run in lived_through(deployment, fault):
+        noticed = found(run, BROKEN_REST_S)
         print(noticed[:3])
         assert noticed

@@ -13,11 +13,11 @@ import pytest
 
 from infra.chaos.checks.checker import Verdict
 from infra.chaos.faults.disk import alter_data_files
-from infra.harness.deployment import Stage, set_up
+from infra.harness.deployment import Deployment, deploy
 from infra.harness.model import LogRecord
-from infra.harness.run import Trial
+from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED, STOPPED
-from infra.harness.workload import Habits, Traffic
+from infra.harness.workload import Workload, WorkloadOptions
 from streams.wire.actions import RefusalReason
 from tests.integration.trials import Sent, action, asked, is_ready, send, until
 
@@ -28,179 +28,179 @@ CACHE = "streamformer_cache_hits_total", "streamformer_cache_prefills_total"
 
 
 @pytest.fixture
-def stage(broker: Any, topic_prefix: str, tmp_path: Path) -> Stage:
-    return set_up(tmp_path, broker.bootstrap_servers, topic_prefix)
+def deployment(broker: Any, topic_prefix: str, tmp_path: Path) -> Deployment:
+    return deploy(tmp_path, broker.bootstrap_servers, topic_prefix)
 
 
 @pytest.fixture
-def trial(stage: Stage) -> Iterator[Trial]:
-    with Trial(stage) as trial:
-        yield trial
+def run(deployment: Deployment) -> Iterator[Run]:
+    with Run(deployment) as run:
+        yield run
 
 
-def traffic_for(trial: Trial, seconds: float, habits: Habits) -> Traffic:
-    """Traffic that has been flowing for so long, and still does."""
+def workload_for(run: Run, seconds: float, options: WorkloadOptions) -> Workload:
+    """Workload that has been flowing for so long, and still does."""
     print(f"seed {SEED}")
-    traffic = Traffic(trial.stage.settings, SEED, users=200, habits=habits)
-    traffic.start()
-    wait(trial, seconds)
-    return traffic
+    workload = Workload(run.deployment.settings, SEED, users=200, options=options)
+    workload.start()
+    wait(run, seconds)
+    return workload
 
 
-def wait(trial: Trial, seconds: float) -> None:
+def wait(run: Run, seconds: float) -> None:
     """Let time pass under supervision."""
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
-        trial.fleet.tick()
+        run.supervisor.tick()
         time.sleep(0.1)
 
 
-def wait_published(trial: Trial, timeout_s: float = 30.0) -> None:
+def wait_published(run: Run, timeout_s: float = 30.0) -> None:
     """Let time pass until an embedding has been published."""
     until_s = time.monotonic() + timeout_s
-    outputs = trial.stage.settings.topics.embeddings
-    while not trial.gatherer.read_all(outputs):
-        assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
-        wait(trial, 0.3)
+    outputs = run.deployment.settings.topics.embeddings
+    while not run.reader.read_all(outputs):
+        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
+        wait(run, 0.3)
 
 
-def wait_opened(trial: Trial, timeout_s: float = 30.0) -> None:
+def wait_opened(run: Run, timeout_s: float = 30.0) -> None:
     """Let time pass until worker 0 has a local database."""
     until_s = time.monotonic() + timeout_s
-    while not trial.stage.data_dir(0).exists():
-        assert time.monotonic() < until_s, trial.fleet.log(0)[-2_000:]
-        wait(trial, 0.3)
+    while not run.deployment.data_dir(0).exists():
+        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
+        wait(run, 0.3)
 
 
-def judged(trial: Trial) -> Verdict:
+def judged(run: Run) -> Verdict:
     """The verdict at rest, without a violation."""
-    assert trial.rest(REST_S), f"{trial.busy_with}\n{trial.fleet.log(0)[-3_000:]}"
-    verdict = trial.judge()
+    assert run.rest(REST_S), f"{run.busy_with}\n{run.supervisor.log(0)[-3_000:]}"
+    verdict = run.judge()
     assert [str(violation) for violation in verdict.violations] == []
     return verdict
 
 
-def outputs_of(trial: Trial, user: str) -> list[LogRecord]:
+def outputs_of(run: Run, user: str) -> list[LogRecord]:
     """All outputs of one user, from the topic itself."""
     return [
-        each for each in trial.gatherer.read_all(trial.stage.settings.topics.embeddings) if each.key == user.encode()
+        each for each in run.reader.read_all(run.deployment.settings.topics.embeddings) if each.key == user.encode()
     ]
 
 
-def test_a_run_without_faults_keeps_every_law(trial: Trial) -> None:
+def test_a_run_without_faults_keeps_every_law(run: Run) -> None:
     """With duplicates, disorder, poison, oversized records and tombstones in the input nothing is lost or doubled."""
-    trial.fleet.scale(1)
-    habits = Habits(rate=500, duplicates=0.05, disorder=0.1, poison=0.02, oversized=0.003, tombstones=0.005)
-    traffic_for(trial, 8, habits).stop()
-    verdict = judged(trial)
-    assert verdict.counts["refused"] > 20
-    assert trial.fleet.stop() == {STOPPED: 1}
-    assert not [each for each in trial.fleet.exits if not each.expected]
+    run.supervisor.scale(1)
+    options = WorkloadOptions(rate=500, duplicates=0.05, disorder=0.1, poison=0.02, oversized=0.003, tombstones=0.005)
+    workload_for(run, 8, options).stop()
+    verdict = judged(run)
+    assert verdict.counts["rejected"] > 20
+    assert run.supervisor.stop() == {STOPPED: 1}
+    assert not [each for each in run.supervisor.exits if not each.expected]
 
 
 @pytest.mark.parametrize("disk", ["kept", "empty"])
-def test_a_killed_worker_goes_on_where_its_checkpoint_ended(trial: Trial, disk: str) -> None:
-    """kill -9 under traffic, twice, loses and doubles nothing, with the local disk as it was or gone."""
-    trial.fleet.scale(1)
-    traffic = traffic_for(trial, 1, Habits(rate=500, tombstones=0.005))
+def test_a_killed_worker_goes_on_where_its_checkpoint_ended(run: Run, disk: str) -> None:
+    """kill -9 under workload, twice, loses and doubles nothing, with the local disk as it was or gone."""
+    run.supervisor.scale(1)
+    workload = workload_for(run, 1, WorkloadOptions(rate=500, tombstones=0.005))
     for _ in range(2):
-        wait_published(trial)
-        wait_opened(trial)
-        wait(trial, 1.2)
+        wait_published(run)
+        wait_opened(run)
+        wait(run, 1.2)
         if disk == "empty":
-            trial.fleet.hold(0)
-            shutil.rmtree(trial.stage.data_dir(0))
-            trial.fleet.release(0)
+            run.supervisor.hold(0)
+            shutil.rmtree(run.deployment.data_dir(0))
+            run.supervisor.release(0)
         else:
-            trial.fleet.kill(0)
-        wait(trial, 2)
-    traffic.stop()
-    judged(trial)
+            run.supervisor.kill(0)
+        wait(run, 2)
+    workload.stop()
+    judged(run)
 
 
-def test_a_terminated_worker_leaves_nothing_to_repeat(trial: Trial) -> None:
+def test_a_terminated_worker_leaves_nothing_to_repeat(run: Run) -> None:
     """SIGTERM checkpoints and ends with 0; the next start publishes and commits nothing new without new events."""
-    trial.fleet.scale(1)
-    traffic = traffic_for(trial, 1, Habits(rate=300))
-    wait_published(trial)
-    traffic.stop()
-    assert trial.fleet.stop() == {STOPPED: 1}
-    trial.fleet.scale(1)
-    wait(trial, 1)
-    until(lambda: is_ready(trial), trial)
-    judged(trial)
-    outputs = len(trial.gatherer.read_all(trial.stage.settings.topics.embeddings))
-    assert trial.fleet.stop() == {STOPPED: 1}
-    trial.fleet.scale(1)
-    wait(trial, 6)
-    assert len(trial.gatherer.read_all(trial.stage.settings.topics.embeddings)) == outputs
-    judged(trial)
+    run.supervisor.scale(1)
+    workload = workload_for(run, 1, WorkloadOptions(rate=300))
+    wait_published(run)
+    workload.stop()
+    assert run.supervisor.stop() == {STOPPED: 1}
+    run.supervisor.scale(1)
+    wait(run, 1)
+    until(lambda: is_ready(run), run)
+    judged(run)
+    outputs = len(run.reader.read_all(run.deployment.settings.topics.embeddings))
+    assert run.supervisor.stop() == {STOPPED: 1}
+    run.supervisor.scale(1)
+    wait(run, 6)
+    assert len(run.reader.read_all(run.deployment.settings.topics.embeddings)) == outputs
+    judged(run)
 
 
-def test_damaged_databases_are_rebuilt_without_a_restart(trial: Trial) -> None:
+def test_damaged_databases_are_rebuilt_without_a_restart(run: Run) -> None:
     """With unreadable blocks in the data files of every partition a worker starts, rebuilds them all, and goes on."""
-    trial.fleet.scale(1)
-    traffic = traffic_for(trial, 1, Habits(rate=400))
-    wait_published(trial)
-    traffic.stop()
-    judged(trial)
-    trial.fleet.stop()
-    assert alter_data_files(trial.stage.data_dir(0))
-    trial.fleet.scale(1)
-    traffic_for(trial, 3, Habits(rate=400)).stop()
-    judged(trial)
-    assert not [each for each in trial.fleet.exits if not each.expected]
-    assert trial.fleet.log(0).count("store cannot be read") >= trial.stage.settings.topics.partitions
+    run.supervisor.scale(1)
+    workload = workload_for(run, 1, WorkloadOptions(rate=400))
+    wait_published(run)
+    workload.stop()
+    judged(run)
+    run.supervisor.stop()
+    assert alter_data_files(run.deployment.data_dir(0))
+    run.supervisor.scale(1)
+    workload_for(run, 3, WorkloadOptions(rate=400)).stop()
+    judged(run)
+    assert not [each for each in run.supervisor.exits if not each.expected]
+    assert run.supervisor.log(0).count("store cannot be read") >= run.deployment.settings.topics.partitions
 
 
-def test_of_two_workers_the_other_takes_over_from_a_dead_one(trial: Trial) -> None:
+def test_of_two_workers_the_other_takes_over_from_a_dead_one(run: Run) -> None:
     """A worker that is killed and does not come back leaves its partitions, whole, to the other one."""
-    trial.fleet.scale(2)
-    traffic = traffic_for(trial, 1, Habits(rate=400))
-    wait_published(trial)
-    wait(trial, 2)
-    trial.fleet.hold(0)
-    wait(trial, 6)
-    traffic.stop()
-    judged(trial)
-    assert trial.fleet.running() == [1]
+    run.supervisor.scale(2)
+    workload = workload_for(run, 1, WorkloadOptions(rate=400))
+    wait_published(run)
+    wait(run, 2)
+    run.supervisor.hold(0)
+    wait(run, 6)
+    workload.stop()
+    judged(run)
+    assert run.supervisor.running() == [1]
 
 
-def test_a_rebalance_leaves_the_cache_of_partitions_that_stay(trial: Trial) -> None:
+def test_a_rebalance_leaves_the_cache_of_partitions_that_stay(run: Run) -> None:
     """Users of a partition that comes back as it went are extended by a token; only those taken over are prefilled."""
-    settings, users = trial.stage.settings, [f"user-{number}" for number in range(40)]
-    trial.fleet.scale(2)
-    until(lambda: is_ready(trial, 0) and is_ready(trial, 1), trial)
+    settings, users = run.deployment.settings, [f"user-{number}" for number in range(40)]
+    run.supervisor.scale(2)
+    until(lambda: is_ready(run, 0) and is_ready(run, 1), run)
     send(settings, [action(user, 1) for user in users])
-    judged(trial)
-    hits, prefills = (metric(trial, name) for name in CACHE)
+    judged(run)
+    hits, prefills = (metric(run, name) for name in CACHE)
     assert (hits, 0 < prefills < len(users)) == (0, True)
-    trial.fleet.scale(1)
-    until(lambda: metric(trial, 'streamformer_partitions{state="ready"}') == settings.topics.partitions, trial)
+    run.supervisor.scale(1)
+    until(lambda: metric(run, 'streamformer_partitions{state="ready"}') == settings.topics.partitions, run)
     send(settings, [action(user, 2) for user in users])
-    judged(trial)
-    assert [metric(trial, name) for name in CACHE] == [prefills, len(users)]
+    judged(run)
+    assert [metric(run, name) for name in CACHE] == [prefills, len(users)]
 
 
-def metric(trial: Trial, name: str) -> float:
+def metric(run: Run, name: str) -> float:
     """A number that worker 0 reports."""
-    return float(re.findall(rf"^{re.escape(name)} (.*)$", asked(trial, "/metrics")[1], re.MULTILINE)[0])
+    return float(re.findall(rf"^{re.escape(name)} (.*)$", asked(run, "/metrics")[1], re.MULTILINE)[0])
 
 
-def test_a_worker_stopped_past_its_session_can_write_nothing_more(trial: Trial) -> None:
+def test_a_worker_stopped_past_its_session_can_write_nothing_more(run: Run) -> None:
     """A worker frozen until the other one owns its partitions is fenced when it wakes, and joins or restarts."""
-    trial.fleet.scale(2)
-    traffic = traffic_for(trial, 1, Habits(rate=400))
-    wait_published(trial)
-    wait(trial, 2)
+    run.supervisor.scale(2)
+    workload = workload_for(run, 1, WorkloadOptions(rate=400))
+    wait_published(run)
+    wait(run, 2)
     begun_ms = time.time_ns() // 1_000_000
-    trial.fleet.pause(0)
-    wait(trial, 9)
-    trial.fleet.resume(0)
-    wait(trial, 6)
-    traffic.stop()
-    trial.explain(begun_ms)
-    judged(trial)
+    run.supervisor.pause(0)
+    wait(run, 9)
+    run.supervisor.resume(0)
+    wait(run, 6)
+    workload.stop()
+    run.explain(begun_ms)
+    judged(run)
 
 
 REFUSALS: dict[RefusalReason, Sent] = {
@@ -220,142 +220,142 @@ REFUSALS: dict[RefusalReason, Sent] = {
 }
 
 
-def test_every_kind_of_poison_becomes_a_dead_letter(trial: Trial) -> None:
+def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
     """One record of each reason, the largest as large as the broker takes, costs itself alone: untouched, explained."""
     assert set(REFUSALS) == set(RefusalReason)
     poison = [record for number, bad in enumerate(REFUSALS.values(), 2) for record in (bad, action("dan", number))]
-    send(trial.stage.settings, [action("dan", 1), *poison])
-    trial.fleet.scale(1)
-    assert judged(trial).counts["refused"] == len(REFUSALS)
-    assert not [each for each in trial.fleet.exits if not each.expected]
+    send(run.deployment.settings, [action("dan", 1), *poison])
+    run.supervisor.scale(1)
+    assert judged(run).counts["rejected"] == len(REFUSALS)
+    assert not [each for each in run.supervisor.exits if not each.expected]
     reasons = {
         (dict(letter.headers)["error-reason"].decode(), letter.value)
-        for letter in trial.gatherer.read_all(trial.stage.settings.topics.dead_letter)
+        for letter in run.reader.read_all(run.deployment.settings.topics.dead_letter)
     }
     assert reasons == {(reason.value, value) for reason, (_, value) in REFUSALS.items()}
 
 
-def test_a_forgotten_user_comes_back_only_by_younger_events(trial: Trial) -> None:
+def test_a_forgotten_user_comes_back_only_by_younger_events(run: Run) -> None:
     """After a tombstone older events change nothing, also across a kill; younger ones begin a new sequence."""
-    settings = trial.stage.settings
+    settings = run.deployment.settings
     send(settings, [action("flo", 1), action("flo", 2), action("gus", 1), (b"flo", None), (b"gus", None)])
     send(settings, [action("flo", 3), action("gus", 2)])
-    trial.fleet.scale(1)
-    judged(trial)
-    trial.fleet.kill(0)
+    run.supervisor.scale(1)
+    judged(run)
+    run.supervisor.kill(0)
     later_ms = time.time_ns() // 1_000_000 + 1_000
     send(settings, [action("flo", 4), action("gus", 3, timestamp_ms=later_ms)])
-    judged(trial)
-    assert outputs_of(trial, "flo")[-1].value is None
-    last = outputs_of(trial, "gus")[-1]
+    judged(run)
+    assert outputs_of(run, "flo")[-1].value is None
+    last = outputs_of(run, "gus")[-1]
     assert dict(last.headers)["sequence-length"] == b"1"
 
 
-def test_the_same_events_again_change_nothing(trial: Trial) -> None:
+def test_the_same_events_again_change_nothing(run: Run) -> None:
     """A history sent a second time, as a retrying producer would, is dropped by event id, also after a restart."""
     history = [action("hal", number) for number in range(20)]
-    send(trial.stage.settings, history)
-    trial.fleet.scale(1)
-    judged(trial)
-    published = len(outputs_of(trial, "hal"))
-    trial.fleet.kill(0)
-    send(trial.stage.settings, history)
-    judged(trial)
-    assert trial.checker.truth.users[b"hal"].count == 20
-    assert len(outputs_of(trial, "hal")) == published
+    send(run.deployment.settings, history)
+    run.supervisor.scale(1)
+    judged(run)
+    published = len(outputs_of(run, "hal"))
+    run.supervisor.kill(0)
+    send(run.deployment.settings, history)
+    judged(run)
+    assert run.checker.model.users[b"hal"].count == 20
+    assert len(outputs_of(run, "hal")) == published
 
 
 @pytest.fixture
-def timed(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Trial]:
+def timed(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Run]:
     policy = tmp_path / "policy.toml"
     policy.write_text("[triggers]\nevery_n = 100\nmax_staleness_ms = 1500\n")
-    with Trial(
-        set_up(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}})
-    ) as trial:
-        yield trial
+    with Run(
+        deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}})
+    ) as run:
+        yield run
 
 
 @pytest.mark.parametrize("how", ["alive", "killed before"])
-def test_a_timer_fires_with_no_further_event(timed: Trial, how: str) -> None:
+def test_a_timer_fires_with_no_further_event(timed: Run, how: str) -> None:
     """`max_staleness` publishes a user that acts no more, on time, and also after the worker was killed meanwhile."""
-    timed.fleet.scale(1)
-    send(timed.stage.settings, [action("warm", 1)])
+    timed.supervisor.scale(1)
+    send(timed.deployment.settings, [action("warm", 1)])
     wait_published(timed)
-    send(timed.stage.settings, [action("ida", 1), action("ida", 2)])
+    send(timed.deployment.settings, [action("ida", 1), action("ida", 2)])
     if how == "killed before":
         wait(timed, 1)
-        timed.fleet.kill(0)
+        timed.supervisor.kill(0)
     judged(timed)
     (last,) = outputs_of(timed, "ida")
     headers = dict(last.headers)
     assert headers["reason"] == b"max_staleness"
     assert headers["sequence-length"] == b"2"
     if how == "alive":
-        arrived_ms = timed.checker.truth.arrived_ms[last.partition, int(headers["source-offset"])]
+        arrived_ms = timed.checker.model.arrived_ms[last.partition, int(headers["source-offset"])]
         assert 1_400 <= last.timestamp_ms - arrived_ms <= 2_500
 
 
 @pytest.fixture
-def crowded(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Trial]:
+def crowded(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Run]:
     policy = tmp_path / "policy.toml"
     policy.write_text("[triggers]\nevery_n = 100\nmax_staleness_ms = 3000\n")
     limits = {"state": {"hot_users_max": 256}, "kafka": {"poll_records_max": 200}}
-    with Trial(
-        set_up(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}, **limits})
-    ) as trial:
-        yield trial
+    with Run(
+        deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}, **limits})
+    ) as run:
+        yield run
 
 
-def test_more_timers_fall_due_than_users_fit_into_memory(crowded: Trial) -> None:
+def test_more_timers_fall_due_than_users_fit_into_memory(crowded: Run) -> None:
     """Each of many users that wait on disk gets its embedding when its timer fires, though they come in portions."""
     users = [f"user-{number}" for number in range(3_000)]
-    send(crowded.stage.settings, [action(user, 1) for user in users])
-    crowded.fleet.scale(1)
+    send(crowded.deployment.settings, [action(user, 1) for user in users])
+    crowded.supervisor.scale(1)
     judged(crowded)
-    published = {each.key for each in crowded.gatherer.read_all(crowded.stage.settings.topics.embeddings)}
+    published = {each.key for each in crowded.reader.read_all(crowded.deployment.settings.topics.embeddings)}
     assert published == {user.encode() for user in users}
 
 
-def ends_with_one_line(trial: Trial) -> str:
+def ends_with_one_line(run: Run) -> str:
     """What a worker says that cannot start: its last line, the exit code not 0, no traceback."""
-    trial.fleet.scale(1)
-    trial.fleet.slots[0].wanted = False
+    run.supervisor.scale(1)
+    run.supervisor.workers[0].wanted = False
     until_s = time.monotonic() + 60
-    while not trial.fleet.exits:
+    while not run.supervisor.exits:
         assert time.monotonic() < until_s, "the worker neither works nor ends"
-        wait(trial, 0.2)
-    (end,) = trial.fleet.exits
+        wait(run, 0.2)
+    (end,) = run.supervisor.exits
     assert end.code not in (STOPPED, ABORTED)
     assert end.code > 0
-    assert "Traceback" not in trial.fleet.log(0)
+    assert "Traceback" not in run.supervisor.log(0)
     return end.last_words
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])
-def test_an_unusable_release_is_told_in_one_line(trial: Trial, fault: str) -> None:
+def test_an_unusable_release_is_told_in_one_line(run: Run, fault: str) -> None:
     """Without its release, or with one that was altered, a worker ends with one line that names it."""
-    weights = trial.stage.release_dir / "weights.safetensors"
+    weights = run.deployment.release_dir / "weights.safetensors"
     if fault == "missing":
-        shutil.rmtree(trial.stage.release_dir)
+        shutil.rmtree(run.deployment.release_dir)
     else:
         content = bytearray(weights.read_bytes())
         content[len(content) // 2] ^= 1
         weights.write_bytes(content)
-    assert "release" in ends_with_one_line(trial)
+    assert "release" in ends_with_one_line(run)
 
 
-def test_an_unreachable_broker_is_told_in_one_line(trial: Trial) -> None:
+def test_an_unreachable_broker_is_told_in_one_line(run: Run) -> None:
     """A worker that finds no broker ends with one line that names the address."""
-    config = trial.stage.config
-    address = trial.stage.settings.kafka.bootstrap_servers
+    config = run.deployment.config
+    address = run.deployment.settings.kafka.bootstrap_servers
     config.write_text(config.read_text().replace(address, "127.0.0.1:9"))
-    assert "127.0.0.1:9" in ends_with_one_line(trial)
+    assert "127.0.0.1:9" in ends_with_one_line(run)
 
 
-def test_a_wrong_partition_count_is_told_in_one_line(trial: Trial) -> None:
+def test_a_wrong_partition_count_is_told_in_one_line(run: Run) -> None:
     """A worker whose settings say another number of partitions than the topics have does not begin."""
-    config = trial.stage.config
+    config = run.deployment.config
     config.write_text(config.read_text().replace("partitions = 4", "partitions = 3"))
-    line = ends_with_one_line(trial)
+    line = ends_with_one_line(run)
     assert "partitions" in line
-    assert trial.stage.settings.topics.actions in line
+    assert run.deployment.settings.topics.actions in line

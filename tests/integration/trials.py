@@ -14,7 +14,7 @@ from typing import Any
 import aiokafka
 from aiokafka.partitioner import murmur2
 
-from infra.harness.run import Trial
+from infra.harness.run import Run
 from streams.config.settings import Settings
 
 Sent = tuple[bytes | None, bytes | None]
@@ -52,18 +52,18 @@ def send(settings: Settings, records: Sequence[Sent]) -> None:
     asyncio.run(produce())
 
 
-def until(condition: Callable[[], bool], trial: Trial, timeout_s: float = SOON_S) -> float:
+def until(condition: Callable[[], bool], run: Run, timeout_s: float = SOON_S) -> float:
     """Wait until the condition holds; the seconds that took."""
     began_s = time.monotonic()
     while not condition():
-        assert time.monotonic() - began_s < timeout_s, trial.fleet.log(0)[-2_000:]
+        assert time.monotonic() - began_s < timeout_s, run.supervisor.log(0)[-2_000:]
         time.sleep(0.05)
     return time.monotonic() - began_s
 
 
-def asked(trial: Trial, path: str, number: int = 0) -> tuple[int, str]:
+def asked(run: Run, path: str, number: int = 0) -> tuple[int, str]:
     """Status and text of a worker's page; (0, "") while nobody answers. Its last start counts."""
-    ports = re.findall(r"metrics at http://127\.0\.0\.1:(\d+)/", trial.fleet.log(number))
+    ports = re.findall(r"metrics at http://127\.0\.0\.1:(\d+)/", run.supervisor.log(number))
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=10) as answer:
             return answer.status, answer.read().decode()
@@ -73,5 +73,5 @@ def asked(trial: Trial, path: str, number: int = 0) -> tuple[int, str]:
         return 0, ""
 
 
-def is_ready(trial: Trial, number: int = 0) -> bool:
-    return asked(trial, "/readyz", number)[0] == 200
+def is_ready(run: Run, number: int = 0) -> bool:
+    return asked(run, "/readyz", number)[0] == 200

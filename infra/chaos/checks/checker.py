@@ -1,10 +1,10 @@
 """Judges a run by its topics: what the changelog and the output topic hold against what the input topic demands.
 
     checker = Checker(rules, encoder)
-    checker.feed(evidence)            # what the topics hold since the last call, at a moment of rest or not
+    checker.feed(history)            # what the topics hold since the last call, at a moment of rest or not
     verdict = checker.judge(committed)   # only at rest: no event unprocessed, no worker writing
 
-Held against the truth are: every checkpoint (the state of each user it touched, as of the offset its mark names), the
+Held against the model are: every checkpoint (the state of each user it touched, as of the offset its mark names), the
 final state (no action lost, doubled or swapped), every output record (it must say of itself what was true at its
 source offset), the last embedding of each user (that of the full history, recomputed), the dead letters and the
 committed offsets. Stale and repeated outputs are violations unless they fall into a time at which a fault explains
@@ -21,7 +21,7 @@ from encoder.inference import EncoderRuntime
 from infra.chaos.checks.outputs import OutputChecks
 from infra.chaos.checks.state import StateChecks
 from infra.chaos.checks.violations import Explained, Kind, Violation
-from infra.harness.model import LogRecord, Truth
+from infra.harness.model import LogRecord, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class History:
     """Records of each topic, those of one partition in order of offset; of transactions the committed ones only."""
 
     inputs: Sequence[LogRecord] = ()
@@ -61,30 +61,30 @@ class Verdict:
 
 
 class Checker:
-    """Holds the truth, and everything found so far."""
+    """Holds the model, and everything found so far."""
 
     def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
-        self.truth = Truth(rules.sequence_length)
+        self.model = Model(rules.sequence_length)
         self._rules = rules
-        self._state = StateChecks(self.truth, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
-        self._outputs = OutputChecks(self.truth, rules.encoder_version, encoder, rules.explained)
+        self._state = StateChecks(self.model, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
+        self._outputs = OutputChecks(self.model, rules.encoder_version, encoder, rules.explained)
         self._dead: dict[tuple[int, int], list[LogRecord]] = {}
         self._records: Counter[str] = Counter()
         self._violations: list[Violation] = []
         self._settled: dict[int, int] = {}
         """Partition -> up to where the input has been judged and forgotten."""
 
-    def feed(self, evidence: Evidence) -> None:
+    def feed(self, history: History) -> None:
         """Take in more of each topic; `inputs` must reach at least as far as the other topics do."""
-        self.truth.feed(evidence.inputs)
-        self._violations += self._state.feed(evidence.changelog)
-        self._violations += self._outputs.feed(evidence.outputs)
-        for record in evidence.dead_letters:
+        self.model.feed(history.inputs)
+        self._violations += self._state.feed(history.changelog)
+        self._violations += self._outputs.feed(history.outputs)
+        for record in history.dead_letters:
             self._feed_dead_letter(record)
         self._records.update(
-            changelog_records=len(evidence.changelog),
-            output_records=len(evidence.outputs),
-            dead_letters=len(evidence.dead_letters),
+            changelog_records=len(history.changelog),
+            output_records=len(history.outputs),
+            dead_letters=len(history.dead_letters),
         )
 
     def is_behind(self) -> bool:
@@ -103,9 +103,9 @@ class Checker:
         counts = Counter(
             {
                 **self._records,
-                "events": self.truth.events,
-                "users": len(self.truth.users),
-                "refused": len(self.truth.refused),
+                "events": self.model.events,
+                "users": len(self.model.users),
+                "rejected": len(self.model.rejected),
                 "checkpoints": self._state.checkpoints,
                 **self._outputs.counts,
             }
@@ -114,17 +114,17 @@ class Checker:
 
     def settle(self) -> None:
         """After a judgement at rest: keep what users must be now, and forget how they came to it."""
-        self._settled = dict(self.truth.ends)
+        self._settled = dict(self.model.ends)
         self._state.settle()
         self._outputs.settle()
-        self.truth.settle()
+        self.model.settle()
         self._dead.clear()
         self._violations.clear()
 
     def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
         """Committed is never ahead of processed, and at rest not behind the log either."""
         found = []
-        for partition, end in self.truth.ends.items():
+        for partition, end in self.model.ends.items():
             offset = committed.get(partition, 0)
             marked = self._state.marks.get(partition, 0)
             if offset != marked:
@@ -143,7 +143,7 @@ class Checker:
 
     def _dead_letters_at_rest(self) -> list[Violation]:
         found = []
-        for (partition, offset), (reason, record) in self.truth.refused.items():
+        for (partition, offset), (reason, record) in self.model.rejected.items():
             letters = self._dead.get((partition, offset), [])
             if not letters:
                 found.append(Violation(Kind.DEAD_LETTER_MISSING, record.key, partition, offset, reason))
@@ -151,8 +151,8 @@ class Checker:
                 if problem := _difference(letter, record, reason):
                     found.append(Violation(Kind.DEAD_LETTER_WRONG, record.key, partition, offset, problem))
         for (partition, offset), (letter, *_) in self._dead.items():
-            is_refused = (partition, offset) in self.truth.refused
-            if not is_refused and dict(letter.headers).get("error-reason") != b"encoder-failed":
+            is_rejected = (partition, offset) in self.model.rejected
+            if not is_rejected and dict(letter.headers).get("error-reason") != b"encoder-failed":
                 found.append(Violation(Kind.DEAD_LETTER_WRONG, letter.key, partition, offset, "the action is valid"))
         return found
 

@@ -1,4 +1,4 @@
-"""The output topic held against the truth: each record when it was published, each user's last one at rest."""
+"""The output topic held against the model: each record when it was published, each user's last one at rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from infra.chaos.checks.violations import Explained, Kind, Violation, is_explained
-from infra.harness.model import LogRecord, Truth
+from infra.harness.model import LogRecord, Model
 
 COSINE_MIN = 0.9999
 USERS_AT_ONCE = 64
@@ -34,9 +34,9 @@ class OutputChecks:
     """Follows the output topic; `encoder` recomputes embeddings, None leaves vectors unchecked."""
 
     def __init__(
-        self, truth: Truth, encoder_version: str, encoder: EncoderRuntime | None, explained: Sequence[Explained]
+        self, model: Model, encoder_version: str, encoder: EncoderRuntime | None, explained: Sequence[Explained]
     ) -> None:
-        self._truth, self._version, self._encoder, self._explained = truth, encoder_version, encoder, explained
+        self._model, self._version, self._encoder, self._explained = model, encoder_version, encoder, explained
         self._users: dict[bytes, _Published] = defaultdict(_Published)
         self.counts: Counter[str] = Counter()
 
@@ -65,12 +65,12 @@ class OutputChecks:
 
     def _untrue(self, name: bytes, offset: int, value: bytes | None, headers: dict[str, bytes]) -> str:
         """What an output says that was not so at its source offset; empty when it is true."""
-        user = self._truth.users.get(name)
+        user = self._model.users.get(name)
         if user is None:
             return "nobody sent an action of this user"
         if value is None:
             return "" if offset in user.tombstones else "no tombstone has this source offset"
-        stand = user.history.get(offset)
+        stand = user.versions.get(offset)
         if stand is None or offset in user.tombstones:
             return "no action of the user that was applied has this source offset"
         if headers.get("encoder-version") != self._version.encode():
@@ -88,7 +88,7 @@ class OutputChecks:
 
     def behind(self) -> Iterator[Violation]:
         """Users whose last output does not contain their last change, or that are forgotten and still have one."""
-        for name, user in self._truth.users.items():
+        for name, user in self._model.users.items():
             newest = self._users[name].source_offset if name in self._users else -1
             if newest < user.applied_offset:
                 kind = Kind.UNPUBLISHED if user.rows else Kind.RESURRECTED
@@ -100,7 +100,7 @@ class OutputChecks:
         behind = list(self.behind())
         yield from behind
         late = {violation.user for violation in behind}
-        current = [name for name, user in self._truth.users.items() if user.rows and name not in late]
+        current = [name for name, user in self._model.users.items() if user.rows and name not in late]
         for begin in range(0, len(current), USERS_AT_ONCE):
             yield from self._recompute(current[begin : begin + USERS_AT_ONCE])
 
@@ -109,7 +109,7 @@ class OutputChecks:
             return
         expected = self._encoder.embed(self._sequences(names))
         for name, vector in zip(names, expected, strict=True):
-            user, found = self._truth.users[name], self._users[name].vector
+            user, found = self._model.users[name], self._users[name].vector
             cosine = 0.0 if found is None or found.shape != vector.shape else _cosine(found, vector)
             self.counts["recomputed"] += 1
             if not cosine >= COSINE_MIN:
@@ -117,7 +117,7 @@ class OutputChecks:
                 yield Violation(Kind.WRONG_EMBEDDING, name, user.partition, user.applied_offset, detail)
 
     def _sequences(self, names: Sequence[bytes]) -> SequenceBatch:
-        users = [self._truth.users[name] for name in names]
+        users = [self._model.users[name] for name in names]
         return SequenceBatch(
             users=names,
             actions=np.concatenate([user.actions() for user in users]),
@@ -135,10 +135,10 @@ class OutputChecks:
         """For each applied action of the log: from its arrival to the first output that contains it."""
         ages: list[float] = []
         for name, published in self._users.items():
-            user = self._truth.users[name]
+            user = self._model.users[name]
             offsets = [offset for offset, _ in published.firsts]
-            for offset in user.history:
-                arrived_ms = self._truth.arrived_ms.get((user.partition, offset))
+            for offset in user.versions:
+                arrived_ms = self._model.arrived_ms.get((user.partition, offset))
                 at = bisect_left(offsets, offset)
                 if arrived_ms is not None and at < len(offsets):
                     ages.append(max(0, published.firsts[at][1] - arrived_ms))

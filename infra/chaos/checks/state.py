@@ -1,4 +1,4 @@
-"""The changelog held against the truth: each checkpoint as it was written, and what a restore would read at rest."""
+"""The changelog held against the model: each checkpoint as it was written, and what a restore would read at rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from encoder.actions.columns import Actions
 from infra.chaos.checks.violations import Kind, Violation
-from infra.harness.model import LogRecord, TrueUser, Truth
+from infra.harness.model import LogRecord, Model, ModelUser
 from streams.core.layout import StateLimits
 from streams.storage.codec import MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
 
@@ -22,14 +22,14 @@ class _Partition:
     values: dict[bytes, bytes] = field(default_factory=dict)
     """The last value of each key."""
     checked: int = 0
-    """Changes of the truth that a checkpoint has been held against."""
+    """Changes of the model that a checkpoint has been held against."""
 
 
 class StateChecks:
-    """Reads the documented byte layout; decides by the truth."""
+    """Reads the documented byte layout; decides by the model."""
 
-    def __init__(self, truth: Truth, *, sequence_length: int, chunk_length: int) -> None:
-        self._truth = truth
+    def __init__(self, model: Model, *, sequence_length: int, chunk_length: int) -> None:
+        self._model = model
         self._limits = StateLimits(sequence_length=sequence_length, chunk_length=chunk_length)
         self._partitions: dict[int, _Partition] = defaultdict(_Partition)
         self.marks: dict[int, int] = {}
@@ -60,7 +60,7 @@ class StateChecks:
                 Kind.WRONG_CHECKPOINT, None, partition, offset, f"a mark before it was {self.marks[partition]}"
             )
         self.marks[partition] = offset
-        part, changes = self._partitions[partition], self._truth.changes.get(partition, [])
+        part, changes = self._partitions[partition], self._model.changes.get(partition, [])
         last: dict[bytes, int] = {}
         while part.checked < len(changes) and changes[part.checked][0] < offset:
             changed_at, user = changes[part.checked]
@@ -80,24 +80,27 @@ class StateChecks:
         except CorruptValue as error:
             yield Violation(Kind.WRONG_STATE, name, partition, offset, str(error))
             return
-        is_, must = (int(header["applied_offset"][0]), int(header["count"][0])), self._truth.users[name].history[offset]
+        is_, must = (
+            (int(header["applied_offset"][0]), int(header["count"][0])),
+            self._model.users[name].versions[offset],
+        )
         if is_ != (offset, must.count):
             detail = f"applied offset {is_[0]} and count {is_[1]} where {offset} and {must.count} are true"
             yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, detail)
 
     def at_rest(self) -> Iterator[Violation]:
-        """Compare what a restore would read with the truth, user by user and action by action."""
-        for name, user in self._truth.users.items():
+        """Compare what a restore would read with the model, user by user and action by action."""
+        for name, user in self._model.users.items():
             if user.applied_offset >= 0:
                 yield from self._user_at_rest(name, user)
         yield from self._unknown_users()
 
     def settle(self) -> None:
-        """The changes that the truth is about to forget have been checked."""
+        """The changes that the model is about to forget have been checked."""
         for part in self._partitions.values():
             part.checked = 0
 
-    def _user_at_rest(self, name: bytes, user: TrueUser) -> Iterator[Violation]:
+    def _user_at_rest(self, name: bytes, user: ModelUser) -> Iterator[Violation]:
         where = (name, user.partition, user.applied_offset)
         value = self._partitions[user.partition].values.get(b"u" + name)
         if value is None:
@@ -131,7 +134,7 @@ class StateChecks:
     def _unknown_users(self) -> Iterator[Violation]:
         for number, part in self._partitions.items():
             for key in part.values:
-                if key[:1] == b"u" and key[1:] not in self._truth.users:
+                if key[:1] == b"u" and key[1:] not in self._model.users:
                     yield Violation(Kind.FOREIGN, key[1:], number, -1, "nobody sent an action of this user")
 
 

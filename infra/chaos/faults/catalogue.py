@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from infra.chaos.fault_context import Scene, Steps
+from infra.chaos.fault_context import FaultContext, Steps
 from infra.chaos.faults import broker, changelog, disk, encoder, input, workers
 from infra.harness.supervisor import ABORTED, REFUSED
 
@@ -30,7 +30,7 @@ class Fault:
 
     name: str
     group: Group
-    steps: Callable[[Scene], Steps]
+    steps: Callable[[FaultContext], Steps]
     exits: frozenset[int] = frozenset()
     """Codes with which a worker may end by itself because of it."""
     explains: bool = False

@@ -8,27 +8,27 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from infra.chaos.fault_context import TICK_S, Scene, Steps
+from infra.chaos.fault_context import TICK_S, FaultContext, Steps
 
 NUMBER = 0
 DISK_MB = 48
 CHUNK = b"\0" * (1 << 20)
 
 
-def sst_truncated(scene: Scene) -> Steps:
+def sst_truncated(context: FaultContext) -> Steps:
     """A data file loses its second half while the worker is down."""
-    yield from _stopped(scene)
-    files = sorted(_databases(scene).glob("*/*.sst"), key=lambda file: file.stat().st_size)
+    yield from _stopped(context)
+    files = sorted(_databases(context).glob("*/*.sst"), key=lambda file: file.stat().st_size)
     if files:
         os.truncate(files[-1], files[-1].stat().st_size // 2)
-    scene.trial.fleet.release(NUMBER)
+    context.run.supervisor.release(NUMBER)
 
 
-def sst_altered(scene: Scene) -> Steps:
+def sst_altered(context: FaultContext) -> Steps:
     """Bytes in the middle of a data file are changed while the worker is down: it opens, and cannot be read."""
-    yield from _stopped(scene)
-    alter_data_files(_databases(scene))
-    scene.trial.fleet.release(NUMBER)
+    yield from _stopped(context)
+    alter_data_files(_databases(context))
+    context.run.supervisor.release(NUMBER)
 
 
 def alter_data_files(databases: Path) -> int:
@@ -42,48 +42,48 @@ def alter_data_files(databases: Path) -> int:
     return len(files)
 
 
-def manifest_deleted(scene: Scene) -> Steps:
+def manifest_deleted(context: FaultContext) -> Steps:
     """The list of data files is deleted while the worker is down."""
-    yield from _stopped(scene)
-    for file in scene.dice.sample(sorted(_databases(scene).glob("*/MANIFEST-*")), 1):
+    yield from _stopped(context)
+    for file in context.rng.sample(sorted(_databases(context).glob("*/MANIFEST-*")), 1):
         file.unlink()
-    scene.trial.fleet.release(NUMBER)
+    context.run.supervisor.release(NUMBER)
 
 
-def lock_held(scene: Scene) -> Steps:
+def lock_held(context: FaultContext) -> Steps:
     """Another process holds the databases while the worker starts, and lets go some seconds later."""
-    yield from _stopped(scene)
-    locks = [file.open("r+b") for file in _databases(scene).glob("*/LOCK")]
+    yield from _stopped(context)
+    locks = [file.open("r+b") for file in _databases(context).glob("*/LOCK")]
     try:
         for lock in locks:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        scene.trial.fleet.release(NUMBER)
-        yield scene.dice.uniform(7.0, 11.0)
+        context.run.supervisor.release(NUMBER)
+        yield context.rng.uniform(7.0, 11.0)
     finally:
         for lock in locks:
             lock.close()
 
 
-def disk_full(scene: Scene) -> Steps:
+def disk_full(context: FaultContext) -> Steps:
     """A worker starts on a small empty disk, which fills up; it is killed, cannot start, and space is freed."""
-    fleet, folder = scene.trial.fleet, scene.stage.data_dir(NUMBER)
-    fleet.hold(NUMBER)
+    supervisor, folder = context.run.supervisor, context.deployment.data_dir(NUMBER)
+    supervisor.hold(NUMBER)
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)
     try:
-        fleet.release(NUMBER)
-        yield from scene.until_ready(NUMBER)
+        supervisor.release(NUMBER)
+        yield from context.until_ready(NUMBER)
         yield 1.0
         _fill(folder / "filler")
         yield 3.0
-        fleet.kill(NUMBER)
+        supervisor.kill(NUMBER)
         yield 8.0
         (folder / "filler").unlink()
-        yield from scene.until_ready(NUMBER)
+        yield from context.until_ready(NUMBER)
     finally:
-        fleet.hold(NUMBER)
+        supervisor.hold(NUMBER)
         subprocess.run(["umount", "-l", str(folder)], check=True)
-        fleet.release(NUMBER)
+        supervisor.release(NUMBER)
 
 
 def can_mount() -> bool:
@@ -97,13 +97,13 @@ def _fill(path: Path) -> None:
             pass
 
 
-def _databases(scene: Scene) -> Path:
-    return scene.stage.data_dir(NUMBER)
+def _databases(context: FaultContext) -> Path:
+    return context.deployment.data_dir(NUMBER)
 
 
-def _stopped(scene: Scene) -> Steps:
+def _stopped(context: FaultContext) -> Steps:
     """SIGTERM, and wait until the process has ended: what it knew is in files now."""
-    scene.trial.fleet.retire(NUMBER)
-    while not scene.trial.fleet.is_down(NUMBER):
+    context.run.supervisor.retire(NUMBER)
+    while not context.run.supervisor.is_down(NUMBER):
         yield TICK_S
-    scene.trial.fleet.tick()
+    context.run.supervisor.tick()

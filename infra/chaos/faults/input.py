@@ -5,35 +5,35 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from infra.chaos.fault_context import Scene, Steps
+from infra.chaos.fault_context import FaultContext, Steps
 
 SECONDS = (8.0, 12.0)
 
 
-def poison(scene: Scene) -> Steps:
+def poison(context: FaultContext) -> Steps:
     """One record in ten is no action, in every way that has a reason."""
-    yield from _with(scene, poison=0.1)
+    yield from _with(context, poison=0.1)
 
 
-def oversized(scene: Scene) -> Steps:
+def oversized(context: FaultContext) -> Steps:
     """Some records are larger than a value may be, up to nearly what the broker takes (above 1 MB)."""
-    yield from _with(scene, oversized=0.003)
+    yield from _with(context, oversized=0.003)
 
 
-def disordered(scene: Scene) -> Steps:
+def disordered(context: FaultContext) -> Steps:
     """One event in five comes twice, one in three behind younger ones; users are forgotten meanwhile."""
-    yield from _with(scene, duplicates=0.2, disorder=0.33, tombstones=0.01)
+    yield from _with(context, duplicates=0.2, disorder=0.33, tombstones=0.01)
 
 
-def transactional(scene: Scene) -> Steps:
+def transactional(context: FaultContext) -> Steps:
     """The producer writes in transactions and aborts one in five: control records leave gaps between offsets."""
-    yield from _with(scene, transactional=True)
+    yield from _with(context, transactional=True)
 
 
-def _with(scene: Scene, **habits: Any) -> Steps:
-    before = scene.traffic.habits
-    scene.traffic.habits = replace(before, **habits)
+def _with(context: FaultContext, **options: Any) -> Steps:
+    before = context.workload.options
+    context.workload.options = replace(before, **options)
     try:
-        yield scene.dice.uniform(*SECONDS)
+        yield context.rng.uniform(*SECONDS)
     finally:
-        scene.traffic.habits = before
+        context.workload.options = before

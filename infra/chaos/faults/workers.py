@@ -5,139 +5,139 @@ from __future__ import annotations
 import shutil
 import sys
 
-from infra.chaos.fault_context import Scene, Steps
+from infra.chaos.fault_context import FaultContext, Steps
 from infra.harness.supervisor import READY, WORKER
 
-LAUNCHER = (sys.executable, "-m", "infra.harness.faulty_worker")
+FAULTY_WORKER = (sys.executable, "-m", "infra.harness.faulty_worker")
 HELPERS_FROM = 10
 """Numbers of workers that come and go only to cause rebalances."""
 
 
-def killed(scene: Scene) -> Steps:
+def killed(context: FaultContext) -> Steps:
     """kill -9 several times, of one worker or of all: at work, while it starts, while it restores."""
-    for number in range(scene.dice.randint(4, 6)):
+    for number in range(context.rng.randint(4, 6)):
         if number:
-            yield scene.dice.uniform(2.0, 6.0)
-        running = scene.trial.fleet.running()
-        victims = running if scene.dice.random() < 0.4 else running[:1]
+            yield context.rng.uniform(2.0, 6.0)
+        running = context.run.supervisor.running()
+        victims = running if context.rng.random() < 0.4 else running[:1]
         for victim in victims:
-            scene.trial.fleet.kill(victim)
+            context.run.supervisor.kill(victim)
 
 
-def terminated(scene: Scene) -> Steps:
+def terminated(context: FaultContext) -> Steps:
     """SIGTERM, twice; the supervisor starts the worker again."""
     for number in range(2):
         if number:
-            yield scene.dice.uniform(4.0, 8.0)
-        worker = scene.some_worker()
+            yield context.rng.uniform(4.0, 8.0)
+        worker = context.some_worker()
         if worker is not None:
-            scene.trial.fleet.terminate(worker)
+            context.run.supervisor.terminate(worker)
 
 
-def frozen_10(scene: Scene) -> Steps:
+def frozen_10(context: FaultContext) -> Steps:
     """SIGSTOP for 10 s: past the session."""
-    yield from _frozen(scene, 10.0)
+    yield from _frozen(context, 10.0)
 
 
-def frozen_70(scene: Scene) -> Steps:
+def frozen_70(context: FaultContext) -> Steps:
     """SIGSTOP for 70 s: past the session, the transaction's time and the watchdog's."""
-    yield from _frozen(scene, 70.0)
+    yield from _frozen(context, 70.0)
 
 
-def _frozen(scene: Scene, seconds: float) -> Steps:
-    worker = scene.some_worker()
+def _frozen(context: FaultContext, seconds: float) -> Steps:
+    worker = context.some_worker()
     if worker is None:
         return
-    scene.trial.fleet.pause(worker)
+    context.run.supervisor.pause(worker)
     try:
         yield seconds
     finally:
-        scene.trial.fleet.resume(worker)
+        context.run.supervisor.resume(worker)
 
 
-def scaled_to_3(scene: Scene) -> Steps:
+def scaled_to_3(context: FaultContext) -> Steps:
     """1 worker, then 3, then 1, disks kept."""
-    yield from _scaled(scene, 3, cold=False)
+    yield from _scaled(context, 3, cold=False)
 
 
-def scaled_to_4_cold(scene: Scene) -> Steps:
+def scaled_to_4_cold(context: FaultContext) -> Steps:
     """1 worker, then 4 whose new disks are empty, then 1."""
-    yield from _scaled(scene, 4, cold=True)
+    yield from _scaled(context, 4, cold=True)
 
 
-def _scaled(scene: Scene, count: int, *, cold: bool) -> Steps:
-    fleet = scene.trial.fleet
-    fleet.scale(1)
+def _scaled(context: FaultContext, count: int, *, cold: bool) -> Steps:
+    supervisor = context.run.supervisor
+    supervisor.scale(1)
     try:
         yield 1.0
-        fleet.scale(count, cold=cold)
-        yield from scene.until_ready(count - 1)
-        yield scene.dice.uniform(6.0, 10.0)
+        supervisor.scale(count, cold=cold)
+        yield from context.until_ready(count - 1)
+        yield context.rng.uniform(6.0, 10.0)
     finally:
-        fleet.scale(1)
+        supervisor.scale(1)
 
 
-def rebalanced_in_restore(scene: Scene) -> Steps:
+def rebalanced_in_restore(context: FaultContext) -> Steps:
     """Workers with empty disks join one after another, each while the one before it restores; one is killed in it."""
-    fleet = scene.trial.fleet
+    supervisor = context.run.supervisor
     try:
         for count in (2, 3, 4):
-            fleet.scale(count, cold=True)
-            yield scene.dice.uniform(0.2, 1.5)
-        yield scene.dice.uniform(2.5, 4.0)
-        fleet.kill(3)
+            supervisor.scale(count, cold=True)
+            yield context.rng.uniform(0.2, 1.5)
+        yield context.rng.uniform(2.5, 4.0)
+        supervisor.kill(3)
         yield 6.0
     finally:
-        fleet.scale(1)
+        supervisor.scale(1)
 
 
-def rebalanced_in_inference(scene: Scene) -> Steps:
+def rebalanced_in_inference(context: FaultContext) -> Steps:
     """A worker joins and leaves while the encoders, ten times slower, always have users in hand."""
-    fleet = scene.trial.fleet
-    fleet.command = (*LAUNCHER, "slow", *WORKER[3:])
+    supervisor = context.run.supervisor
+    supervisor.command = (*FAULTY_WORKER, "slow", *WORKER[3:])
     try:
-        for number in fleet.running():
-            fleet.kill(number)
-        yield from scene.until_ready(0)
-        fleet.scale(2)
-        yield from scene.until_ready(1)
-        yield scene.dice.uniform(2.0, 4.0)
-        fleet.scale(1)
+        for number in supervisor.running():
+            supervisor.kill(number)
+        yield from context.until_ready(0)
+        supervisor.scale(2)
+        yield from context.until_ready(1)
+        yield context.rng.uniform(2.0, 4.0)
+        supervisor.scale(1)
         yield 8.0
     finally:
-        fleet.command = WORKER
-        fleet.scale(1)
-        for number in fleet.running():
-            fleet.kill(number)
+        supervisor.command = WORKER
+        supervisor.scale(1)
+        for number in supervisor.running():
+            supervisor.kill(number)
 
 
-def rebalanced_often(scene: Scene) -> Steps:
+def rebalanced_often(context: FaultContext) -> Steps:
     """Helpers join and die until one worker has seen the wanted number of rebalances; its memory is measured."""
-    fleet = scene.trial.fleet
-    fleet.scale(1)
+    supervisor = context.run.supervisor
+    supervisor.scale(1)
     yield 6.0
     seen, helper, spared = 0, HELPERS_FROM, 3
     try:
-        while seen < scene.rebalances_wanted and helper - HELPERS_FROM < scene.rebalances_wanted:
-            fleet.release(helper)
-            yield from scene.until_ready(helper)
-            seen = rebalances_seen(fleet.said(0))
+        while seen < context.rebalances_wanted and helper - HELPERS_FROM < context.rebalances_wanted:
+            supervisor.release(helper)
+            yield from context.until_ready(helper)
+            seen = rebalances_seen(supervisor.said(0))
             if seen >= spared:
-                scene.memory_mb.append(fleet.memory_mb(0))
-            scene.say(f"{seen} of {scene.rebalances_wanted} rebalances, {fleet.memory_mb(0):.0f} MB")
-            _let_go(scene, helper)
+                context.memory_mb.append(supervisor.memory_mb(0))
+            context.say(f"{seen} of {context.rebalances_wanted} rebalances, {supervisor.memory_mb(0):.0f} MB")
+            _let_go(context, helper)
             helper += 1
     finally:
-        scene.rebalances = max(scene.rebalances, seen)
-        if helper in fleet.slots:
-            _let_go(scene, helper)
+        context.rebalances = max(context.rebalances, seen)
+        if helper in supervisor.workers:
+            _let_go(context, helper)
 
 
-def _let_go(scene: Scene, helper: int) -> None:
-    fleet = scene.trial.fleet
-    fleet.hold(helper)
-    del fleet.slots[helper]
-    shutil.rmtree(scene.stage.data_dir(helper), ignore_errors=True)
+def _let_go(context: FaultContext, helper: int) -> None:
+    supervisor = context.run.supervisor
+    supervisor.hold(helper)
+    del supervisor.workers[helper]
+    shutil.rmtree(context.deployment.data_dir(helper), ignore_errors=True)
 
 
 def rebalances_seen(log: str) -> int:
