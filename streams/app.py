@@ -23,7 +23,7 @@ from encoder.inference import EncoderRuntime, load_runtime
 from streams.config.settings import Settings
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy, parse_policy
+from streams.core.policy import TriggerPolicy, parse_policy
 from streams.encoding.partition_jobs import PartitionSource
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides

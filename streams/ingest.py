@@ -15,7 +15,7 @@ import numpy as np
 
 from streams.core.effects import Effects
 from streams.core.merge import Outcome
-from streams.core.triggers import Reason
+from streams.core.policy import Reason
 from streams.encoding.partition_jobs import PartitionSource
 from streams.encoding.queue import EncodeQueue
 from streams.engine.delivery import RecordBatch

@@ -25,7 +25,7 @@ from encoder.arrays import I64
 from infra.harness.reporting import Spread, machine, print_result, print_table, run_command
 from streams.core.layout import StateLimits, nothing_stored
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.storage.codec import encode
 from streams.storage.reader import read_users
 from streams.storage.store import PartitionStore

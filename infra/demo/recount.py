@@ -23,7 +23,7 @@ from infra.demo.histories import Histories, recompute
 from infra.demo.observer import Observer, now_ms
 from infra.errors import InfraError, detail
 from streams.config.settings import Settings
-from streams.storage.codec import decode_head
+from streams.storage.codec import HEAD_PREFIX, decode_head
 from streams.wire.actions import DecodeLimits, decode_actions
 
 Vector = F32
@@ -117,7 +117,7 @@ async def read_counts(settings: Settings, user_keys: Sequence[bytes]) -> I64:
     """[U] actions that the changelog's last head of each user counts, 0 for a user without one."""
     heads: dict[bytes, bytes | None] = {}
     async for _, records in read_topic(settings, settings.changelog_topic):
-        heads.update((record.key[1:], record.value) for record in records if record.key[:1] == b"u")
+        heads.update((record.key[1:], record.value) for record in records if record.key[:1] == HEAD_PREFIX)
     return np.array([_count(key, heads.get(key)) for key in user_keys], np.int64)
 
 

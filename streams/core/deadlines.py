@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from encoder.arrays import I64
-from streams.core.layout import run_starts
+from streams.core.columns import run_starts
 
 BUCKET_MS = 100
 

@@ -13,13 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from encoder.actions.columns import ACTION_DTYPE, Actions
 from encoder.arrays import I64, Bool
-
-Columns = npt.NDArray[np.void]
-"""A one-dimensional structured array."""
+from streams.core.columns import Columns
 
 NEVER = 2**63 - 1
 """`due_ms` of a user for whom no deadline is pending."""
@@ -143,34 +140,3 @@ def new_headers(users: int, limits: StateLimits) -> Columns:
 def nothing_stored(users: int, limits: StateLimits) -> StoredSequences:
     """The stored state of users that were never seen."""
     return StoredSequences(new_headers(users, limits), np.zeros(0, ACTION_DTYPE), np.zeros(users + 1, np.int64))
-
-
-def spans(first: I64, lengths: I64) -> tuple[I64, I64]:
-    """Concatenate the ranges `first[i] ... first[i] + lengths[i] - 1`: (index i of each element, its value)."""
-    owner = np.repeat(np.arange(len(first)), lengths)
-    rank = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return owner, first[owner] + rank
-
-
-def starts_of(lengths: I64) -> I64:
-    """[U] lengths to [U + 1] starts."""
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-
-
-def rows_where(mask: Bool) -> I64:
-    """Where a one-dimensional mask is True; `np.flatnonzero` says the same and takes four times as long."""
-    return mask.nonzero()[0]
-
-
-def run_starts(groups: I64) -> I64:
-    """Where each run of equal values begins; `np.diff` with `prepend` says the same and takes five times as long."""
-    is_start = np.ones(len(groups), np.bool_)
-    np.not_equal(groups[1:], groups[:-1], out=is_start[1:])
-    return rows_where(is_start)
-
-
-def run_lengths(starts: I64, end: int) -> I64:
-    """The length of each run that begins at `starts`, the last one up to `end`."""
-    ends = np.empty_like(starts)
-    ends[:-1], ends[-1:] = starts[1:], end
-    return ends - starts

@@ -48,21 +48,15 @@ import numpy as np
 from encoder.actions.columns import ActionBatch, SequenceBatch
 from encoder.arrays import I64, U8
 from streams.core import snapshots
+from streams.core.columns import Columns, rows_where, run_lengths, run_starts
 from streams.core.deadlines import Deadlines
-from streams.core.effects import Effects, EncodeJob
-from streams.core.layout import (
-    NEVER,
-    Columns,
-    Snapshot,
-    StateLimits,
-    StoredSequences,
-    rows_where,
-    run_lengths,
-    run_starts,
-)
+from streams.core.effects import Effects
+from streams.core.jobs import EncodeJob
+from streams.core.layout import NEVER, Snapshot, StateLimits, StoredSequences
 from streams.core.merge import Outcome
+from streams.core.policy import TriggerPolicy
 from streams.core.sequences import Applied, SequenceState
-from streams.core.triggers import Touched, TriggerPolicy, Triggers
+from streams.core.triggers import Touched, Triggers
 
 SEED_USERS_PER_STEP = 100_000
 _LATE, _TOMBSTONE = int(Outcome.LATE), int(Outcome.TOMBSTONE)

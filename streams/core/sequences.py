@@ -24,20 +24,8 @@ import numpy.typing as npt
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, Actions
 from encoder.arrays import I64, U8, U64, Bool
-from streams.core.layout import (
-    HAD_DEADLINE,
-    HEADER_DTYPE,
-    LONG_AGO,
-    NEVER,
-    Columns,
-    StateLimits,
-    StoredSequences,
-    rows_where,
-    run_lengths,
-    run_starts,
-    spans,
-    starts_of,
-)
+from streams.core.columns import Columns, rows_where, run_lengths, run_starts, spans, starts_of
+from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, LONG_AGO, NEVER, StateLimits, StoredSequences
 from streams.core.merge import Merging, Outcome, merge
 
 LIVE_DTYPE = np.dtype(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from encoder.arrays import I64
-from streams.core.layout import HAD_DEADLINE, NEVER, Columns, Snapshot, rows_where, spans, starts_of
+from streams.core.columns import Columns, rows_where, spans, starts_of
+from streams.core.layout import HAD_DEADLINE, NEVER, Snapshot
 from streams.core.sequences import SequenceState
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from aiokafka.errors import KafkaError
 
 from encoder.arrays import F32
-from streams.core.effects import EncodeJob
-from streams.core.triggers import Reason
+from streams.core.jobs import EncodeJob
+from streams.core.policy import Reason
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics

@@ -31,8 +31,8 @@ import numpy as np
 from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
-from streams.core.effects import EncodeJob, merged
-from streams.core.triggers import Reason
+from streams.core.jobs import EncodeJob, merged
+from streams.core.policy import Reason
 from streams.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)

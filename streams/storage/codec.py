@@ -26,11 +26,17 @@ from zlib import crc32
 import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions
-from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Columns, Snapshot, StateLimits
+from streams.core.columns import Columns
+from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Snapshot, StateLimits
 
 Records = list[tuple[bytes, bytes | None]]
 
+HEAD_PREFIX = b"u"
+"""First byte of the key of a head; the user id follows."""
+CHUNK_PREFIX = b"c"
+"""First byte of the key of a chunk; the user id and the chunk key (one byte) follow."""
 MARK_KEY = b"m"
+"""Key of the checkpoint mark, one record per partition."""
 _MARK = struct.Struct("<Bqq")
 _CHUNK_HEAD = np.dtype([("version", "u1"), ("zero", "u1"), ("chunk_length", "<u2"), ("number", "<i8")])
 HEAD_BYTES, ACTION_BYTES = HEADER_DTYPE.itemsize, ACTION_DTYPE.itemsize
@@ -64,12 +70,12 @@ class CheckpointMark:
 
 def head_key(user: bytes) -> bytes:
     """Key of a user's head."""
-    return b"u" + user
+    return HEAD_PREFIX + user
 
 
 def chunk_key(user: bytes, number: int, limits: StateLimits) -> bytes:
     """Key of a user's chunk number `number`."""
-    return b"c" + user + bytes((number % limits.chunk_keys,))
+    return CHUNK_PREFIX + user + bytes((number % limits.chunk_keys,))
 
 
 def encode(snapshot: Snapshot, limits: StateLimits) -> Records:
@@ -173,7 +179,7 @@ def _encode_heads(snapshot: Snapshot) -> Records:
     cuts = (snapshot.tail_starts * ACTION_BYTES).tolist()
     records: Records = []
     for i, user in enumerate(snapshot.users):
-        key = b"u" + user
+        key = HEAD_PREFIX + user
         body = headers[i * HEAD_BYTES : (i + 1) * HEAD_BYTES] + tails[cuts[i] : cuts[i + 1]]
         records.append((key, body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")))
     return records
@@ -182,7 +188,7 @@ def _encode_heads(snapshot: Snapshot) -> Records:
 def _encode_chunks(snapshot: Snapshot, limits: StateLimits) -> Records:
     users = snapshot.users
     records: Records = [
-        (b"c" + users[user] + bytes((key,)), None)
+        (CHUNK_PREFIX + users[user] + bytes((key,)), None)
         for user, key in zip(snapshot.deleted_users.tolist(), snapshot.deleted_keys.tolist(), strict=True)
     ]
     heads = np.zeros(len(snapshot.chunk_numbers), _CHUNK_HEAD)

@@ -14,7 +14,8 @@ import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions
 from encoder.arrays import I64
-from streams.core.layout import HEADER_DTYPE, Columns, StateLimits, StoredSequences, new_headers, spans, starts_of
+from streams.core.columns import Columns, spans, starts_of
+from streams.core.layout import HEADER_DTYPE, StateLimits, StoredSequences, new_headers
 from streams.storage.codec import (
     ACTION_BYTES,
     HEAD_BYTES,

@@ -13,7 +13,7 @@ so that the next `open`, also after a crash, has the store rebuilt.
 There is no write-ahead log. After a crash RocksDB returns to what was last flushed, a prefix of the batches, and with
 it to an older changelog offset; the changelog has the rest, at most two write buffers of it.
 
-`MemoryStore` keeps the same promises in memory, for simulations.
+`streams.storage.memory_store` keeps the same promises in memory, for simulations.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ from rocksdict import (
 )
 
 from streams.core.layout import NEVER
-from streams.storage.codec import MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
+from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
 
 RECORDS_PER_WRITE = 1_000
 """A write batch holds the GIL: 1,000 records are about 3 ms."""
 SCAN_USERS = 10_000
 OFFSET_KEY = b"o"
+"""Key of the changelog offset; local only, like the deadlines."""
+DEADLINE_PREFIX = b"p"
+"""First byte of the key of a deadline; the user id follows."""
 DAMAGED = "DAMAGED"
-_I64 = struct.Struct("<q")
+NUMBER = struct.Struct("<q")
+"""How the local records hold their one number, an offset or a time."""
 
 Record = tuple[bytes, bytes | None]
 
@@ -96,7 +100,7 @@ class PartitionStore:
         self._write_options = WriteOptions()
         self._write_options.disable_wal = True
         value = self._reading(lambda: db.get(OFFSET_KEY))
-        self._changelog_offset = None if value is None else _I64.unpack(value)[0]
+        self._changelog_offset = None if value is None else NUMBER.unpack(value)[0]
 
     @classmethod
     def open(
@@ -159,10 +163,10 @@ class PartitionStore:
         for begin in range(0, max(len(records), 1), RECORDS_PER_WRITE):
             batch = WriteBatch(raw_mode=True)
             for key, value in records[begin : begin + RECORDS_PER_WRITE]:
-                _put(batch, key, value)
+                put_record(batch, key, value)
             is_last = begin + RECORDS_PER_WRITE >= len(records)
             if is_last:
-                batch.put(OFFSET_KEY, _I64.pack(changelog_offset))
+                batch.put(OFFSET_KEY, NUMBER.pack(changelog_offset))
             self._write(batch)
             if is_last:
                 self._changelog_offset = changelog_offset
@@ -170,10 +174,10 @@ class PartitionStore:
 
     def heads(self) -> Iterator[tuple[bytes, bytes]]:
         """(user, head value) of every user."""
-        return ((key[1:], value) for key, value in self._scan(b"u"))
+        return ((key[1:], value) for key, value in self._scan(HEAD_PREFIX))
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
-        return ((key[1:], _I64.unpack(value)[0]) for key, value in self._scan(b"p"))
+        return ((key[1:], NUMBER.unpack(value)[0]) for key, value in self._scan(DEADLINE_PREFIX))
 
     def flush(self) -> None:
         """Make everything written so far survive a crash of this process."""
@@ -227,67 +231,23 @@ class PartitionStore:
             Path(self._db.path(), DAMAGED).touch()
 
 
-class MemoryStore:
-    """A store in a dictionary, for simulations."""
-
-    def __init__(self, *, records_per_write: int = RECORDS_PER_WRITE) -> None:
-        self.records: dict[bytes, bytes] = {}
-        self._records_per_write = records_per_write
-
-    @property
-    def changelog_offset(self) -> int | None:
-        value = self.records.get(OFFSET_KEY)
-        return None if value is None else int(_I64.unpack(value)[0])
-
-    def mark(self) -> CheckpointMark | None:
-        value = self.records.get(MARK_KEY)
-        return None if value is None else decode_mark(value)
-
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        return [self.records.get(key) for key in keys]
-
-    def write(self, records: Sequence[Record], changelog_offset: int) -> None:
-        for _ in self.write_steps(records, changelog_offset):
-            pass
-
-    def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
-        for begin in range(0, max(len(records), 1), self._records_per_write):
-            for key, value in records[begin : begin + self._records_per_write]:
-                _put(self, key, value)
-            if begin + self._records_per_write >= len(records):
-                self.put(OFFSET_KEY, _I64.pack(changelog_offset))
-            yield
-
-    def heads(self) -> Iterator[tuple[bytes, bytes]]:
-        return ((key[1:], self.records[key]) for key in sorted(self.records) if key[:1] == b"u")
-
-    def pending(self) -> Iterator[tuple[bytes, int]]:
-        return ((key[1:], _I64.unpack(self.records[key])[0]) for key in sorted(self.records) if key[:1] == b"p")
-
-    def put(self, key: bytes, value: bytes) -> None:
-        self.records[key] = value
-
-    def delete(self, key: bytes) -> None:
-        self.records.pop(key, None)
-
-
 class _Puts(Protocol):
     def put(self, key: bytes, value: bytes) -> None: ...
     def delete(self, key: bytes) -> None: ...
 
 
-def _put(batch: _Puts, key: bytes, value: bytes | None) -> None:
+def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
     """One changelog record, and for a head its entry in the index of deadlines."""
     if value is None:
         batch.delete(key)
         return
     batch.put(key, value)
-    if key[:1] == b"u":
+    if key[:1] == HEAD_PREFIX:
         due_ms = deadline_of(value)
         if due_ms != NEVER:
-            batch.put(b"p" + key[1:], _I64.pack(due_ms))
+            batch.put(DEADLINE_PREFIX + key[1:], NUMBER.pack(due_ms))
         elif had_deadline(value):
-            batch.delete(b"p" + key[1:])
+            batch.delete(DEADLINE_PREFIX + key[1:])
 
 
 def _options(cache: Cache, write_buffer_bytes: int) -> Options:

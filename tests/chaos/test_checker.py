@@ -18,10 +18,10 @@ from infra.chaos.checks.violations import Explained, Kind
 from infra.harness.model import LogRecord
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.storage.codec import CheckpointMark, encode, encode_mark
+from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
-from streams.storage.store import MemoryStore
 from streams.wire.actions import DecodeLimits, decode_actions
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
 from tests.unit.inference.histories import random_release

@@ -15,14 +15,8 @@ import pytest
 
 from streams.core.layout import NEVER, StateLimits, new_headers
 from streams.storage.codec import CheckpointMark, encode_mark, head_key, seal
-from streams.storage.store import (
-    RECORDS_PER_WRITE,
-    MemoryStore,
-    PartitionStore,
-    Record,
-    StoreDamaged,
-    StoreLocked,
-)
+from streams.storage.memory_store import MemoryStore
+from streams.storage.store import RECORDS_PER_WRITE, PartitionStore, Record, StoreDamaged, StoreLocked
 
 LIMITS = StateLimits()
 AnyStore = PartitionStore | MemoryStore

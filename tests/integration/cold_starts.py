@@ -19,7 +19,7 @@ from rocksdict import Cache
 
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.engine.outputs import Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions, PartitionsConfig

@@ -22,7 +22,8 @@ from streams.core.triggers import Triggers
 from streams.storage import checkpoint as checkpoint_module
 from streams.storage import codec
 from streams.storage.codec import encode, encode_mark
-from streams.storage.store import OFFSET_KEY, MemoryStore, Record
+from streams.storage.memory_store import MemoryStore
+from streams.storage.store import OFFSET_KEY, Record
 from tests.simulation.test_simulation import REGRESSIONS
 
 HISTORIES = 400

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from infra.harness.simulation import history as h
 from infra.harness.simulation.schedule import STEPS, as_source, failure, histories, shortest
 from infra.harness.simulation.world import run_history
-from streams.core.triggers import Reason, TriggerPolicy
+from streams.core.policy import Reason, TriggerPolicy
 
 
 def _check(seed: int, runs: int) -> None:

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 from streams.config.settings import keys
-from streams.core.triggers import Reason
+from streams.core.policy import Reason
 from streams.wire.actions import RefusalReason
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings
 from tests.unit.wire.test_embeddings import ONE

@@ -22,7 +22,8 @@ from aiokafka.structs import TopicPartition
 from encoder.actions.columns import ACTION_DTYPE
 from encoder.arrays import I64, U8
 from streams.config.settings import Settings
-from streams.core.layout import Snapshot, StateLimits, new_headers, starts_of
+from streams.core.columns import starts_of
+from streams.core.layout import Snapshot, StateLimits, new_headers
 from streams.engine.changelog import ChangelogNames, ChangelogProducer
 from streams.storage.codec import CheckpointMark, encode, encode_mark
 

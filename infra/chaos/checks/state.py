@@ -12,7 +12,7 @@ from encoder.actions.columns import Actions
 from infra.chaos.checks.violations import Kind, Violation
 from infra.harness.model import LogRecord, Model, ModelUser
 from streams.core.layout import StateLimits
-from streams.storage.codec import MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
+from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class StateChecks:
 
     def _stands(self, partition: int, name: bytes, offset: int) -> Iterator[Violation]:
         """Whether a user's head is that of right after `offset`."""
-        value = self._partitions[partition].values.get(b"u" + name)
+        value = self._partitions[partition].values.get(HEAD_PREFIX + name)
         if value is None:
             yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, "the user has no head")
             return
@@ -102,7 +102,7 @@ class StateChecks:
 
     def _user_at_rest(self, name: bytes, user: ModelUser) -> Iterator[Violation]:
         where = (name, user.partition, user.applied_offset)
-        value = self._partitions[user.partition].values.get(b"u" + name)
+        value = self._partitions[user.partition].values.get(HEAD_PREFIX + name)
         if value is None:
             yield Violation(Kind.LOST, *where, "the user is not in the changelog")
             return
@@ -134,7 +134,7 @@ class StateChecks:
     def _unknown_users(self) -> Iterator[Violation]:
         for number, part in self._partitions.items():
             for key in part.values:
-                if key[:1] == b"u" and key[1:] not in self._model.users:
+                if key[:1] == HEAD_PREFIX and key[1:] not in self._model.users:
                     yield Violation(Kind.FOREIGN, key[1:], number, -1, "nobody sent an action of this user")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from streams.core.triggers import Reason, TriggerPolicy
+from streams.core.policy import Reason, TriggerPolicy
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from infra.harness.simulation.broker import Broker, Fenced, Output, Transaction
-from streams.core.effects import Effects, EncodeJob
+from streams.core.effects import Effects
+from streams.core.jobs import EncodeJob
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.storage.checkpoint import checkpoint
 from streams.storage.codec import CheckpointMark
+from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
-from streams.storage.store import MemoryStore, Record
+from streams.storage.store import Record
 from streams.wire.actions import DecodeLimits, decode_actions
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=4, wake_users_max=3)

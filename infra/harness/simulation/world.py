@@ -25,8 +25,8 @@ from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker, Fenced, Output, SourceRecord
 from infra.harness.simulation.model import Event, Model
 from infra.harness.simulation.worker import LIMITS, Died, Disk, Violation, Worker
+from streams.core.columns import Columns
 from streams.core.deadlines import BUCKET_MS
-from streams.core.layout import Columns
 from streams.storage.reader import read_users
 
 BEGIN_MS = 1_700_000_000_000

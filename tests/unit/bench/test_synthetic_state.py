@@ -9,8 +9,8 @@ from aiokafka.partitioner import murmur2
 from infra.bench.stream.synthetic_state import FIRST_USER, USERS_MAX, _snapshots, partition_of, user_id
 from streams.core.layout import StateLimits
 from streams.storage.codec import encode
+from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
-from streams.storage.store import MemoryStore
 
 LIMITS = StateLimits(sequence_length=64, chunk_length=16)
 

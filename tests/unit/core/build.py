@@ -9,7 +9,7 @@ import numpy as np
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, name_code
 from streams.core.layout import StateLimits, nothing_stored
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=32, wake_users_max=100)
 

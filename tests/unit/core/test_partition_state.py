@@ -7,7 +7,7 @@ import pytest
 
 from streams.core.layout import StateLimits, nothing_stored
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from tests.unit.core.build import LIMITS, batch, items_of, state_of
 
 NOW_MS = 1_000_000

@@ -6,7 +6,7 @@ from typing import Any
 
 from faust.types import TP
 
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionSource
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics

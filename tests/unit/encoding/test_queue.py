@@ -13,8 +13,8 @@ import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, SequenceBatch
 from encoder.arrays import F32
-from streams.core.effects import EncodeJob, merged
-from streams.core.triggers import Reason
+from streams.core.jobs import EncodeJob, merged
+from streams.core.policy import Reason
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.telemetry.metrics import Metrics
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.storage.checkpoint import CheckpointMark, checkpoint
 from streams.storage.codec import MARK_KEY
-from streams.storage.store import MemoryStore, Record
+from streams.storage.memory_store import MemoryStore
+from streams.storage.store import Record
 from tests.unit.core.build import batch, state_of
 
 MARK = CheckpointMark(source_offset=3, output_offset=11)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoder.actions.columns import ACTION_DTYPE
+from streams.core.columns import starts_of as starts
 from streams.core.layout import HEADER_DTYPE, Snapshot, StateLimits
-from streams.core.layout import starts_of as starts
 from streams.storage.codec import (
     CheckpointMark,
     CorruptValue,

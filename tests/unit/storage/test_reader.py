@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
-from streams.core.triggers import TriggerPolicy
+from streams.core.policy import TriggerPolicy
 from streams.storage.codec import CorruptValue, LayoutChanged, chunk_key, encode, head_key
+from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
-from streams.storage.store import MemoryStore
 from tests.unit.core.build import LIMITS, batch, state_of
 
 USERS = [b"a", b"b"]

@@ -1,0 +1,63 @@
+"""Jobs for the encoder: users with their sequences as of one moment, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from encoder.actions.columns import SequenceBatch
+from encoder.arrays import I64, U8
+from streams.core.columns import spans, starts_of
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Users to embed, with their sequences as of one moment; row i of each column is user i of `sequences`."""
+
+    sequences: SequenceBatch
+    offsets: I64
+    """[U], source offset that the embedding will contain."""
+    newest_event_ms: I64
+    """[U], event time of the newest action."""
+    reasons: U8
+    """[U] of `Reason`."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: I64) -> EncodeJob:
+        """The job of some of its users."""
+        batch = self.sequences
+        lengths = np.diff(batch.starts)[rows]
+        _, kept = spans(batch.starts[rows], lengths)
+        sequences = SequenceBatch(
+            users=[batch.users[row] for row in rows.tolist()],
+            actions=batch.actions.take(kept),
+            starts=starts_of(lengths),
+            counts=batch.counts[rows],
+            revisions=batch.revisions[rows],
+        )
+        return EncodeJob(sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows])
+
+
+def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
+    """One job of all users of some jobs, in order; no user is in two of them."""
+    if len(jobs) == 1:
+        return jobs[0]
+    batches = [job.sequences for job in jobs]
+    lengths = np.concatenate([np.diff(batch.starts) for batch in batches])
+    sequences = SequenceBatch(
+        users=[user for batch in batches for user in batch.users],
+        actions=np.concatenate([batch.actions for batch in batches]),
+        starts=starts_of(lengths),
+        counts=np.concatenate([batch.counts for batch in batches]),
+        revisions=np.concatenate([batch.revisions for batch in batches]),
+    )
+    return EncodeJob(
+        sequences,
+        np.concatenate([job.offsets for job in jobs]),
+        np.concatenate([job.newest_event_ms for job in jobs]),
+        np.concatenate([job.reasons for job in jobs]),
+    )
