@@ -7,35 +7,20 @@ import os
 import sys
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from streams.config.settings import Settings, load_settings, printed
+from streams.config.settings import Settings, printed
+from streams.options import BootstrapServers, Config, settings_of
 from streams.subscriber import Change, EmbeddingSubscriber, as_json
 from streams.wire.embeddings import Tombstone
 
 app = typer.Typer()
 
-Config = Annotated[Path | None, typer.Option(help="TOML file with settings; default: STREAMFORMER_CONFIG.")]
-BootstrapServers = Annotated[
-    str | None,
-    typer.Option(help="Address of the broker, over that of the settings.", envvar="KAFKA_BOOTSTRAP_SERVERS"),
-]
-
 NUMBERS_SHOWN = 4
-
-
-def settings_of(config: Path | None, bootstrap_servers: str | None = None) -> Settings:
-    """The settings, at the address that was given if one was; raises `SettingsError`."""
-    settings = load_settings(config)
-    if not bootstrap_servers:
-        return settings
-    kafka = settings.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
-    return settings.model_copy(update={"kafka": kafka})
 
 
 @app.command("settings")

@@ -10,11 +10,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from infra.kafka.broker import Broker, BrokerFailed, BrokerOptions
+from infra.kafka.address import BrokerFailed
+from infra.kafka.broker import Broker, BrokerOptions
 
+app = typer.Typer()
 CHECK_S = 0.5
 
 
+@app.command()
 def broker(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port on loopback; 0 picks a free one.")] = 9092,
     heap_mb: Annotated[int, typer.Option(min=128, help="Java heap, in MB.")] = 512,

@@ -16,12 +16,14 @@ from infra.datasets.generator import GeneratorPolicy, generate
 from infra.datasets.movielens import movielens_1m
 from infra.datasets.replay import Acknowledged, Pace, ReplayTotals
 from infra.datasets.replay import replay as replay_log
-from streams.cli import BootstrapServers, Config, settings_of
 from streams.config.settings import Settings
+from streams.options import BootstrapServers, Config, settings_of
 
+app = typer.Typer()
 PLAIN_LINE_EVENTS = 100_000
 
 
+@app.command()
 def replay(
     file: Annotated[Path | None, typer.Argument(help="Parquet or CSV; without one MovieLens-1M is taken.")] = None,
     rate: Annotated[str, typer.Option(help="Events a second, or `max`.")] = "max",

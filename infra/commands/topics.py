@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from infra.kafka.topics import ensure_topics, topics_of, verify_topics
-from streams.cli import BootstrapServers, Config, settings_of
+from streams.options import BootstrapServers, Config, settings_of
 
 Replication = Annotated[int, typer.Option(min=1, help="Replicas of each partition of a topic that is created.")]
 
-app = typer.Typer(help="Create or verify the topics.", no_args_is_help=True)
+app = typer.Typer(name="topics", help="Create or verify the topics.", no_args_is_help=True)
 
 
 @app.command()

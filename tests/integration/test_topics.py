@@ -9,7 +9,7 @@ import kafka
 import pytest
 
 from infra.errors import InfraError
-from infra.kafka.broker import BrokerFailed
+from infra.kafka.address import BrokerFailed
 from infra.kafka.topics import Topic, TopicMismatch, delete_topics, ensure_topics, topics_of, verify_topics
 from streams.config.groups import KafkaSettings, TopicsSettings
 from streams.config.settings import Settings

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
+import infra.commands.worker
 from infra.cli import main
+from streams.config.settings import Settings
 
 DEAD = "127.0.0.1:1"
 
@@ -91,6 +93,18 @@ def test_help_lists_the_commands_of_every_room(run: Run) -> None:
     assert result.returncode == 0
     for command in ("broker", "topics", "replay", "worker", "tail"):
         assert command in result.stdout
+
+
+def test_a_release_on_the_command_line_comes_first(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`worker --release` is used over `encoder.release_dir` of the settings, and changes no other setting."""
+    given: list[Settings] = []
+    monkeypatch.setattr(infra.commands.worker, "verify_topics", lambda _: None)
+    monkeypatch.setattr(infra.commands.worker, "run_worker", lambda settings: given.append(settings) or 7)
+    (tmp_path / "settings.toml").write_text("[encoder]\nrelease_dir = 'a'\nruntime = 'full'\n")
+    assert run("worker", "--config", "settings.toml").returncode == 7
+    assert run("worker", "--config", "settings.toml", "--release", "b").returncode == 7
+    assert [one.encoder.release_dir for one in given] == [Path("a"), Path("b")]
+    assert given[0].encoder.runtime == given[1].encoder.runtime == "full"
 
 
 @pytest.fixture
