@@ -4,8 +4,8 @@ It stands between the event loop, which owns all state, and one encoder thread, 
 priority, then in order of arrival; whoever is taken is encoded as of that moment, so a burst of actions costs one
 embedding (coalescing). A micro-batch is as large as the encoder can take within `batch_ms`, and the loop stands still
 that long for it: two threads that both run Python hand the interpreter's lock to and fro after each of torch's
-operations, and then a micro-batch takes four times as long (docs/adr/0008-encoder-before-ingestion.md). What takes longer
-nevertheless goes on beside the loop, so that a slow or hung encoder holds up nothing else.
+operations, and then a micro-batch takes four times as long (docs/adr/0008-encoder-before-ingestion.md). A micro-batch
+that takes longer continues beside the loop, so that a slow or hung encoder holds up nothing else.
 
 The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
 output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
