@@ -49,7 +49,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, time_ms: Tensor, window: int,
     return mixed.reshape(batch, blocks * size, *mixed.shape[2:])[:, :length]
 
 
-def rotation_at(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rope_at(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, K / 2] of positions [...]; angles in float64, so a millionth action rotates exactly too."""
     half = head_dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
@@ -57,13 +57,13 @@ def rotation_at(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return torch.cos(angle).float().unsqueeze(-2), torch.sin(angle).float().unsqueeze(-2)
 
 
-def rotary_periods(head_dim: int) -> F64:
-    """[K / 2] positions in which each pair of `rotation_at` turns once."""
+def rope_periods(head_dim: int) -> F64:
+    """[K / 2] positions in which each pair of `rope_at` turns once."""
     half = head_dim // 2
     return 2 * math.pi * ROTARY_BASE ** (np.arange(half) / half)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + K / 2) of the last axis [..., heads, K], in float32."""
     cos, sin = rotation
     first, second = x.float().chunk(2, dim=-1)

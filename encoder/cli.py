@@ -17,9 +17,18 @@ from rich.console import Console
 
 from encoder.data.log import ActionLog, LogColumns, LogError, read_log
 from encoder.data.shards import FOLDER, Shards, open_log
-from encoder.distributed import is_first
+from encoder.distributed import is_main_process
 from encoder.evaluation import report
-from encoder.evaluation.evaluate import Grading, Part, day, grade, later_ms, leave_one_out, read_interests, rolling
+from encoder.evaluation.evaluate import (
+    EvaluationOptions,
+    Part,
+    day,
+    grade,
+    later_ms,
+    leave_one_out,
+    read_interests,
+    rolling,
+)
 from encoder.evaluation.freshness import freshness_table, plot_freshness
 from encoder.release import Release, load_release
 from encoder.training.progress import TrainingScreen
@@ -58,7 +67,7 @@ def train(
     recipe = recipe if seed is None else replace(recipe, seed=seed)
     path = _log_path(recipe, recipe_file, actions)
     folder = out or Path("releases") / recipe_file.stem
-    with TrainingScreen(console if is_first() else Console(quiet=True)) as screen:
+    with TrainingScreen(console if is_main_process() else Console(quiet=True)) as screen:
         log = open_log(
             path,
             recipe.log.columns,
@@ -76,7 +85,7 @@ def train(
             resume=True,
             progress=screen.show,
         )
-    if is_first():
+    if is_main_process():
         if isinstance(log, Shards):
             log.remove()
         console.print(f"positives were told apart from {release.training['negative_pool']}")
@@ -100,7 +109,7 @@ def evaluate(
     """Rank the item that came next, beside the popularity of seven days."""
     release, recipe, log = _opened(release_dir, log_file, recipe_file)
     interest = read_interests(interests, release.vocabularies) if interests else None
-    grading = Grading(recipe.data.hide_seen, candidates, interest, seed)
+    grading = EvaluationOptions(recipe.data.hide_seen, candidates, interest, seed)
     if protocol is Protocol.LEAVE_ONE_OUT:
         _warn_of_leak(recipe)
         log, asked = leave_one_out(log, items_min=recipe.split.items_min, questions_max=questions, seed=seed)

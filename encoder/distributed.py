@@ -18,7 +18,7 @@ from encoder.hardware import CPU, own_device
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ProcessGroup:
     """This process's place, and the device it trains on."""
 
     rank: int = 0
@@ -42,11 +42,11 @@ class World:
         """The sum over the processes."""
         return int(self._reduced(float(value), dist.ReduceOp.SUM)) if self.size > 1 else value
 
-    def furthest(self, value: float) -> float:
+    def maximum(self, value: float) -> float:
         """The largest of the processes' values: how they agree on a clock."""
         return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
 
-    def gathered(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """The processes' tensors of one shape [...], in order of rank, on the CPU: [processes, ...]."""
         if self.size == 1:
             return values.unsqueeze(0).cpu()
@@ -61,16 +61,16 @@ class World:
         return float(tensor)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that speaks and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def join_world() -> World:
+def join_process_group() -> ProcessGroup:
     """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `DeviceError`."""
     device = own_device()
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World(device=device)
+        return ProcessGroup(device=device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), device)

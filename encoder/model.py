@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoder.attention import attend_window, rotate, rotation_at
+from encoder.attention import apply_rope, attend_window, rope_at
 from encoder.features import Features
 from encoder.items import ItemVectors
 
@@ -143,7 +143,7 @@ class Block(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         if rotation is None:
             return q, k, v
-        return rotate(q, rotation), rotate(k, rotation), v
+        return apply_rope(q, rotation), apply_rope(k, rotation), v
 
     def finish(self, x: Tensor, mixed: Tensor, dropout: Dropout | None = None) -> Tensor:
         """The layer's output from its input and what attention mixed [..., H, K]."""
@@ -239,7 +239,7 @@ class StreamingEncoder(Encoder):
         Nothing depends on `lengths` here, for padding lies in the future of every action.
         """
         x = _drop(self.inputs(features), dropout)
-        rotation = rotation_at(features.position, self.config.head_dim)
+        rotation = rope_at(features.position, self.config.head_dim)
         for block in self.layers:
             q, k, v = block.project(x, rotation)
             x = block.finish(x, attend_window(q, k, v, features.time_ms, block.window, block.slope), dropout)

@@ -35,7 +35,7 @@ from encoder.data.log import (
     readable,
     times_ms,
 )
-from encoder.distributed import is_first
+from encoder.distributed import is_main_process
 
 FOLDER = "log-shards"
 MANIFEST = "shards.json"
@@ -97,7 +97,7 @@ def open_log(
         if rows <= rows_max:
             return read_log(path, columns)
         of = _hash_of(files, columns, rows_max)
-        if is_first() and _manifest(folder, of) is None:
+        if is_main_process() and _manifest(folder, of) is None:
             _Writer(files, columns, folder, rows, rows_max // 2, tell).write(of)
     while (manifest := _manifest(folder, of)) is None:
         time.sleep(0.2)

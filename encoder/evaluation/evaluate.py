@@ -21,7 +21,7 @@ from encoder.actions.columns import item_key
 from encoder.arrays import I64
 from encoder.data.log import ActionLog, LogError
 from encoder.data.split import Questions, SplitConfig, make_split
-from encoder.evaluation.next_item import Exam, Scores, known_items
+from encoder.evaluation.next_item import NextItemEvaluator, Scores, known_items
 from encoder.evaluation.queries import NewestRows
 from encoder.evaluation.ranking import bootstrap_interval, interest_entropy, p90_coverage
 from encoder.features import Vocabularies
@@ -63,7 +63,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Grading:
+class EvaluationOptions:
     """How questions are graded."""
 
     hide_seen: bool
@@ -100,31 +100,37 @@ def rolling(log: ActionLog, *, from_ms: int, spans: int, questions_max: int, see
     return parts
 
 
-def grade(release: Release, log: ActionLog, name: str, questions: Questions, grading: Grading) -> Part:
+def grade(release: Release, log: ActionLog, name: str, questions: Questions, grading: EvaluationOptions) -> Part:
     """All scores of one set of questions."""
     model, items = release.model, known_items(release.model)
     candidates = None
     if grading.candidates and grading.candidates < len(items):
         candidates = np.random.default_rng(grading.seed).permutation(len(items))[: grading.candidates]
-    exam = Exam(log, release.vocabularies, questions, hide_seen=grading.hide_seen, candidates=candidates)
-    if not exam.known.any():
+    evaluator = NextItemEvaluator(
+        log, release.vocabularies, questions, hide_seen=grading.hide_seen, candidates=candidates
+    )
+    if not evaluator.known.any():
         raise LogError(f"the release knows no item of the {len(questions):,} answers: is this the log of its items?")
     users = log.user_of_row[questions.answer]
-    queries = exam.queries(model)
+    queries = evaluator.queries(model)
     given = (
-        Column.of(exam.encoder_scores(model, time_given=True), users, grading.seed) if model.config.read_out else None
+        Column.of(evaluator.encoder_scores(model, time_given=True), users, grading.seed)
+        if model.config.read_out
+        else None
     )
     return Part(
         name=name,
         questions=len(questions),
-        unknown=int(np.count_nonzero(~exam.known)),
-        time_blind=Column.of(exam.scores(queries, items), users, grading.seed),
+        unknown=int(np.count_nonzero(~evaluator.known)),
+        time_blind=Column.of(evaluator.scores(queries, items), users, grading.seed),
         time_given=given,
-        popularity=Column.of(exam.popularity_scores(), users, grading.seed),
-        p90_coverage10=p90_coverage(exam.top(queries, items, min(10, len(items))), items=len(items)),
+        popularity=Column.of(evaluator.popularity_scores(), users, grading.seed),
+        p90_coverage10=p90_coverage(evaluator.top(queries, items, min(10, len(items))), items=len(items)),
         interest_entropy50=None
         if grading.interests is None
-        else float(interest_entropy(exam.top(queries, items, min(INTEREST_TOP, len(items))), grading.interests).mean()),
+        else float(
+            interest_entropy(evaluator.top(queries, items, min(INTEREST_TOP, len(items))), grading.interests).mean()
+        ),
     )
 
 

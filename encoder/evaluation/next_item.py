@@ -40,7 +40,7 @@ class Scores:
         return cls(float(hits_at(ranks, 10).mean()), float(ndcg_at(ranks, 10).mean()), ranks)
 
 
-class Exam:
+class NextItemEvaluator:
     """The questions of one log for any number of encoders with one vocabulary."""
 
     def __init__(

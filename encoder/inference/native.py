@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from encoder.attention import rotary_periods
+from encoder.attention import rope_periods
 from encoder.inference.build import load_library
 from encoder.inference.kernel import Geometry
 from encoder.inference.plan import Int64s, Plan
@@ -83,7 +83,7 @@ class NativeKernel:
         self._times_ms = np.zeros((slots if slopes is not None else 0, max(self._geometry.windows)), np.int64)
         self._kinds = np.unique(np.array(self._geometry.windows, np.int32))
         self._lags = [np.zeros((0, library.places(int(window))), np.float32) for window in self._kinds]
-        self._periods = rotary_periods(self._geometry.head_dim)
+        self._periods = rope_periods(self._geometry.head_dim)
         self._rotations = np.zeros((0, self._geometry.head_dim), np.float32)
 
     def begin(self, plan: Plan, times_ms: Int64s) -> None:

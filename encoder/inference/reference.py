@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoder.attention import log_minutes, rotate, rotation_at
+from encoder.attention import apply_rope, log_minutes, rope_at
 from encoder.hardware import CPU
 from encoder.inference.kernel import Geometry
 from encoder.inference.plan import Int64s, Plan, suffixes
@@ -52,7 +52,7 @@ class TorchKernel:
 
     def _begin(self, block_of: Callable[[int, int], _Block], positions: Tensor, times_ms: Tensor) -> None:
         self._block_of = block_of
-        self._rotation = rotation_at(positions, self.geometry.head_dim)
+        self._rotation = rope_at(positions, self.geometry.head_dim)
         block = block_of(0, self.times_ms.shape[1])
         self._token_ms = times_ms
         self._old_ms = block.cached(self.times_ms)
@@ -64,10 +64,10 @@ class TorchKernel:
         q, k, v = torch.split(qkv.view(len(qkv), -1, g.head_dim), [g.heads, g.kv_heads, g.kv_heads], dim=-2)
         cos, sin = self._rotation
         rotation = cos[block.tokens], sin[block.tokens]
-        k = rotate(k.float(), rotation).to(g.cells)
+        k = apply_rope(k.float(), rotation).to(g.cells)
         keys = block.join(block.cached(self.keys[layer]), k).float()
         values = block.join(block.cached(self.values[layer]), v.to(g.cells)).float()
-        out.copy_(self._mix(layer, block, rotate(q.float(), rotation), keys, values)[block.kept])
+        out.copy_(self._mix(layer, block, apply_rope(q.float(), rotation), keys, values)[block.kept])
         block.store(self.keys[layer], k)
         block.store(self.values[layer], v.to(g.cells))
 

@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass
-class Standing:
+class TrainingState:
     """What training knows besides the trainer's own state."""
 
     seconds: float = 0.0
@@ -50,10 +50,15 @@ def fingerprint(log: LogParts, recipe: Recipe) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, standing: Standing, of: str) -> None:
+def save_checkpoint(folder: Path, trainer: Trainer, standing: TrainingState, of: str) -> None:
     """Write the state of a training whose fingerprint is `of`; its processes call this together, the first writes."""
-    state = {"of": of, "processes": trainer.world.size, "trainer": trainer.state(), "standing": asdict(standing)}
-    if trainer.world.rank:
+    state = {
+        "of": of,
+        "processes": trainer.group.size,
+        "trainer": trainer.state(),
+        "standing": asdict(standing),
+    }
+    if trainer.group.rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / (NAME + ".part")
@@ -70,22 +75,22 @@ def on_cpu(state: Any) -> Any:
     return state.cpu() if isinstance(state, Tensor) else state
 
 
-def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> Standing:
-    """Put a trainer where the checkpoint stood; a fresh `Standing` where there is none. Raises `CheckpointError`."""
+def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> TrainingState:
+    """Put a trainer where the checkpoint stood; a fresh `TrainingState` where there is none. Raises `CheckpointError`."""
     path = folder / NAME
     if not path.exists():
-        return Standing(next_validation=trainer.recipe.budget.validate_tokens)
+        return TrainingState(next_validation=trainer.recipe.budget.validate_tokens)
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["of"] != of:
             raise CheckpointError(f"checkpoint is of another recipe or log: {path}; remove it or name another folder")
-        if state["processes"] != trainer.world.size:
+        if state["processes"] != trainer.group.size:
             raise CheckpointError(
-                f"checkpoint is of a training by {state['processes']} processes, not {trainer.world.size}: {path}; "
-                "start as many, or remove it to begin anew"
+                f"checkpoint is of a training by {state['processes']} processes, not {trainer.group.size}: {path}; "
+                "start as many, or remove it to start again"
             )
         trainer.restore(state["trainer"])
-        return Standing(**state["standing"])
+        return TrainingState(**state["standing"])
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint cannot be read: {path} ({detail}); remove it to begin anew") from error
+        raise CheckpointError(f"checkpoint cannot be read: {path} ({detail}); remove it to start again") from error

@@ -20,7 +20,7 @@ SCALE_MAX = 100.0
 CHUNK = 256
 """Pairs whose logits exist at one time: few enough to stay in the cache of a core."""
 
-Hide = Callable[[Tensor, int], None]
+MaskLogits = Callable[[Tensor, int], None]
 """Sets to minus infinity, in place, the logits [n, N] of the pairs from the given one on that are no negatives."""
 
 
@@ -32,7 +32,7 @@ def softmax_loss(
     *,
     target_log_q: Tensor,
     pool_log_q: Tensor,
-    hide: Hide,
+    hide: MaskLogits,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weighted mean of -log softmax of each pair's target among itself and the pool.
@@ -59,7 +59,7 @@ class _PooledSoftmax(torch.autograd.Function):
         weights: Tensor,
         target_log_q: Tensor,
         pool_log_q: Tensor,
-        hide: Hide,
+        hide: MaskLogits,
         precision: torch.dtype,
     ) -> Tensor:
         total = users.new_zeros(())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoder.arrays import I64
 from encoder.hardware import CPU
-from encoder.training.losses import SCALE_MAX, Hide
+from encoder.training.losses import SCALE_MAX, MaskLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Pool:
     """[N] taken from the logits of the pool."""
     target_log_q: Tensor
     """[P] taken from the logits of the positives."""
-    hide: Hide
+    hide: MaskLogits
 
 
 class NegativeSampler:
@@ -74,13 +74,13 @@ class NegativeSampler:
         if self.config.kind == "full":
             rows = torch.arange(self.items + 1, device=self.device)
             log_q, target_log_q = (torch.zeros(size, device=self.device) for size in (len(rows), len(targets)))
-            return Pool(rows, log_q, target_log_q, hide_targets(torch.from_numpy(targets).to(self.device)))
+            return Pool(rows, log_q, target_log_q, mask_targets(torch.from_numpy(targets).to(self.device)))
         in_batch = targets
         if len(in_batch) > self.config.batch_negatives_max:
             in_batch = rng.choice(in_batch, self.config.batch_negatives_max, replace=False)
         pool = np.concatenate([in_batch, rng.integers(1, self.items + 1, self.config.random_negatives)])
         self.sketch.add(targets)
-        hide = hide_own_positives(users, targets, pool, items=self.items, device=self.device)
+        hide = mask_own_positives(users, targets, pool, items=self.items, device=self.device)
         log_q, target_log_q = (self._log_q(rows, len(in_batch)).to(self.device) for rows in (pool, targets))
         return Pool(torch.from_numpy(pool).to(self.device), log_q, target_log_q, hide)
 
@@ -91,7 +91,7 @@ class NegativeSampler:
         return expected_count_log_q(frequency, batch=in_batch, uniform=self.config.random_negatives, items=self.items)
 
 
-def hide_targets(target_rows: Tensor) -> Hide:
+def mask_targets(target_rows: Tensor) -> MaskLogits:
     """For a pool that is the whole catalogue (row r of it is item row r): hide each pair's target alone.
 
     Row 0, the unknown item, is never offered.
@@ -105,7 +105,7 @@ def hide_targets(target_rows: Tensor) -> Hide:
     return hide
 
 
-def hide_own_positives(users: I64, targets: I64, pool: I64, *, items: int, device: torch.device) -> Hide:
+def mask_own_positives(users: I64, targets: I64, pool: I64, *, items: int, device: torch.device) -> MaskLogits:
     """For a sampled pool [N] of item rows: hide every item that is a positive of the pair's user in this batch."""
     distinct, user = np.unique(users, return_inverse=True)
     own = np.zeros((len(distinct), items + 1), np.bool_)

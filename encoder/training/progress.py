@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from encoder.training.run import Progress as Standing
+from encoder.training.run import Progress as TrainingState
 
 LINE_EVERY_S = 15.0
 
@@ -29,7 +29,7 @@ class TrainingScreen:
         )
         self._task = self._bar.add_task("", total=1.0)
         self._told = 0.0
-        self._first: Standing | None = None
+        self._first: TrainingState | None = None
 
     def __enter__(self) -> TrainingScreen:
         self._bar.start()
@@ -49,7 +49,7 @@ class TrainingScreen:
         self._bar.update(self._task, description=text)
         self._line_now_and_then(text)
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: TrainingState) -> None:
         """Move the bar, or print a line when the last is long enough ago."""
         self._first = self._first or standing
         figures = progress_text(self._first, standing)
@@ -63,7 +63,7 @@ class TrainingScreen:
             self.line(text)
 
 
-def progress_text(first: Standing, now: Standing) -> str:
+def progress_text(first: TrainingState, now: TrainingState) -> str:
     """Rate and time left, by what was done since the first report, then epoch, loss and the last validation."""
     seconds, done = now.seconds - first.seconds, now.fraction - first.fraction
     parts = [f"epoch {now.epoch}", f"loss {now.loss:.3f}"]

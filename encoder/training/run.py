@@ -18,11 +18,11 @@ import torch
 from encoder.data.log import ActionLog, LogError, LogParts
 from encoder.data.shards import Shards
 from encoder.data.split import ShardedSplit, Split, make_split, split_shards
-from encoder.distributed import World, join_world
-from encoder.evaluation.next_item import Exam
+from encoder.distributed import ProcessGroup, join_process_group
+from encoder.evaluation.next_item import NextItemEvaluator
 from encoder.hardware import device_name, faster_precision, faster_threads, machine
 from encoder.release import Release, make_release
-from encoder.training.checkpoint import NAME, Standing, fingerprint, load_checkpoint, save_checkpoint
+from encoder.training.checkpoint import NAME, TrainingState, fingerprint, load_checkpoint, save_checkpoint
 from encoder.training.negatives import LossConfig
 from encoder.training.recipe import Recipe
 from encoder.training.sources import make_items
@@ -100,18 +100,20 @@ class Run:
         self.started = self.reported = self.saved = time.monotonic()
         self.recipe, self.out_dir, self.seconds_max, self.resume = recipe, out_dir, seconds_max, resume
         self.progress, self.checkpoint_every_s = progress, checkpoint_every_s
-        self.world = join_world()
-        torch.set_num_threads(threads or (faster_threads() if self.world.size == 1 else 1))
+        self.group = join_process_group()
+        torch.set_num_threads(threads or (faster_threads() if self.group.size == 1 else 1))
         split: Split | ShardedSplit
         if isinstance(log, ActionLog):
             split = make_split(log, recipe.split, seed=recipe.seed)
         else:
             split = split_shards(log, recipe.split, seed=recipe.seed)
-        self.trainer = make_trainer(split.train, recipe, self.world)
-        self.exam = Exam(split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen)
+        self.trainer = make_trainer(split.train, recipe, self.group)
+        self.evaluator = NextItemEvaluator(
+            split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen
+        )
         self.later_ms = split.later_ms
         self.fingerprint = fingerprint(split.train, recipe)
-        self.standing = Standing(next_validation=recipe.budget.validate_tokens)
+        self.standing = TrainingState(next_validation=recipe.budget.validate_tokens)
         if resume:
             self.standing = load_checkpoint(out_dir, self.trainer, self.fingerprint)
         self.metric: float | None = None
@@ -125,7 +127,7 @@ class Run:
     def fraction(self) -> float:
         """Share of the budget that is spent, by tokens or by the clock, whichever is further."""
         by_tokens = self.trainer.tokens / self.recipe.budget.tokens_max
-        return self.world.furthest(max(by_tokens, self.seconds / self.seconds_max)) if self.seconds_max else by_tokens
+        return self.group.maximum(max(by_tokens, self.seconds / self.seconds_max)) if self.seconds_max else by_tokens
 
     def train(self) -> None:
         """Step until the budget is spent or patience ends; the best weights are left in the model."""
@@ -145,9 +147,9 @@ class Run:
 
     def validate(self) -> None:
         """Measure, and remember the weights where they are the best so far."""
-        if not len(self.exam.questions):
+        if not len(self.evaluator.questions):
             return
-        self.metric = self.exam.encoder_scores(self.trainer.model).hr10
+        self.metric = self.evaluator.encoder_scores(self.trainer.model).hr10
         self.standing.stale += 1
         if self.standing.best is None or self.metric > self.standing.best:
             weights = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
@@ -159,13 +161,13 @@ class Run:
         if now - self.reported >= PROGRESS_EVERY_S:
             self.reported = now
             self.report(fraction)
-        if self.resume and self.world.furthest(now - self.saved) >= self.checkpoint_every_s:
+        if self.resume and self.group.maximum(now - self.saved) >= self.checkpoint_every_s:
             self.saved = now
             self.save()
 
     def save(self) -> None:
         """Write the checkpoint."""
-        standing = Standing(**{**vars(self.standing), "seconds": self.seconds})
+        standing = TrainingState(**{**vars(self.standing), "seconds": self.seconds})
         save_checkpoint(self.out_dir, self.trainer, standing, self.fingerprint)
 
     def report(self, fraction: float) -> None:
@@ -179,7 +181,7 @@ class Run:
         release = make_release(
             self.trainer.model, self.trainer.vocabularies, metrics=metrics, training=self.description()
         )
-        if self.world.rank == 0:
+        if self.group.rank == 0:
             release.save(self.out_dir)
             (self.out_dir / NAME).unlink(missing_ok=True)
         return release
@@ -191,11 +193,11 @@ class Run:
             "tokens": self.trainer.tokens,
             "seconds": round(self.seconds, 1),
             "machine": machine(),
-            "device": device_name(self.world.device),
+            "device": device_name(self.group.device),
             "threads": torch.get_num_threads(),
-            "processes": self.world.size,
+            "processes": self.group.size,
             "precision": str(self.trainer.precision).removeprefix("torch."),
-            "negative_pool": negative_pool(self.recipe.loss, len(self.trainer.vocabularies.item_keys), self.world.size),
+            "negative_pool": negative_pool(self.recipe.loss, len(self.trainer.vocabularies.item_keys), self.group.size),
         }
 
 
@@ -207,14 +209,14 @@ def negative_pool(loss: LossConfig, items: int, processes: int) -> str:
     return sampled if processes == 1 else f"{sampled}, a pool of its own in each of {processes} processes"
 
 
-def make_trainer(train: LogParts, recipe: Recipe, world: World) -> Trainer:
+def make_trainer(train: LogParts, recipe: Recipe, group: ProcessGroup) -> Trainer:
     """The trainer of a recipe at its first step."""
     vocabularies, items = make_items(train, recipe)
     if not len(vocabularies.item_keys):
         raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or bring a larger log")
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision)
-    precision = named or faster_precision(world.device.type)
-    trainer = Trainer(train, recipe, vocabularies, items, world=world, precision=precision)
+    precision = named or faster_precision(group.device.type)
+    trainer = Trainer(train, recipe, vocabularies, items, group=group, precision=precision)
     if not trainer.positives_of_item.any():
         raise LogError("log has no action of the types in data.positives on a known item: check their names")
     return trainer

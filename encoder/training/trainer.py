@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from encoder.arrays import I64
 from encoder.data.batches import epoch_batches
 from encoder.data.log import ActionLog, LogParts
-from encoder.distributed import World
+from encoder.distributed import ProcessGroup
 from encoder.features import UNKNOWN, Tokens, Vocabularies
 from encoder.items import ItemVectors
 from encoder.model import AnyEncoder, StreamingEncoder, build_encoder, initialize
@@ -34,7 +34,7 @@ from encoder.training.recipe import Recipe
 class Trainer:
     """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far.
 
-    Batches are made on the CPU; the model and its loss are computed on the device of `world`, from the same beginning.
+    Batches are made on the CPU; the model and its loss are computed on the device of `group`, from the same initial weights.
     `targets` counts what this process has predicted since it began, for rates.
     """
 
@@ -45,11 +45,16 @@ class Trainer:
         vocabularies: Vocabularies,
         items: ItemVectors,
         *,
-        world: World = World(),  # noqa: B008 (frozen)
+        group: ProcessGroup = ProcessGroup(),  # noqa: B008 (frozen)
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self.recipe, self.vocabularies, self.world, self.precision = recipe, vocabularies, world, precision
-        self.device = world.device
+        self.recipe, self.vocabularies, self.group, self.precision = (
+            recipe,
+            vocabularies,
+            group,
+            precision,
+        )
+        self.device = group.device
         self._log = log
         self._read(0)
         self.model: AnyEncoder = build_encoder(
@@ -84,7 +89,7 @@ class Trainer:
 
     def _part_batches(self) -> Iterator[I64]:
         rng = np.random.default_rng([self.recipe.seed, self.epoch, self._part])
-        return epoch_batches(self.starts, self.recipe.data, rng, rank=self.world.rank, ranks=self.world.size)
+        return epoch_batches(self.starts, self.recipe.data, rng, rank=self.group.rank, ranks=self.group.size)
 
     def _turn_to(self, part: int) -> None:
         """Read another part; the last one is forgotten first."""
@@ -101,19 +106,19 @@ class Trainer:
 
     def train_step(self, rows: I64, fraction: float) -> float:
         """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
-        rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step, self.world.rank])
+        rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step, self.group.rank])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         pairs = make_pairs(rows, self.positives, self.recipe.objective, rng)
         self.step += 1
         self.targets += len(pairs.target)
-        self.tokens += self.world.total(int((rows >= 0).sum()))
+        self.tokens += self.group.total(int((rows >= 0).sum()))
         set_learning_rate(self.optimizer, self.recipe, self.step, fraction)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros(())
         if len(pairs.target):
             loss = self.loss(rows, pairs, rng, generator)
             loss.backward()  # type: ignore[no-untyped-call]
-        self.world.average_gradients([*self.model.parameters(), self.log_scale])
+        self.group.average_gradients([*self.model.parameters(), self.log_scale])
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
         return float(loss.detach())
@@ -174,8 +179,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "log_scale": self.log_scale.detach(),
             "optimizer": self.optimizer.state_dict(),
-            "sketches": self.world.gathered(torch.from_numpy(sketch.counts)),
-            "sketch_totals": self.world.gathered(torch.tensor(sketch.total)),
+            "sketches": self.group.gather(torch.from_numpy(sketch.counts)),
+            "sketch_totals": self.group.gather(torch.tensor(sketch.total)),
             "counters": [self.epoch, self.step, self.tokens],
             "read": [self.part_of_epoch, self.step_of_part],
         }
@@ -186,8 +191,8 @@ class Trainer:
         with torch.no_grad():
             self.log_scale.copy_(state["log_scale"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.sketch.counts[:] = state["sketches"][self.world.rank].numpy()
-        self.sampler.sketch.total = int(state["sketch_totals"][self.world.rank])
+        self.sampler.sketch.counts[:] = state["sketches"][self.group.rank].numpy()
+        self.sampler.sketch.total = int(state["sketch_totals"][self.group.rank])
         self.part_of_epoch, self.step_of_part = state["read"]
         self.epoch, self.step, self.tokens = state["counters"]
 

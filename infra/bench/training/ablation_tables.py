@@ -23,7 +23,7 @@ from encoder.model import EncoderConfig
 from encoder.training.negatives import LossConfig
 from encoder.training.objectives import ObjectiveConfig
 from encoder.training.recipe import ItemConfig, Recipe
-from infra.bench.training.ablation_trainer import Variant
+from infra.bench.training.ablation_trainer import Ablation
 
 SASREC_LENGTH = 200
 """Actions that SASRec reads of each user of MovieLens-1M."""
@@ -49,8 +49,8 @@ class Table(StrEnum):
     ENCODERS = "encoders"
 
 
-def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
-    """The variants of a table; the others are compared with the first."""
+def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Ablation]:
+    """The ablations of a table; the others are compared with the first."""
     if table is Table.FEATURES:
         return features(recipe, log)
     if table is Table.SASREC:
@@ -60,7 +60,7 @@ def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
     return objectives(recipe) if table is Table.OBJECTIVES else negatives(recipe)
 
 
-def objectives(recipe: Recipe) -> dict[str, Variant]:
+def objectives(recipe: Recipe) -> dict[str, Ablation]:
     """The four objectives of the paper's figure 2, and an even mix of two."""
     shares: dict[str, ObjectiveConfig] = {
         "next action": ObjectiveConfig({"next_action": 1.0}),
@@ -69,14 +69,14 @@ def objectives(recipe: Recipe) -> dict[str, Variant]:
         "dense all action": ObjectiveConfig({"dense_all_action": 1.0}),
         "sasrec and dense": ObjectiveConfig({"sasrec": 0.5, "dense_all_action": 0.5}),
     }
-    return {name: Variant(replace(recipe, objective=objective)) for name, objective in shares.items()}
+    return {name: Ablation(replace(recipe, objective=objective)) for name, objective in shares.items()}
 
 
-def negatives(recipe: Recipe) -> dict[str, Variant]:
+def negatives(recipe: Recipe) -> dict[str, Ablation]:
     """Random, in-batch and mixed negatives, with and without the correction by log-Q; the same number of each."""
     kinds = {"random": (1_024, 0), "in-batch": (0, 1_024), "mixed": (512, 512)}
     return {
-        f"{name}, {'log-Q' if log_q == 'exact' else 'as they are'}": Variant(
+        f"{name}, {'log-Q' if log_q == 'exact' else 'as they are'}": Ablation(
             replace(recipe, loss=LossConfig("sampled", *sizes, log_q=log_q, scale_initial=recipe.loss.scale_initial))
         )
         for name, sizes in kinds.items()
@@ -84,18 +84,18 @@ def negatives(recipe: Recipe) -> dict[str, Variant]:
     }
 
 
-def features(recipe: Recipe, log: ActionLog) -> dict[str, Variant]:
+def features(recipe: Recipe, log: ActionLog) -> dict[str, Ablation]:
     """All inputs, and all but one of those that the log has."""
     recipe = replace(recipe, encoder=replace(recipe.encoder, time_bias=False))
     varies = {"action": len(log.action_names) > 1, "surface": len(log.surface_names) > 1}
     varies["duration_ms"] = bool(log.actions["duration_ms"].any())
     left_out = {f"without {name}": each for name, each in LEFT_OUT.items() if varies.get(each[0], True)}
-    return {name: Variant(recipe, hidden=hidden) for name, hidden in {"all features": (), **left_out}.items()}
+    return {name: Ablation(recipe, hidden=hidden) for name, hidden in {"all features": (), **left_out}.items()}
 
 
-def encoders(recipe: Recipe) -> dict[str, Variant]:
+def encoders(recipe: Recipe) -> dict[str, Ablation]:
     """PinnerFormer as published and the streaming encoder: the same size, data, objective and loss."""
-    return {"window encoder": Variant(replace(recipe, encoder=window(recipe))), "streaming encoder": Variant(recipe)}
+    return {"window encoder": Ablation(replace(recipe, encoder=window(recipe))), "streaming encoder": Ablation(recipe)}
 
 
 def window(recipe: Recipe) -> EncoderConfig:
@@ -104,7 +104,7 @@ def window(recipe: Recipe) -> EncoderConfig:
     return replace(recipe.encoder, kind="window", windows=(length,) * layers, sequence_length=length, time_bias=False)
 
 
-def sasrec(recipe: Recipe) -> dict[str, Variant]:
+def sasrec(recipe: Recipe) -> dict[str, Ablation]:
     """From SASRec to the streaming encoder, one change at a time; every position weighs the same."""
     length = SASREC_LENGTH
     streaming = replace(
@@ -118,11 +118,11 @@ def sasrec(recipe: Recipe) -> dict[str, Variant]:
     sampled = replace(catalogue, loss=replace(recipe.loss, equal_users=False))
     alone = ("action", "surface", "duration_ms", "time_ms", "gap_ms")
     return {
-        "SASRec, binary cross-entropy": Variant(sampled, alone, last=length, binary=True),
-        "sampled softmax with log-Q": Variant(sampled, alone, last=length),
-        "softmax over the catalogue": Variant(catalogue, alone, last=length),
-        "whole histories in chunks": Variant(catalogue, alone),
-        "items begun from co-occurrence": Variant(pinnerformer, alone),
-        "all features (window encoder)": Variant(pinnerformer),
-        "streaming encoder": Variant(streaming),
+        "SASRec, binary cross-entropy": Ablation(sampled, alone, last=length, binary=True),
+        "sampled softmax with log-Q": Ablation(sampled, alone, last=length),
+        "softmax over the catalogue": Ablation(catalogue, alone, last=length),
+        "whole histories in chunks": Ablation(catalogue, alone),
+        "items begun from co-occurrence": Ablation(pinnerformer, alone),
+        "all features (window encoder)": Ablation(pinnerformer),
+        "streaming encoder": Ablation(streaming),
     }

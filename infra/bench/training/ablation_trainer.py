@@ -1,6 +1,6 @@
 """What the rows of `ablation_tables` change that no recipe can: inputs left out, and SASRec's data and loss.
 
-The shipped encoder and its training have no option for any of it; here they are told something else. Every variant
+The shipped encoder and its training have no option for any of it; here they are told something else. Every ablation
 reads the same number of tokens, is not validated on the way, and keeps the weights it ends with.
 """
 
@@ -32,7 +32,7 @@ WHOLE = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class Ablation:
     """One row of a table."""
 
     recipe: Recipe
@@ -61,20 +61,20 @@ def without(tokens: Tokens, hidden: tuple[str, ...]) -> TokensWithout:
     return TokensWithout(**{name: getattr(tokens, name) for name in Tokens.__slots__}, hidden=hidden)
 
 
-class VariantTrainer(Trainer):
-    """The trainer of a variant; `log` decides the vocabularies, also where less of it is trained on."""
+class AblationTrainer(Trainer):
+    """The trainer of an ablation; `log` decides the vocabularies, also where less of it is trained on."""
 
-    def __init__(self, log: ActionLog, variant: Variant, precision: torch.dtype) -> None:
-        vocabularies, items = make_items(log, variant.recipe)
-        trained = last_actions(log, variant.last) if variant.last else log
-        super().__init__(trained, variant.recipe, vocabularies, items, precision=precision)
-        self.variant = variant
-        self.tokens_of_log = without(self.tokens_of_log, variant.hidden)
+    def __init__(self, log: ActionLog, ablation: Ablation, precision: torch.dtype) -> None:
+        vocabularies, items = make_items(log, ablation.recipe)
+        trained = last_actions(log, ablation.last) if ablation.last else log
+        super().__init__(trained, ablation.recipe, vocabularies, items, precision=precision)
+        self.ablation = ablation
+        self.tokens_of_log = without(self.tokens_of_log, ablation.hidden)
         self._acted_on = np.zeros((len(log.users), len(vocabularies.item_keys) + 1), np.bool_)
         self._acted_on[log.user_of_row, vocabularies.item_rows(log.actions["item"])] = True
 
     def _part_batches(self) -> Iterator[I64]:
-        if not self.variant.last:
+        if not self.ablation.last:
             return super()._part_batches()
         rng = np.random.default_rng([self.recipe.seed, self.epoch])
         return epoch_batches(self.starts, replace(self.recipe.data, chunk=WHOLE), rng)
@@ -85,7 +85,7 @@ class VariantTrainer(Trainer):
         An item that the user has acted on is no negative (Kang, McAuley 2018): SASRec draws again, here the term is
         left out.
         """
-        if not self.variant.binary:
+        if not self.ablation.binary:
             return super().pooled_loss(users, pairs, rng)
         user, positive = self.user_of_row[pairs.target], self.tokens_of_log.item[pairs.target]
         table = self.model.item_embeddings()
@@ -101,14 +101,14 @@ def last_actions(log: ActionLog, most: int) -> ActionLog:
 
 
 def train(
-    log: ActionLog, variant: Variant, precision: torch.dtype, progress: Callable[[Progress], None] = lambda _: None
-) -> VariantTrainer:
-    """Train a variant until the tokens of its recipe are spent."""
-    trainer, started = VariantTrainer(log, variant, precision), time.monotonic()
+    log: ActionLog, ablation: Ablation, precision: torch.dtype, progress: Callable[[Progress], None] = lambda _: None
+) -> AblationTrainer:
+    """Train an ablation until the tokens of its recipe are spent."""
+    trainer, started = AblationTrainer(log, ablation, precision), time.monotonic()
     for rows in trainer.batches():
-        fraction = trainer.tokens / variant.recipe.budget.tokens_max
+        fraction = trainer.tokens / ablation.recipe.budget.tokens_max
         loss = trainer.train_step(rows, fraction)
-        fraction = min(1.0, trainer.tokens / variant.recipe.budget.tokens_max)
+        fraction = min(1.0, trainer.tokens / ablation.recipe.budget.tokens_max)
         seconds = time.monotonic() - started
         progress(Progress(trainer.epoch, trainer.step, trainer.tokens, fraction, seconds, loss, None))
         if fraction >= 1:

@@ -7,7 +7,7 @@
     python -m infra.bench.training.ablations sasrec
     python -m infra.bench.training.ablations encoders --log actions.csv.gz
 
-The demo's encoder on MovieLens-1M, or the recipe of the tldr-pages log on that, leave-one-out, each variant with the
+The demo's encoder on MovieLens-1M, or the recipe of the tldr-pages log on that, leave-one-out, each ablation with the
 same few tokens. What is unfair: the question is the very next item, which favours objectives that train on the next
 item; the paper asks for all of a fortnight. What the rows of each table are is told in `ablation_tables`.
 
@@ -31,13 +31,13 @@ import typer
 from encoder.arrays import F64
 from encoder.data.log import ActionLog, LogColumns, read_log
 from encoder.data.split import Split, SplitConfig, make_split
-from encoder.evaluation.next_item import Exam, known_items
+from encoder.evaluation.next_item import NextItemEvaluator, known_items
 from encoder.evaluation.ranking import hits_at, p90_coverage
 from encoder.hardware import faster_precision
 from encoder.training.progress import TrainingScreen
 from encoder.training.recipe import Recipe, read_recipe
 from infra.bench.training.ablation_tables import Table, rows_of
-from infra.bench.training.ablation_trainer import Variant, VariantTrainer, train, without
+from infra.bench.training.ablation_trainer import Ablation, AblationTrainer, train, without
 from infra.bench.training.ml1m import RUNS
 from infra.datasets.movielens import movielens_1m
 from infra.harness.reporting import console, machine, print_result, print_table, run_command
@@ -56,10 +56,10 @@ class Graded:
 def main(
     table: Annotated[Table, typer.Argument(help="What varies.")],
     tokens: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1_000_000,
-    seeds: Annotated[str, typer.Option(help="Seeds of each variant, with commas between them.")] = "1",
+    seeds: Annotated[str, typer.Option(help="Seeds of each ablation, with commas between them.")] = "1",
     log: Annotated[Path | None, typer.Option(help="The tldr-pages log; MovieLens-1M if none is named.")] = None,
 ) -> None:
-    """Train every variant and rank the last action of every user."""
+    """Train every ablation and rank the last action of every user."""
     chosen = seed_numbers(seeds)
     actions, recipe = data_set(log)
     recipe = replace(recipe, budget=replace(recipe.budget, tokens_max=tokens))
@@ -99,36 +99,36 @@ def measured(
     """The figures of every row of a table, all trained in one precision and asked the same questions."""
     split = make_split(log, recipe.split, seed=recipe.seed)
     graded = {
-        name: [grade(split, with_seed(variant, seed), f"{name}, seed {seed}", precision) for seed in seeds]
-        for name, variant in rows_of(table, recipe, log).items()
+        name: [grade(split, with_seed(ablation, seed), f"{name}, seed {seed}", precision) for seed in seeds]
+        for name, ablation in rows_of(table, recipe, log).items()
     }
     first = next(iter(graded.values()))
     return {name: summary(each, first) for name, each in graded.items()}
 
 
-def with_seed(variant: Variant, seed: int) -> Variant:
-    """The variant, trained with another seed."""
-    return replace(variant, recipe=replace(variant.recipe, seed=seed))
+def with_seed(ablation: Ablation, seed: int) -> Ablation:
+    """The ablation, trained with another seed."""
+    return replace(ablation, recipe=replace(ablation.recipe, seed=seed))
 
 
-def grade(split: Split, variant: Variant, name: str, precision: torch.dtype) -> Graded:
-    """Train a variant and grade it on the test questions."""
+def grade(split: Split, ablation: Ablation, name: str, precision: torch.dtype) -> Graded:
+    """Train an ablation and grade it on the test questions."""
     with TrainingScreen(console) as screen:
         screen.line(f"training {name}")
-        trainer = train(split.train, variant, precision, screen.show)
-    exam = exam_of(split, trainer)
-    queries, items = exam.queries(trainer.model), known_items(trainer.model)
-    scores = exam.scores(queries, items)
-    coverage = p90_coverage(exam.top(queries, items, 10), items=len(items))
+        trainer = train(split.train, ablation, precision, screen.show)
+    evaluator = evaluator_of(split, trainer)
+    queries, items = evaluator.queries(trainer.model), known_items(trainer.model)
+    scores = evaluator.scores(queries, items)
+    coverage = p90_coverage(evaluator.top(queries, items, 10), items=len(items))
     return Graded(hits_at(scores.ranks, 10), scores.ndcg10, coverage)
 
 
-def exam_of(split: Split, trainer: VariantTrainer) -> Exam:
-    """The test questions, asked without the features that the variant leaves out."""
-    variant = trainer.variant
-    exam = Exam(split.log, trainer.vocabularies, split.test, hide_seen=variant.recipe.data.hide_seen)
-    exam.tokens = without(exam.tokens, variant.hidden)
-    return exam
+def evaluator_of(split: Split, trainer: AblationTrainer) -> NextItemEvaluator:
+    """The test questions, asked without the features that the ablation leaves out."""
+    ablation = trainer.ablation
+    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.test, hide_seen=ablation.recipe.data.hide_seen)
+    evaluator.tokens = without(evaluator.tokens, ablation.hidden)
+    return evaluator
 
 
 def summary(graded: Sequence[Graded], first: Sequence[Graded]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import typer
 
 from encoder.data.log import ActionLog, LogColumns, read_log
 from encoder.data.split import make_split
-from encoder.evaluation.next_item import Exam, Scores
+from encoder.evaluation.next_item import NextItemEvaluator, Scores
 from encoder.release import Release, ReleaseError, load_release
 from encoder.training.progress import TrainingScreen
 from encoder.training.recipe import LogConfig, Recipe, parse_recipe, read_recipe
@@ -54,7 +54,7 @@ def main(
     runs = [("ml1m_streaming", seed) for seed in chosen] + [("ml1m_window", chosen[0])] * window
     graded = [grade(f"{name}-{seed}", made(log, name, seed, minutes), log) for name, seed in runs]
     streaming, windows = graded[: len(chosen)], graded[len(chosen) :]
-    popular = exam_of(log, streaming[0].release).popularity_scores()
+    popular = evaluator_of(log, streaming[0].release).popularity_scores()
     show(graded, popular)
     print_result(
         {"bench": "ml1m", "machine": machine()}
@@ -93,7 +93,7 @@ def same(one: Recipe, other: Recipe) -> bool:
     return replace(one, log=LogConfig()) == replace(other, log=LogConfig())
 
 
-def exam_of(log: ActionLog, release: Release) -> Exam:
+def evaluator_of(log: ActionLog, release: Release) -> NextItemEvaluator:
     """The test questions, checked to be those that published figures are about."""
     recipe = parse_recipe(release.training["recipe"])
     split = make_split(log, recipe.split, seed=recipe.seed)
@@ -102,14 +102,14 @@ def exam_of(log: ActionLog, release: Release) -> Exam:
             f"not the standard split: {len(split.test)} questions, {len(release.vocabularies.item_keys)} items; "
             f"split.kind must be leave_one_out with items_min 5, to give {USERS} and {ITEMS}"
         )
-    return Exam(split.log, release.vocabularies, split.test, hide_seen=True)
+    return NextItemEvaluator(split.log, release.vocabularies, split.test, hide_seen=True)
 
 
 def grade(name: str, release: Release, log: ActionLog) -> Graded:
     """A release on the test questions."""
-    exam, read_out = exam_of(log, release), release.config.read_out
-    given = exam.encoder_scores(release.model, time_given=True) if read_out else None
-    return Graded(name, release, exam.encoder_scores(release.model), given)
+    evaluator, read_out = evaluator_of(log, release), release.config.read_out
+    given = evaluator.encoder_scores(release.model, time_given=True) if read_out else None
+    return Graded(name, release, evaluator.encoder_scores(release.model), given)
 
 
 def paired(one: Graded, other: Graded) -> dict[str, float]:

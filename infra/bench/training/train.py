@@ -30,7 +30,7 @@ import typer
 
 from encoder.data.log import ActionLog, LogColumns, read_log
 from encoder.data.split import make_split
-from encoder.distributed import World
+from encoder.distributed import ProcessGroup
 from encoder.hardware import faster_precision
 from encoder.training.recipe import Recipe, read_recipe
 from encoder.training.run import make_trainer
@@ -76,7 +76,7 @@ class Ours:
     """The streaming encoder's trainer, a slice of steps at a time."""
 
     def __init__(self, log: ActionLog, recipe: Recipe) -> None:
-        self._trainer = make_trainer(log, recipe, World())
+        self._trainer = make_trainer(log, recipe, ProcessGroup())
         self._batches = self._trainer.batches()
         for _ in range(2):
             self._trainer.train_step(next(self._batches), 0.0)

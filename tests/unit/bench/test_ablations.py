@@ -1,4 +1,4 @@
-"""The tables of variants: a feature left out is out of sight, SASRec's data and loss, and the paired difference."""
+"""The tables of ablations: a feature left out is out of sight, SASRec's data and loss, and the paired difference."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from encoder.training.objectives import make_pairs
 from encoder.training.recipe import ItemConfig, Recipe
 from encoder.training.run import train_release
 from infra.bench.training.ablation_tables import LEFT_OUT, Table, features, rows_of, sasrec
-from infra.bench.training.ablation_trainer import Variant, VariantTrainer, last_actions, train, without
-from infra.bench.training.ablations import Graded, exam_of, main, measured, seed_numbers, summary
+from infra.bench.training.ablation_trainer import Ablation, AblationTrainer, last_actions, train, without
+from infra.bench.training.ablations import Graded, evaluator_of, main, measured, seed_numbers, summary
 from tests.unit.encoder.test_model import STREAMING, WINDOW, random_actions, random_model, vocabularies
 from tests.unit.encoder.walks import small_recipe, walks, walks_table
 
@@ -112,26 +112,26 @@ def test_neither_training_nor_the_exam_sees_a_feature_left_out(name: str) -> Non
     log = walks(SEED, users=20, length=20)
     later = replace(log, actions=log.actions.copy())
     later.actions["timestamp_ms"] += np.arange(20).repeat(20) * 7_654_321_000
-    variant = features(recipe(), log)[name]
-    splits = [make_split(each, variant.recipe.split, seed=SEED) for each in (log, later)]
-    one, other = (train(split.train, variant, torch.float32) for split in splits)
+    ablation = features(recipe(), log)[name]
+    splits = [make_split(each, ablation.recipe.split, seed=SEED) for each in (log, later)]
+    one, other = (train(split.train, ablation, torch.float32) for split in splits)
     equal = name == "without the clock"
     assert torch.equal(one.model.project.weight, other.model.project.weight) == equal
-    assert torch.equal(*(exam_of(split, one).queries(one.model) for split in splits)) == equal
+    assert torch.equal(*(evaluator_of(split, one).queries(one.model) for split in splits)) == equal
 
 
 def test_a_plain_variant_is_trained_like_a_release(tmp_path: Path) -> None:
     """Where nothing is changed but the recipe, the weights are those of `train_release`, to the last bit."""
     log, plain = walks(SEED, users=20, length=20), recipe()
     released = train_release(log, plain, out_dir=tmp_path, threads=1).model.state_dict()
-    trained = train(make_split(log, plain.split, seed=plain.seed).train, Variant(plain), torch.float32)
+    trained = train(make_split(log, plain.split, seed=plain.seed).train, Ablation(plain), torch.float32)
     for name, values in trained.model.state_dict().items():
         assert torch.equal(values, released[name]), name
 
 
 def test_hiding_changes_neither_targets_nor_times() -> None:
     """What is predicted, when, and what popularity counts are those of the log."""
-    trainer = VariantTrainer(walks(SEED), Variant(recipe(), hidden=("item", "time_ms", "gap_ms")), torch.float32)
+    trainer = AblationTrainer(walks(SEED), Ablation(recipe(), hidden=("item", "time_ms", "gap_ms")), torch.float32)
     seen = trainer.tokens_of_log.features(np.arange(9))
     assert len(seen.time_ms.unique()) == len(seen.item.unique()) == len(seen.gap_ms.unique()) == 1
     log = walks(SEED)
@@ -152,7 +152,7 @@ def test_sasrec_is_trained_on_the_last_actions_in_one_piece() -> None:
     log = walks(SEED, users=20, length=20)
     assert np.diff(last_actions(log, 7).starts).tolist() == [7] * 20
     np.testing.assert_array_equal(last_actions(log, 7).actions[:7], log.actions[13:20])
-    trainer = VariantTrainer(log, Variant(recipe(), last=7), torch.float32)
+    trainer = AblationTrainer(log, Ablation(recipe(), last=7), torch.float32)
     epoch = np.concatenate(list(takewhile(lambda _: trainer.epoch == 0, trainer.batches())))
     assert sorted(epoch[:, 0].tolist()) == list(range(0, 140, 7))
     np.testing.assert_array_equal(epoch[:, :7] - epoch[:, :1], np.tile(np.arange(7), (20, 1)))
@@ -163,7 +163,7 @@ def test_binary_cross_entropy_by_hand() -> None:
     """-log sigma(positive) - log(1 - sigma(negative)), pair by pair; an item acted on before is no negative."""
     log = walks(SEED, users=5, length=15)
     plain = replace(recipe(), loss=replace(recipe().loss, equal_users=False))
-    trainer = VariantTrainer(log, Variant(plain, binary=True), torch.float32)
+    trainer = AblationTrainer(log, Ablation(plain, binary=True), torch.float32)
     rows = next(trainer.batches())
     pairs = make_pairs(rows, trainer.positives, plain.objective, np.random.default_rng(SEED))
     users = torch.randn(len(pairs.target), 32, generator=torch.Generator().manual_seed(SEED)) * 9
@@ -195,7 +195,7 @@ def test_from_sasrec_to_streaming_one_thing_changes_at_a_time() -> None:
 
 @pytest.mark.parametrize("table", [Table.OBJECTIVES, Table.NEGATIVES, Table.SASREC, Table.ENCODERS])
 def test_every_row_of_a_table_trains_and_is_compared(table: Table) -> None:
-    """Each variant of a few hundred tokens gets its figures; the first differs from itself by nothing."""
+    """Each ablation of a few hundred tokens gets its figures; the first differs from itself by nothing."""
     log = walks(SEED, users=20, length=20)
     figures = measured(log, table, recipe(400), [1, 2], torch.float32)
     assert list(figures) == list(rows_of(table, recipe(400), log))

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from encoder.data.split import make_split
-from encoder.distributed import World, join_world
-from encoder.evaluation.next_item import Exam, known_items
+from encoder.distributed import ProcessGroup, join_process_group
+from encoder.evaluation.next_item import NextItemEvaluator, known_items
 from encoder.hardware import CPU, DeviceError
 from encoder.release import load_release
 from encoder.training import trainer as trainer_module
-from encoder.training.checkpoint import Standing, save_checkpoint
+from encoder.training.checkpoint import TrainingState, save_checkpoint
 from encoder.training.recipe import Recipe
 from encoder.training.run import make_trainer, train_release
 from encoder.training.sources import make_items
@@ -97,7 +97,7 @@ def simulated(recipe: Recipe, precision: torch.dtype) -> Trainer:
     log = walks(SEED, users=8, length=24)
     with unset_fake_temporarily():
         vocabularies, items = make_items(log, recipe)
-    return Trainer(log, recipe, vocabularies, items, world=World(device=CUDA), precision=precision)
+    return Trainer(log, recipe, vocabularies, items, group=ProcessGroup(device=CUDA), precision=precision)
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:
@@ -126,13 +126,13 @@ def test_what_leaves_the_device_is_on_the_cpu(recipe: Recipe, monkeypatch: pytes
     """Embeddings, item vectors and all of a checkpoint lie on the CPU, wherever the model is."""
     trainer, saved = simulated(recipe, torch.float32), []
     split = make_split(walks(SEED, users=8, length=24), recipe.split, seed=1)
-    exam = Exam(split.log, trainer.vocabularies, split.validation, hide_seen=False)
-    assert exam.queries(trainer.model, time_given=recipe.encoder.read_out).device == CPU
+    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.validation, hide_seen=False)
+    assert evaluator.queries(trainer.model, time_given=recipe.encoder.read_out).device == CPU
     assert known_items(trainer.model).device == CPU
     with pytest.raises(DataDependentOutputException):
         trainer.train_step(next(trainer.batches()), 0.0)
     monkeypatch.setattr(torch, "save", lambda content, path: (saved.append(content), path.touch()))
-    save_checkpoint(tmp_path, trainer, Standing(best_weights=trainer.model.state_dict()), "of")
+    save_checkpoint(tmp_path, trainer, TrainingState(best_weights=trainer.model.state_dict()), "of")
     tensors = [each for each in tree_leaves(saved) if isinstance(each, Tensor)]
     assert len(tensors) > 4 * len(list(trainer.model.parameters()))
     assert {each.device for each in tensors} == {CPU}
@@ -147,16 +147,16 @@ def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert join_world() == World(device=CUDA)
+    assert join_process_group() == ProcessGroup(device=CUDA)
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert join_world() == World(3, 4, torch.device("cuda", 1))
+    assert join_process_group() == ProcessGroup(3, 4, torch.device("cuda", 1))
     assert taken == [0, 1, "nccl"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(DeviceError, match="process 3 of this machine finds 2 CUDA devices"):
-        join_world()
+        join_process_group()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert join_world() == World(3, 4, CPU)
+    assert join_process_group() == ProcessGroup(3, 4, CPU)
     assert taken[3:] == ["gloo"]
 
 
@@ -164,7 +164,7 @@ def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_gpu_learns_what_a_cpu_learns(tmp_path: Path) -> None:
     """Without dropout the first losses on a GPU are the CPU's but for rounding, and its release is as good."""
     log, recipe = walks(SEED), small_recipe(encoder={"read_out": True}, loss=SAMPLED)
-    cpu, gpu = (losses(make_trainer(log, recipe, world), 20) for world in (World(), World(device=CUDA)))
+    cpu, gpu = (losses(make_trainer(log, recipe, group), 20) for group in (ProcessGroup(), ProcessGroup(device=CUDA)))
     assert gpu == pytest.approx(cpu, rel=1e-2)
     release = train_release(log, replace(recipe, precision="auto"), out_dir=tmp_path, threads=1)
     assert release.training["device"] == torch.cuda.get_device_name(0)

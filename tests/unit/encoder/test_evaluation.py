@@ -8,9 +8,9 @@ import torch
 
 from encoder.data.log import DAY_MS, ActionLog, LogError
 from encoder.data.split import SplitConfig, make_split
-from encoder.evaluation.evaluate import Grading, grade, leave_one_out, rolling
+from encoder.evaluation.evaluate import EvaluationOptions, grade, leave_one_out, rolling
 from encoder.evaluation.freshness import STALENESS_MS, freshness_table, session_starts_ms
-from encoder.evaluation.next_item import MISSED, Exam
+from encoder.evaluation.next_item import MISSED, NextItemEvaluator
 from encoder.evaluation.queries import NewestRows, embeddings_after
 from encoder.evaluation.ranking import target_ranks
 from encoder.features import UNKNOWN, Vocabularies
@@ -78,8 +78,8 @@ def test_an_unknown_answer_is_a_miss() -> None:
     known = log.vocabularies()
     half = Vocabularies(known.item_keys[::2], known.actions, known.surfaces)
     questions = make_split(log, SplitConfig("leave_one_out"), seed=1).test
-    exam = Exam(log, half, questions, hide_seen=False)
-    scores = exam.encoder_scores(untrained(STREAMING, half).model)
+    evaluator = NextItemEvaluator(log, half, questions, hide_seen=False)
+    scores = evaluator.encoder_scores(untrained(STREAMING, half).model)
     unknown = half.item_rows(log.actions["item"][questions.answer]) == UNKNOWN
     assert unknown.any()
     assert (scores.ranks[unknown] == MISSED).all()
@@ -91,8 +91,8 @@ def test_popularity_is_the_count_of_seven_days() -> None:
     log = walks(SEED, users=20, length=30)
     vocabularies = log.vocabularies()
     questions = make_split(log, SplitConfig("leave_one_out"), seed=1).test
-    exam = Exam(log, vocabularies, questions, hide_seen=True)
-    ranks = exam.popularity_scores().ranks
+    evaluator = NextItemEvaluator(log, vocabularies, questions, hide_seen=True)
+    ranks = evaluator.popularity_scores().ranks
     item, day = vocabularies.item_rows(log.actions["item"]), log.actions["timestamp_ms"] // DAY_MS
     for question, (asked, answer) in enumerate(zip(questions.asked, questions.answer, strict=True)):
         week = item[(day >= day[answer] - 7) & (day < day[answer])]
@@ -105,8 +105,10 @@ def test_time_given_scores_stand_apart() -> None:
     """Only a release with a read-out has time-given scores, and an untrained read-out that modulates changes them."""
     log = walks(SEED)
     log, questions = leave_one_out(log, items_min=1, questions_max=1_000, seed=1)
-    with_read_out = grade(untrained(STREAMING, log.vocabularies()), log, "all", questions, Grading(hide_seen=False))
-    without = grade(untrained(WINDOW, log.vocabularies()), log, "all", questions, Grading(hide_seen=False))
+    with_read_out = grade(
+        untrained(STREAMING, log.vocabularies()), log, "all", questions, EvaluationOptions(hide_seen=False)
+    )
+    without = grade(untrained(WINDOW, log.vocabularies()), log, "all", questions, EvaluationOptions(hide_seen=False))
     assert without.time_given is None
     assert with_read_out.time_given is not None
     assert with_read_out.time_given != with_read_out.time_blind

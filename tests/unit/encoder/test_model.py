@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
-from encoder.attention import attend, log_minutes, rotation_at, time_bias
+from encoder.attention import attend, log_minutes, rope_at, time_bias
 from encoder.features import Features, Tokenizer, Vocabularies, padded_rows, sequence_positions
 from encoder.items import TrainedItems
 from encoder.model import AnyEncoder, EncoderConfig, StreamingEncoder, TimeEncoding, build_encoder, initialize
@@ -137,7 +137,7 @@ def step_by_step(model: StreamingEncoder, features: Features) -> Tensor:
     for at in range(features.item.shape[1]):
         token = Features(*(getattr(features, name)[:, at : at + 1] for name in Features.__slots__))
         x = model.inputs(token)
-        rotation = rotation_at(token.position, model.config.head_dim)
+        rotation = rope_at(token.position, model.config.head_dim)
         for block, cache in zip(model.layers, caches, strict=True):
             q, k, v = block.project(x, rotation)
             cache.append((k, v, token.time_ms))

@@ -26,7 +26,7 @@ from encoder.data.batches import epoch_batches
 from encoder.data.log import ActionLog, LogColumns, LogError, read_log
 from encoder.data.shards import MANIFEST, Shards, open_log
 from encoder.data.split import SplitConfig, make_split, split_shards
-from encoder.distributed import World
+from encoder.distributed import ProcessGroup
 from encoder.features import Tokens
 from encoder.training.checkpoint import NAME
 from encoder.training.run import Progress, make_trainer, train_release
@@ -170,7 +170,7 @@ def test_an_epoch_reads_every_action_of_every_shard_once(folder: Path) -> None:
     """The batches of an epoch hold each action that is trained on once; the next takes the shards in another order."""
     shards = in_shards(folder)
     split = split_shards(shards, RECIPE.split, seed=RECIPE.seed)
-    trainer = make_trainer(split.train, RECIPE, World())
+    trainer = make_trainer(split.train, RECIPE, ProcessGroup())
     read: list[list[int]] = [[], []]
     orders: list[list[int]] = [[], []]
     for rows in trainer.batches():
@@ -289,7 +289,7 @@ def files(folder: Path) -> list[Path]:
 def test_one_part_gives_the_batches_of_a_log() -> None:
     """A log in memory is read in the order that (seed, epoch) alone decide, in each epoch."""
     log, recipe = walks(SEED), small_recipe()
-    batches = make_trainer(log, recipe, World()).batches()
+    batches = make_trainer(log, recipe, ProcessGroup()).batches()
     for epoch in range(3):
         for rows in epoch_batches(log.starts, recipe.data, np.random.default_rng([recipe.seed, epoch])):
             assert np.array_equal(next(batches), rows)

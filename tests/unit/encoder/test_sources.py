@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from encoder.actions.columns import item_key
-from encoder.distributed import World
+from encoder.distributed import ProcessGroup
 from encoder.features import UNKNOWN
 from encoder.items import FixedItems, ItemError, TextItems, text_grams
 from encoder.training.run import make_trainer, train_release
@@ -64,7 +64,7 @@ def test_texts_make_vectors_of_items_without_an_action(tmp_path: Path) -> None:
     ]
     (tmp_path / "texts.csv").write_text("\n".join(lines))
     recipe = small_recipe(items={"source": "text", "path": str(tmp_path / "texts.csv"), "text_columns": ["title"]})
-    trainer = make_trainer(walks(SEED), recipe, World())
+    trainer = make_trainer(walks(SEED), recipe, ProcessGroup())
     assert isinstance(trainer.model.items, TextItems)
     row = trainer.vocabularies.item_rows(np.array([item_key("new")], np.uint64))[0]
     assert row != UNKNOWN

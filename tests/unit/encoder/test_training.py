@@ -18,8 +18,8 @@ import torch
 
 from encoder.data.log import ActionLog
 from encoder.data.split import make_split
-from encoder.distributed import World
-from encoder.evaluation.next_item import Exam
+from encoder.distributed import ProcessGroup
+from encoder.evaluation.next_item import NextItemEvaluator
 from encoder.features import UNKNOWN
 from encoder.hardware import faster_precision
 from encoder.release import load_release
@@ -39,7 +39,7 @@ def _one_thread() -> None:
 
 
 def losses(log: ActionLog, recipe: Recipe, steps: int) -> list[float]:
-    trainer = make_trainer(log, recipe, World())
+    trainer = make_trainer(log, recipe, ProcessGroup())
     batches = trainer.batches()
     return [trainer.train_step(next(batches), 0.0) for _ in range(steps)]
 
@@ -49,7 +49,7 @@ def test_one_batch_is_learned_by_heart(kind: str) -> None:
     """Fifty steps on a single batch bring the loss from chance to a hundredth of it."""
     loss = {"kind": kind, "random_negatives": 20, "batch_negatives_max": 20, "equal_users": False}
     recipe = small_recipe(loss=loss, optimizer={"warmup_steps": 1}, data={"unknown_rate": 0.0})
-    trainer = make_trainer(walks(SEED, users=8, length=12), recipe, World())
+    trainer = make_trainer(walks(SEED, users=8, length=12), recipe, ProcessGroup())
     rows = next(trainer.batches())
     values = [trainer.train_step(rows, 0.0) for _ in range(50)]
     assert values[0] > 2
@@ -216,8 +216,8 @@ def test_training_stops_early_and_releases_the_best(tmp_path: Path) -> None:
     assert heard[-1].metric is not None
     assert heard[-1].metric < best
     split = make_split(log, recipe.split, seed=recipe.seed)
-    exam = Exam(split.log, release.vocabularies, split.validation, hide_seen=False)
-    assert exam.encoder_scores(release.model).hr10 == best
+    evaluator = NextItemEvaluator(split.log, release.vocabularies, split.validation, hide_seen=False)
+    assert evaluator.encoder_scores(release.model).hr10 == best
 
 
 def test_cold_items_are_read_and_never_offered() -> None:
@@ -225,7 +225,7 @@ def test_cold_items_are_read_and_never_offered() -> None:
     log = walks(SEED, users=10, length=20, follows=0.3)
     _, counts = np.unique(log.actions["item"], return_counts=True)
     recipe = small_recipe(data={"items_min": int(np.median(counts)) + 1})
-    trainer = make_trainer(log, recipe, World())
+    trainer = make_trainer(log, recipe, ProcessGroup())
     assert (trainer.tokens_of_log.item == UNKNOWN).any()
     assert not (trainer.tokens_of_log.item[trainer.positives.rows] == UNKNOWN).any()
     assert np.isfinite(trainer.train_step(next(trainer.batches()), 0.0))
