@@ -1,6 +1,7 @@
-"""Where a training can go on from: its tensors and counters, tied to the recipe and the log that made them.
+"""Checkpoints of a training: tensors and counters, tied to the recipe and the log that produced them.
 
-One file, written beside and renamed. It holds tensors and plain values only and is read as such: nothing is executed.
+A checkpoint is one file, written under another name and then renamed. It holds tensors and plain values only and is
+loaded with `weights_only=True`, so reading one never executes code.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ class CheckpointError(ValueError):
 
 @dataclass
 class TrainingState:
-    """What training knows besides the trainer's own state."""
+    """State of a run beyond its trainer: time spent, and early stopping."""
 
     seconds: float = 0.0
-    """Spent before this process began."""
+    """Training time before this process started."""
     best: float | None = None
+    """Best validation metric so far."""
     stale: int = 0
-    """Validations since the best."""
+    """Validations since the best one."""
     next_validation: int = 0
-    """Tokens at which the next one is due."""
+    """Number of tokens at which the next validation is due."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the best validation."""
 
 
 def fingerprint(log: LogParts, recipe: Recipe) -> str:
-    """A hash of the recipe and of the log that is trained on, wherever the log lies."""
+    """Return a hash of the recipe and of the training log's content; the path of the log does not enter."""
     values = asdict(recipe)
     del values["log"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
@@ -50,24 +53,22 @@ def fingerprint(log: LogParts, recipe: Recipe) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, standing: TrainingState, of: str) -> None:
-    """Write the state of a training whose fingerprint is `of`; its processes call this together, the first writes."""
-    state = {
-        "of": of,
-        "processes": trainer.group.size,
-        "trainer": trainer.state(),
-        "standing": asdict(standing),
-    }
+def save_checkpoint(folder: Path, trainer: Trainer, state: TrainingState, of: str) -> None:
+    """Write the state of the training with fingerprint `of`.
+
+    This is a collective call: every process of the group makes it, and the main process writes the file.
+    """
+    values = {"of": of, "processes": trainer.group.size, "trainer": trainer.state(), "standing": asdict(state)}
     if trainer.group.rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / (NAME + ".part")
-    torch.save(on_cpu(state), beside)
+    torch.save(on_cpu(values), beside)
     beside.replace(folder / NAME)
 
 
 def on_cpu(state: Any) -> Any:
-    """Nested dictionaries and lists with their tensors on the CPU, so that any machine goes on from a checkpoint."""
+    """Copy nested dictionaries and lists with their tensors on the CPU, so that any machine can load them."""
     if isinstance(state, dict):
         return {key: on_cpu(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -76,21 +77,24 @@ def on_cpu(state: Any) -> Any:
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, of: str) -> TrainingState:
-    """Put a trainer where the checkpoint stood; a fresh `TrainingState` where there is none. Raises `CheckpointError`."""
+    """Restore a trainer from the checkpoint in `folder`, or return a fresh state if there is none.
+
+    Raises `CheckpointError` if the checkpoint is unreadable or belongs to another training.
+    """
     path = folder / NAME
     if not path.exists():
         return TrainingState(next_validation=trainer.recipe.budget.validate_tokens)
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["of"] != of:
+        values: dict[str, Any] = torch.load(path, weights_only=True)
+        if values["of"] != of:
             raise CheckpointError(f"checkpoint is of another recipe or log: {path}; remove it or name another folder")
-        if state["processes"] != trainer.group.size:
+        if values["processes"] != trainer.group.size:
             raise CheckpointError(
-                f"checkpoint is of a training by {state['processes']} processes, not {trainer.group.size}: {path}; "
-                "start as many, or remove it to start again"
+                f"checkpoint was written by {values['processes']} processes, not {trainer.group.size}: {path}; "
+                "start that many, or remove it to start again"
             )
-        trainer.restore(state["trainer"])
-        return TrainingState(**state["standing"])
+        trainer.restore(values["trainer"])
+        return TrainingState(**values["standing"])
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint cannot be read: {path} ({detail}); remove it to start again") from error

@@ -1,7 +1,9 @@
-"""The softmax loss of pairs over a pool of items, in memory that does not grow with pairs times pool.
+"""Sampled softmax over a pool of items, in memory that does not grow with pairs times pool.
 
-Shapes: P pairs, N pool, E embedding. Logits are `scale * <user, item>`; the scale is exp of a learned parameter, at
-most 100 (a temperature of at least 0.01).
+Logits are `scale * <user, item>`; the scale is the exponential of a learned parameter and at most 100 (a temperature
+of at least 0.01).
+
+Shapes: P pairs, N pool, E embedding, C pairs of one chunk.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from encoder.arrays import I64
 
 SCALE_MAX = 100.0
 CHUNK = 256
-"""Pairs whose logits exist at one time: few enough to stay in the cache of a core."""
+"""Number of pairs whose logits exist at one time: few enough to stay in the cache of a core."""
 
 MaskLogits = Callable[[Tensor, int], None]
-"""Sets to minus infinity, in place, the logits [n, N] of the pairs from the given one on that are no negatives."""
+"""A call `mask(logits, first)` sets the logits [C, N] of non-negatives to -inf, in place; row 0 is pair `first`."""
 
 
 def softmax_loss(
@@ -32,26 +34,39 @@ def softmax_loss(
     *,
     target_log_q: Tensor,
     pool_log_q: Tensor,
-    hide: MaskLogits,
+    mask: MaskLogits,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weighted mean of -log softmax of each pair's target among itself and the pool.
+    """Return the weighted mean of -log softmax of each pair's target among itself and the pool.
 
-    `users` [P, E] already scaled, `targets` [P, E], `pool` [N, E], `weights` [P] summing to 1; the log-Q [P] and [N]
-    are taken from the logits (PinnerFormer, equation 2). `hide` removes the entries of the pool that are no negatives
-    of a pair. With `precision` bfloat16 the factors of products are rounded to it; logits and sums are float32.
+        loss = sum_p w_p * -log( exp(s_p) / (exp(s_p) + sum_n exp(s_pn)) )
+        s_p  = <user_p, target_p> - log Q(target_p)         s_pn = <user_p, pool_n> - log Q(pool_n)
+
+    This is PinnerFormer's equation 2 (arXiv 2205.04507). `users` [P, E] are already scaled; `targets` are [P, E],
+    `pool` [N, E], `weights` [P] with sum 1, `target_log_q` [P] and `pool_log_q` [N]. `mask` removes the entries of the
+    pool that are not negatives of a pair. With `precision` bfloat16 the factors of matrix products are rounded to
+    bfloat16; logits and sums stay float32.
     """
     loss: Tensor = _PooledSoftmax.apply(  # type: ignore[no-untyped-call]
-        users, targets, pool, weights, target_log_q, pool_log_q, hide, precision
+        users, targets, pool, weights, target_log_q, pool_log_q, mask, precision
     )
     return loss
 
 
 class _PooledSoftmax(torch.autograd.Function):
-    """Gradients are taken chunk by chunk in the forward pass, so no [P, N] matrix is ever kept."""
+    """The loss with its gradients computed chunk by chunk in the forward pass, so no [P, N] matrix is ever kept.
+
+    With p_n = exp(s_pn) / Z and p = exp(s_p) / Z, where Z sums over the pool and the target:
+
+        d loss / d user_p   = w_p * ( sum_n p_n * pool_n + (p - 1) * target_p )
+        d loss / d target_p = w_p * (p - 1) * user_p
+        d loss / d pool_n   = sum_p w_p * p_n * user_p
+
+    `backward` only multiplies the three by the incoming gradient, a scalar.
+    """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 (an autograd function takes its inputs as positional arguments)
         ctx: Any,
         users: Tensor,
         targets: Tensor,
@@ -59,30 +74,30 @@ class _PooledSoftmax(torch.autograd.Function):
         weights: Tensor,
         target_log_q: Tensor,
         pool_log_q: Tensor,
-        hide: MaskLogits,
+        mask: MaskLogits,
         precision: torch.dtype,
     ) -> Tensor:
         total = users.new_zeros(())
         by_user, by_target, by_pool = torch.empty_like(users), torch.empty_like(targets), torch.zeros_like(pool)
         lower = precision if precision == torch.bfloat16 else users.dtype
-        rounded_pool = pool.to(lower)
+        rounded_pool = pool.to(lower)  # [N, E]
         for start in range(0, len(users), CHUNK):
             part = slice(start, start + CHUNK)
-            u, t, w = users[part], targets[part], weights[part]
+            u, t, w = users[part], targets[part], weights[part]  # [C, E], [C, E], [C]
             with rounded_factors(precision):
-                logits = torch.addmm(-pool_log_q, u, pool.T)
-            hide(logits, start)
-            positive = (u * t).sum(-1) - target_log_q[part]
-            highest = torch.maximum(positive, logits.amax(-1))
-            share = logits.sub_(highest.unsqueeze(-1)).exp_()
-            own = (positive - highest).exp()
-            in_all = share.sum(-1) + own
-            total += (w * (in_all.log() + highest - positive)).sum()
-            share = share.mul_((w / in_all).unsqueeze(-1)).to(lower)
-            pull = (w * (own / in_all - 1)).unsqueeze(-1)
-            by_user[part] = (share @ rounded_pool).to(u.dtype) + pull * t
+                logits = torch.addmm(-pool_log_q, u, pool.T)  # [C, N]
+            mask(logits, start)
+            positive = (u * t).sum(-1) - target_log_q[part]  # [C]
+            highest = torch.maximum(positive, logits.amax(-1))  # [C], subtracted so that exp cannot overflow
+            p = logits.sub_(highest.unsqueeze(-1)).exp_()  # [C, N], unnormalized until below
+            p_target = (positive - highest).exp()  # [C]
+            total_p = p.sum(-1) + p_target  # [C], the Z of the docstring over exp(highest)
+            total += (w * (total_p.log() + highest - positive)).sum()
+            p = p.mul_((w / total_p).unsqueeze(-1)).to(lower)  # [C, N], now w_p * p_n
+            pull = (w * (p_target / total_p - 1)).unsqueeze(-1)  # [C, 1], w_p * (p - 1)
+            by_user[part] = (p @ rounded_pool).to(u.dtype) + pull * t
             by_target[part] = pull * u
-            by_pool += (share.T @ u.to(lower)).to(u.dtype)
+            by_pool += (p.T @ u.to(lower)).to(u.dtype)
         ctx.save_for_backward(by_user, by_target, by_pool)
         return total
 
@@ -95,9 +110,9 @@ class _PooledSoftmax(torch.autograd.Function):
 
 @contextmanager
 def rounded_factors(precision: torch.dtype) -> Iterator[None]:
-    """Within, float32 products round their factors if `precision` says so; sums stay float32.
+    """Let float32 products round their factors inside this context if `precision` is bfloat16; sums stay float32.
 
-    To bfloat16 on a CPU, to TF32 on a GPU.
+    Factors are rounded to bfloat16 on a CPU and to TF32 on a GPU.
     """
     if precision != torch.bfloat16:
         yield
@@ -111,6 +126,6 @@ def rounded_factors(precision: torch.dtype) -> Iterator[None]:
 
 
 def equal_user_weights(users: I64) -> Tensor:
-    """[P] weights that sum to 1, every user of [P] having the same total."""
+    """Return weights [P] that sum to 1 and give every user in `users` [P] the same total weight."""
     _, inverse, counts = np.unique(users, return_inverse=True, return_counts=True)
     return torch.from_numpy((1.0 / (len(counts) * counts[inverse])).astype(np.float32))

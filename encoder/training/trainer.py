@@ -1,8 +1,11 @@
-"""One training under way: a model, its optimizer, and one step at a time.
+"""Trainer: a model, its optimizer, and one optimizer step at a time.
 
-Everything random in a step is derived from (seed, epoch, step), so a checkpoint needs no generator's state and a
-training that was killed goes on to the same result. A log in several parts (`LogParts`) is read one part at a time, in
-another order in each epoch.
+All randomness of a step is derived from (seed, epoch, step), so a checkpoint stores no generator state and a training
+that was killed resumes to the same weights. A log in several parts (`LogParts`) is read one part at a time, in a
+different order in each epoch.
+
+Shapes: B sequences, L actions, P pairs (an output and the action it predicts), D model, E embedding, V item vector,
+I items.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from encoder.training.recipe import Recipe
 
 
 class Trainer:
-    """One training under way. `step` counts optimizer steps, `tokens` the real tokens read so far.
+    """A model in training, with its optimizer, its data and its counters.
 
-    Batches are made on the CPU; the model and its loss are computed on the device of `group`, from the same initial weights.
-    `targets` counts what this process has predicted since it began, for rates.
+    `step` counts optimizer steps and `tokens` the real (not padded) tokens read by all processes. `targets` counts the
+    actions that this process has predicted, to compute rates. Batches are built on the CPU; the model and the loss
+    are computed on the device of `group`. Every process starts from the same weights.
     """
 
     def __init__(
@@ -48,12 +52,7 @@ class Trainer:
         group: ProcessGroup = ProcessGroup(),  # noqa: B008 (frozen)
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self.recipe, self.vocabularies, self.group, self.precision = (
-            recipe,
-            vocabularies,
-            group,
-            precision,
-        )
+        self.recipe, self.vocabularies, self.group, self.precision = recipe, vocabularies, group, precision
         self.device = group.device
         self._log = log
         self._read(0)
@@ -75,11 +74,11 @@ class Trainer:
         self.epoch = self.part_of_epoch = self.step_of_part = self.step = self.tokens = self.targets = 0
 
     def batches(self) -> Iterator[I64]:
-        """Row matrices without end, from where the training stands; rows are those of the part that is being read."""
+        """Yield row matrices [B, L] without end, starting at the counters; rows index the part being read."""
         while True:
             order = np.random.default_rng([self.recipe.seed, self.epoch]).permutation(self._log.parts)
             for part in order[self.part_of_epoch :].tolist():
-                self._turn_to(part)
+                self._switch_to(part)
                 for number, rows in enumerate(self._part_batches()):
                     if number >= self.step_of_part:
                         self.step_of_part = number + 1
@@ -91,8 +90,8 @@ class Trainer:
         rng = np.random.default_rng([self.recipe.seed, self.epoch, self._part])
         return epoch_batches(self.starts, self.recipe.data, rng, rank=self.group.rank, ranks=self.group.size)
 
-    def _turn_to(self, part: int) -> None:
-        """Read another part; the last one is forgotten first."""
+    def _switch_to(self, part: int) -> None:
+        """Read a part unless it is the current one; the current one is released first, to hold only one in memory."""
         if part != self._part:
             del self.starts, self.user_of_row, self.tokens_of_log, self.positives
             self._read(part)
@@ -105,7 +104,10 @@ class Trainer:
         self.positives = find_positives(log, self.tokens_of_log, self.recipe.data.positives)
 
     def train_step(self, rows: I64, fraction: float) -> float:
-        """One optimizer step on sequences [B, L]; `fraction` of the budget is spent. Returns the loss."""
+        """Take one optimizer step on sequences [B, L] of rows (-1: padding) and return the loss.
+
+        `fraction` is the share of the budget already spent; the learning rate depends on it.
+        """
         rng = np.random.default_rng([self.recipe.seed, self.epoch, self.step, self.group.rank])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         pairs = make_pairs(rows, self.positives, self.recipe.objective, rng)
@@ -124,37 +126,42 @@ class Trainer:
         return float(loss.detach())
 
     def loss(self, rows: I64, pairs: Pairs, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        """The loss of the pairs of a batch."""
+        """Return the loss of the pairs [P] of a batch of sequences [B, L]."""
         features = self.tokens_of_log.features(rows)
-        hidden_items = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate
-        features = replace(features, item=features.item.masked_fill(hidden_items, UNKNOWN)).to(self.device)
-        lengths = self.on_device((rows >= 0).sum(axis=1))
+        masked = torch.rand(rows.shape, generator=generator) < self.recipe.data.unknown_rate  # [B, L]
+        features = replace(features, item=features.item.masked_fill(masked, UNKNOWN)).to(self.device)
+        lengths = self.on_device((rows >= 0).sum(axis=1))  # [B]
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            hidden = self.model(features, lengths, make_dropout(self.recipe.optimizer.dropout, rng, self.device))
-            at = hidden[self.on_device(pairs.sequence), self.on_device(pairs.place)].float()
+            dropout = make_dropout(self.recipe.optimizer.dropout, rng, self.device)
+            hidden = self.model(features, lengths, dropout)  # [B, L, D]
+            outputs = hidden[self.on_device(pairs.sequence), self.on_device(pairs.position)].float()  # [P, D]
             if self.recipe.encoder.read_out:
-                at = self.read_out_half(at, rows, pairs, rng)
-            embedded = self.model.head(at).float()
+                outputs = self.read_out_half(outputs, rows, pairs, rng)
+            embedded = self.model.head(outputs).float()  # [P, E]
         users = embedded * self.log_scale.clamp(max=math.log(SCALE_MAX)).exp()
         return self.pooled_loss(users, pairs, rng)
 
     def on_device(self, values: npt.NDArray[Any]) -> Tensor:
-        """An array as a tensor where the model is."""
+        """Return an array as a tensor on the device of the model."""
         return torch.from_numpy(values).to(self.device)
 
-    def read_out_half(self, at: Tensor, rows: I64, pairs: Pairs, rng: np.random.Generator) -> Tensor:
-        """Half of the pairs as of the time of their target, half as published: one encoder learns both."""
+    def read_out_half(self, outputs: Tensor, rows: I64, pairs: Pairs, rng: np.random.Generator) -> Tensor:
+        """Apply the read-out to a random half of the outputs [P, D], at the time of their target.
+
+        The other half stays as it is, so that one encoder learns to embed with and without the time of the request.
+        """
         assert isinstance(self.model, StreamingEncoder)
         time_ms = self.tokens_of_log.time_ms
-        since = self.on_device(time_ms[pairs.target] - time_ms[rows[pairs.sequence, pairs.place]])
-        given = self.on_device(rng.random(len(since)) < 0.5).unsqueeze(-1)
-        return torch.where(given, self.model.read_out(at, since), at)
+        output_ms = time_ms[rows[pairs.sequence, pairs.position]]  # [P] time of the action behind each output
+        since_ms = self.on_device(time_ms[pairs.target] - output_ms)
+        time_given = self.on_device(rng.random(len(since_ms)) < 0.5).unsqueeze(-1)  # [P, 1]
+        return torch.where(time_given, self.model.read_out(outputs, since_ms), outputs)
 
     def pooled_loss(self, users: Tensor, pairs: Pairs, rng: np.random.Generator) -> Tensor:
-        """Softmax of scaled user embeddings [P, E] over the pool of the batch."""
+        """Return the softmax loss of scaled user embeddings [P, E] over the negative pool of the batch."""
         targets, user_ids = self.tokens_of_log.item[pairs.target], self.user_of_row[pairs.target]
         pool = self.sampler.pool(user_ids, targets, rng)
-        table = self.model.item_embeddings()
+        table = self.model.item_embeddings()  # [I + 1, E]
         return softmax_loss(
             users,
             table[self.on_device(targets)],
@@ -162,18 +169,21 @@ class Trainer:
             self.pair_weights(user_ids).to(self.device),
             target_log_q=pool.target_log_q,
             pool_log_q=pool.log_q,
-            hide=pool.hide,
+            mask=pool.mask,
             precision=self.precision,
         )
 
     def pair_weights(self, user_ids: I64) -> Tensor:
-        """[P] weights of the pairs, summing to 1."""
+        """Return the weights of the pairs [P], which sum to 1."""
         if self.recipe.loss.equal_users:
             return equal_user_weights(user_ids)
         return torch.full((len(user_ids),), 1 / len(user_ids))
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint needs, of all processes, which call it together; tensors and plain values."""
+        """Return everything that a checkpoint stores, as tensors and plain values.
+
+        This is a collective call: the sketches of all processes are gathered.
+        """
         sketch = self.sampler.sketch
         return {
             "model": self.model.state_dict(),
@@ -186,7 +196,7 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Restore the model, the optimizer and the counters that `state` returned."""
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             self.log_scale.copy_(state["log_scale"])
@@ -200,9 +210,9 @@ class Trainer:
 def initial_items(
     tokens: Tokens, user_of_row: I64, recipe: Recipe, *, items: int, generator: torch.Generator
 ) -> Tensor | None:
-    """The table [I + 1, V] that trained item vectors begin with, None for a random one.
+    """Return the initial table [I + 1, V] of trained item vectors, or None for a random one.
 
-    Made from the log's first part: items that do not occur in it begin at 0.
+    The table is computed from the first part of the log; items that do not occur in that part start at 0.
     """
     if recipe.items.source != "trained" or recipe.items.initial == "random":
         return None
@@ -210,13 +220,13 @@ def initial_items(
 
 
 def find_positives(log: ActionLog, tokens: Tokens, names: tuple[str, ...]) -> Positives:
-    """The actions of a log that may be predicted: of the named types (all if none is named), on known items."""
+    """Return the actions that may be predicted: of the named types (all types if none is named) and on known items."""
     is_positive = (tokens.item != UNKNOWN) & log.is_of(names)
     return Positives(starts=log.starts, time_ms=tokens.time_ms, is_positive=is_positive)
 
 
 def make_optimizer(model: AnyEncoder, log_scale: nn.Parameter, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on the matrices of Linear layers alone."""
+    """Return AdamW with weight decay on the matrices of Linear layers only."""
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     matrices = [p for p in model.parameters() if id(p) in decayed]
     others = [p for p in model.parameters() if id(p) not in decayed]
@@ -228,7 +238,7 @@ def make_optimizer(model: AnyEncoder, log_scale: nn.Parameter, recipe: Recipe) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, fraction: float) -> None:
-    """Linear warm-up by steps, then a cosine to zero over the budget."""
+    """Set the learning rate: linear warm-up over the first steps, times a cosine to zero over the budget."""
     warm = min(1.0, step / max(1, recipe.optimizer.warmup_steps))
     lr = recipe.optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
     for group in optimizer.param_groups:
@@ -236,7 +246,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
 
 
 def make_dropout(rate: float, rng: np.random.Generator, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Inverted dropout on a device that draws from `rng`, its rate rounded to 256ths; None where that is 0."""
+    """Return inverted dropout driven by `rng`, or None if the rate rounds to 0.
+
+    The rate is rounded to a multiple of 1/256, because one random byte decides about each element.
+    """
     dropped = round(rate * 256)
     if not dropped:
         return None
@@ -249,9 +262,10 @@ def make_dropout(rate: float, rng: np.random.Generator, device: torch.device) ->
 
 
 def make_bytes(rng: np.random.Generator, device: torch.device) -> Callable[[torch.Size], Tensor]:
-    """What draws uniform bytes of a shape: from `rng` on a CPU, elsewhere from a generator there that `rng` seeds.
+    """Return a function that draws uniform random bytes of a given shape.
 
-    A byte an element: drawing a float for each took a tenth of a step.
+    On a CPU the bytes come from `rng`; on another device, from a generator there that `rng` seeds. One byte per
+    element, because drawing a float for each element took a tenth of the training step.
     """
     if device.type == "cpu":
         return lambda shape: torch.frombuffer(bytearray(rng.bytes(shape.numel())), dtype=torch.uint8).view(shape)

@@ -33,7 +33,7 @@ def our_loss(users: Tensor, table: Tensor, user_ids: np.ndarray, targets: np.nda
         equal_user_weights(user_ids).double(),
         target_log_q=pool.target_log_q.double(),
         pool_log_q=pool.log_q.double(),
-        hide=pool.hide,
+        mask=pool.mask,
     )
 
 
@@ -90,7 +90,7 @@ def test_rounded_factors_leave_value_and_gradients_close() -> None:
             equal_user_weights(user_ids),
             target_log_q=pool.target_log_q,
             pool_log_q=pool.log_q,
-            hide=pool.hide,
+            mask=pool.mask,
             precision=precision,
         )
 

@@ -35,7 +35,7 @@ def pairs_of(log: Log, kind: str, **options: object) -> tuple[np.ndarray, list[t
     config = ObjectiveConfig(shares={kind: 1.0}, window_days=7, **options)  # type: ignore[arg-type, dict-item]
     sequences = padded_rows(log.starts)
     pairs = make_pairs(sequences, log.positives, config, np.random.default_rng(SEED))
-    rows = sequences[pairs.sequence, pairs.place]
+    rows = sequences[pairs.sequence, pairs.position]
     return sequences, list(zip(rows.tolist(), pairs.target.tolist(), strict=True))
 
 
@@ -57,7 +57,7 @@ def test_next_action_predicts_after_the_newest_alone() -> None:
     pairs = make_pairs(cut, log.positives, config, np.random.default_rng(SEED))
     newest = [int(line[line >= 0][-1]) for line in cut if (line >= 0).any()]
     expected = [(row, log.later(row)[0]) for row in newest if log.later(row)]
-    assert list(zip(cut[pairs.sequence, pairs.place].tolist(), pairs.target.tolist(), strict=True)) == expected
+    assert list(zip(cut[pairs.sequence, pairs.position].tolist(), pairs.target.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
