@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
-from typer.main import get_group
 
-from infra.cli import app
+from infra.cli import COMMANDS, load
 from streams.config.groups import Group
 from streams.config.settings import CONFIG_VARIABLE, Settings, secret_keys, variable
 from streams.telemetry.metrics import Histogram, Metrics
@@ -107,29 +106,27 @@ Every command exits with 0 on success and with 1 on a known error, which is one 
 exits with 2. `streamformer worker` has more exit codes: see [Operate a worker](../guides/operate.md#exit-codes). The
 `make` targets are listed in [CONTRIBUTING](../../CONTRIBUTING.md#make-targets).
 """
-    group = get_group(app)
     sections = [
-        line for name in sorted(group.list_commands(_NO_CONTEXT)) for line in _command(group, name, "streamformer")
+        line
+        for name, entry in sorted(COMMANDS.items())
+        for line in _command(load(name, entry), f"streamformer {name}", entry.extra)
     ]
     return "\n".join([head, *sections])
 
 
-_NO_CONTEXT: Any = None
-"""Typer's groups take a context that ours do not read."""
-
-
-def _command(group: Any, name: str, prefix: str) -> Iterator[str]:
-    command = group.get_command(_NO_CONTEXT, name)
+def _command(command: Any, path: str, extra: str) -> Iterator[str]:
     if hasattr(command, "commands"):
-        for child in sorted(command.commands):
-            yield from _command(command, child, f"{prefix} {name}")
+        for name, child in sorted(command.commands.items()):
+            yield from _command(child, f"{path} {name}", extra)
         return
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
-    usage = " ".join([prefix, name, *map(_placeholder, arguments), *(["[OPTIONS]"] if options else [])])
-    yield f"## {prefix} {name}\n"
+    usage = " ".join([path, *map(_placeholder, arguments), *(["[OPTIONS]"] if options else [])])
+    yield f"## {path}\n"
     yield f"```\n{usage}\n```\n"
     yield f"{' '.join((command.help or '').split())}\n"
+    if extra:
+        yield f"Needs `pip install 'streamformer[{extra}]'`.\n"
     if command.params:
         yield "| argument or option | default | description |"
         yield "| --- | --- | --- |"
