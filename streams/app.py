@@ -24,7 +24,7 @@ from streams.config.settings import Settings
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy, parse_policy
-from streams.encoding.partition_jobs import PartitionSource
+from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.delivery import BatchTransport
@@ -144,15 +144,15 @@ class WorkerApp:
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Begin to process a partition."""
-        source = PartitionSource(
+        jobs = PartitionJobs(
             owned,
             self.outputs,
             self.metrics,
             encoder_version=self.runtime.version,
-            lineage=self._incarnation(owned),
+            incarnation=self._incarnation(owned),
             now_ms=now_ms,
         )
-        self.ingest.add(owned, source)
+        self.ingest.add(owned, jobs)
 
     def _incarnation(self, owned: OwnedPartition) -> int:
         """Return a number that stays the same while no other worker can have advanced the partition's state.
@@ -170,7 +170,7 @@ class WorkerApp:
         for each in owned:
             self.ingest.remove(each)
             self._revoked_at[each.tp.partition] = each.next_offset
-        await self.queue.settle(self.settings.kafka.session_timeout_ms / 1000 / 4)
+        await self.queue.wait_idle(self.settings.kafka.session_timeout_ms / 1000 / 4)
 
     def on_lost(self, owned: OwnedPartition) -> None:
         """Stop processing a partition that another worker has fenced."""

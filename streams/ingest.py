@@ -1,7 +1,7 @@
-"""The agent's loop: a record batch comes in, the pure core decides, and its effects are performed here.
+"""The ingest loop: a record batch comes in, the pure core decides, and its effects are performed here.
 
-Everything that changes a partition's state runs on the event loop without an await in between, so a checkpoint sees
-either all of a batch or nothing of it. What takes time (reading cold users, room in the encode queue) comes before.
+A batch is applied on the event loop without an await, so a checkpoint contains either all of it or nothing. Steps that
+take time (waiting for room in the encode queue, reading cold users) come before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from streams.core.effects import Effects
 from streams.core.merge import Outcome
 from streams.core.policy import Reason
-from streams.encoding.partition_jobs import PartitionSource
+from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
@@ -31,13 +31,14 @@ from streams.wire.embeddings import encode_tombstone
 
 logger = logging.getLogger(__name__)
 
-WAKE_EVERY_S = 0.05
-"""How often deadlines are looked at: half of the wheel's resolution."""
+TIMERS_EVERY_S = 0.05
+"""Interval at which deadlines are checked: half of the resolution of the deadline wheel."""
 ROOM_EVERY_S = 0.01
+"""Interval at which a full queue or a full state is checked for room again."""
 
 
 class Ingest:
-    """Takes record batches and fired timers of the owned partitions through the core."""
+    """Runs record batches and timers of the owned partitions through the core."""
 
     def __init__(
         self,
@@ -52,20 +53,20 @@ class Ingest:
     ) -> None:
         self._partitions, self._queue, self._outputs, self._metrics = partitions, queue, outputs, metrics
         self._limits, self._checkpoint_events_max, self._now_ms = limits, checkpoint_events_max, now_ms
-        self._sources: dict[OwnedPartition, PartitionSource] = {}
+        self._jobs: dict[OwnedPartition, PartitionJobs] = {}
 
-    def add(self, owned: OwnedPartition, source: PartitionSource) -> None:
-        """A partition has become ready."""
-        self._sources[owned] = source
+    def add(self, owned: OwnedPartition, jobs: PartitionJobs) -> None:
+        """Start processing a partition that has become ready."""
+        self._jobs[owned] = jobs
 
     def remove(self, owned: OwnedPartition) -> None:
-        """A partition is given back: its users leave the queue, and stay due in its state."""
-        source = self._sources.pop(owned, None)
-        if source is not None:
-            self._queue.drop(source)
+        """Stop processing a partition; its users leave the queue and stay due in its state."""
+        jobs = self._jobs.pop(owned, None)
+        if jobs is not None:
+            self._queue.drop(jobs)
 
     async def on_batch(self, batch: RecordBatch) -> None:
-        """Apply a batch exactly where the last one of its partition ended, or not at all."""
+        """Apply a batch if it continues exactly where the last one of its partition ended; ignore it otherwise."""
         owned = await self._partitions.accept(batch)
         if owned is None or not await self._has_room(owned):
             return
@@ -75,19 +76,19 @@ class Ingest:
             return
         effects = owned.state.apply(decoded.actions, self._now_ms())
         owned.next_offset = batch.end
-        self._refuse(owned, records, decoded)
+        self._reject(owned, records, decoded)
         self._perform(owned, effects)
         self._count(owned, len(records), effects)
 
-    async def wake(self) -> None:
+    async def run_timers(self) -> None:
         """Fire the timers of all partitions until cancelled; costs nothing while none is due."""
         while True:
-            await asyncio.sleep(WAKE_EVERY_S)
-            for owned in list(self._sources):
-                await self._wake(owned, self._now_ms())
+            await asyncio.sleep(TIMERS_EVERY_S)
+            for owned in list(self._jobs):
+                await self._fire_timers(owned, self._now_ms())
 
-    async def _wake(self, owned: OwnedPartition, until_ms: int) -> None:
-        """Fire what falls due until then, in portions; the cold ones among the users fire once they are loaded."""
+    async def _fire_timers(self, owned: OwnedPartition, until_ms: int) -> None:
+        """Fire the timers due by `until_ms`, in portions; those of cold users fire after the users are loaded."""
         while (deadline_ms := owned.state.next_deadline_ms) is not None and deadline_ms <= until_ms:
             effects = owned.state.fire_timers(until_ms)
             self._perform(owned, effects)
@@ -101,23 +102,23 @@ class Ingest:
         return self._partitions.ready.get(owned.tp.partition) is owned
 
     async def _has_room(self, owned: OwnedPartition) -> bool:
-        """Hold back while too many users wait; False when the partition is gone meanwhile.
+        """Wait while the encode queue is full; return whether the partition is still owned afterwards.
 
-        A rebalance waits for the batch in hand, so it ends the wait: the batch is taken beyond the limit.
+        A rebalance waits for the current batch, so it ends the wait: the batch is then applied beyond the limit.
         """
         while not self._queue.has_room and not self._partitions.app.rebalancing:
             await asyncio.sleep(ROOM_EVERY_S)
         return self._is_mine(owned)
 
     async def _load(self, owned: OwnedPartition, users: Sequence[bytes]) -> bool:
-        """Take the cold ones of `users` into memory; False when the partition is gone meanwhile."""
+        """Load the cold ones of `users` into memory; return False if the partition was lost in the meantime."""
         state = owned.state
         cold = state.missing(users)
         if not cold:
             return True
         state.evict(len(cold), spare=users)
         while state.room < len(cold):
-            # Everyone in memory is dirty or waits for the encoder: make them clean, let the encoder go on.
+            # Every user in memory is dirty or in the encode queue: write the dirty ones, let the encoder go on.
             await self._partitions.checkpoint(owned)
             await asyncio.sleep(ROOM_EVERY_S)
             if not self._is_mine(owned):
@@ -136,22 +137,24 @@ class Ingest:
         return True
 
     async def _quarantine(self, owned: OwnedPartition, corrupt: Collection[bytes]) -> bool:
-        """Corrupt users: first rebuild the local store; what is corrupt in the changelog too begins anew (True)."""
+        """Rebuild the store because of corrupt users; after a rebuild, return True: they continue with empty state."""
         if owned.rebuilt:
             logger.error(
-                "%d users of %s are corrupt in the changelog: their sequences begin anew", len(corrupt), owned.tp
+                "%d users of %s are corrupt in the changelog too; their sequences restart empty", len(corrupt), owned.tp
             )
             self._metrics.corrupt_users.inc(len(corrupt))
             return True
-        logger.error("%d users of %s are corrupt on disk: rebuilding from the changelog", len(corrupt), owned.tp)
+        logger.error(
+            "%d users of %s are corrupt on disk; rebuilding the store from the changelog", len(corrupt), owned.tp
+        )
         await self._partitions.rebuild(owned)
         return False
 
     def _perform(self, owned: OwnedPartition, effects: Effects) -> None:
-        source = self._sources.get(owned)
-        if source is None:
+        jobs = self._jobs.get(owned)
+        if jobs is None:
             return
-        self._queue.put(source, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
+        self._queue.put(jobs, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
         for reason, fired in enumerate(np.bincount(effects.reasons).tolist()):
             if fired:
                 self._metrics.triggers.inc(fired, reason=Reason(reason).label)
@@ -160,23 +163,23 @@ class Ingest:
             tombstones = [encode_tombstone(*each) for each in zip(effects.forgotten, offsets, strict=True)]
             self._track(owned, self._outputs.publish_tombstones(owned.tp.partition, tombstones))
 
-    def _refuse(self, owned: OwnedPartition, records: Sequence[Any], decoded: Decoded) -> None:
+    def _reject(self, owned: OwnedPartition, records: Sequence[Any], decoded: Decoded) -> None:
         topic, partition = owned.tp
-        for refused in decoded.refused:
-            record = records[refused.index]
-            headers = dead_letter_headers(refused, record, topic=topic, partition=partition)
-            self._metrics.refused.inc(1, reason=refused.reason)
+        for rejected in decoded.rejected:
+            record = records[rejected.index]
+            headers = dead_letter_headers(rejected, record, topic=topic, partition=partition)
+            self._metrics.rejected.inc(1, reason=rejected.reason)
             self._track(owned, self._outputs.dead_letter(partition, record.key, record.value, headers))
 
     def _track(self, owned: OwnedPartition, sending: Any) -> None:
-        """Send in the background; the next checkpoint waits for it, and repeats it from the log where it fails."""
+        """Send in the background; the next checkpoint waits for it, and fails with it."""
         task = asyncio.ensure_future(sending)
         owned.unacknowledged.add(task)
 
     def _count(self, owned: OwnedPartition, events: int, effects: Effects) -> None:
         metrics = self._metrics
         metrics.events.inc(events)
-        if effects.outcomes.any():  # most batches are small and hold nothing but APPLIED
+        if effects.outcomes.any():  # most batches are small, and every outcome in them is APPLIED (0)
             for outcome, counter in (
                 (Outcome.DUPLICATE, metrics.duplicates),
                 (Outcome.LATE, metrics.late_inserted),

@@ -64,7 +64,7 @@ class Worker:
         self._server = self._health.serve()
         logger.info("metrics at http://%s:%d/metrics", self._settings.web.host, self._server.port)
         self._spawn(self._app.queue.run(), "encode-queue")
-        self._spawn(self._app.ingest.wake(), "timers")
+        self._spawn(self._app.ingest.run_timers(), "timers")
         self._spawn(self._health.watch(), "watchdog")
         await self._app.faust.start()
 

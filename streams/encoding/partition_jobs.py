@@ -1,4 +1,4 @@
-"""One owned partition as the encode queue sees it: takes due users, publishes their embeddings, settles the outcome."""
+"""The encode jobs of one owned partition: begin a job, publish its embeddings, and record the outcome in the state."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 LABELS = {int(reason): reason.label for reason in Reason}
 REVISION_BITS = 32
-"""Of a revision in the state; the lineage of the partition stands above them."""
+"""Low bits of a job's revision, which hold the state's own; the partition's incarnation is in the bits above."""
 PUBLISH_RETRY_MS = 500
-"""When embeddings could not be published, their users are due again after this."""
+"""Delay after which users are due again whose embeddings could not be published."""
 SHED_RETRY_MS = 1_000
-"""Users for whom the queue had no room are due again after this."""
-REFUSED_RETRY_MS = 60_000
-"""When the encoder cannot embed a user, it is tried again after this, or at the next action after it."""
+"""Delay after which users are due again for whom the queue had no room."""
+REJECTED_RETRY_MS = 60_000
+"""Delay after which a user that the encoder cannot embed is tried again, unless it acts before."""
 
 
-class PartitionSource:
-    """Implements `streams.encoding.queue.EncodeSource` for one owned partition."""
+class PartitionJobs:
+    """The jobs of one owned partition; implements `streams.encoding.queue.JobOwner`."""
 
     def __init__(
         self,
@@ -41,21 +41,25 @@ class PartitionSource:
         metrics: Metrics,
         *,
         encoder_version: str,
-        lineage: int,
+        incarnation: int,
         now_ms: Callable[[], int],
     ) -> None:
         self._owned, self._outputs, self._metrics = owned, outputs, metrics
-        self._lineage = lineage
+        self._incarnation = incarnation
         self._encoder_version, self._now_ms = encoder_version, now_ms
 
-    def take(self, users: Sequence[bytes]) -> EncodeJob:
-        """Revisions are told apart by lineage, so that a cache of another lineage fits nobody."""
+    def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
+        """Begin a job for those of `users` that are still due.
+
+        The incarnation becomes part of every revision, so that nothing an encoder has cached under another
+        incarnation of the partition is used.
+        """
         job = self._owned.state.begin_job(users)
-        job.sequences.revisions[:] += self._lineage << REVISION_BITS
+        job.sequences.revisions[:] += self._incarnation << REVISION_BITS
         return job
 
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
-        """Publish what may still be published; on failure the users stay due and are handed over again later."""
+        """Publish the embeddings that are not outdated; after a failure their users are due again later."""
         state = self._owned.state
         rows = state.drop_outdated(job)
         if len(rows) < len(job):
@@ -66,7 +70,12 @@ class PartitionSource:
         try:
             end = await self._outputs.publish(self._owned.tp.partition, batch)
         except Exception as error:
-            logger.warning("%d embeddings could not be published, they are encoded again: %r", len(job), error)
+            logger.warning(
+                "%d embeddings could not be published: %r; they are encoded again in %d ms",
+                len(job),
+                error,
+                PUBLISH_RETRY_MS,
+            )
             self._metrics.publish_failures.inc(len(job))
             state.retry_job(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
             return
@@ -76,8 +85,8 @@ class PartitionSource:
         self._metrics.embeddings_published.inc(len(job))
         self._metrics.freshness_seconds.observe_many((now_ms - job.newest_event_ms) / 1000)
 
-    async def refuse(self, job: EncodeJob, detail: str) -> None:
-        """Dead-letter users that the encoder cannot embed; their state stays as it is and they are tried again."""
+    async def reject(self, job: EncodeJob, detail: str) -> None:
+        """Dead-letter users that the encoder cannot embed; their state stays intact, and they are tried again later."""
         tp, state = self._owned.tp, self._owned.state
         for user, offset in zip(job.sequences.users, job.offsets.tolist(), strict=True):
             headers = error_headers(
@@ -87,11 +96,11 @@ class PartitionSource:
             try:
                 await self._outputs.dead_letter(tp.partition, user, value, headers)
             except KafkaError as error:
-                logger.warning("a dead letter of the encoder could not be sent: %r", error)
-        state.retry_job(job.sequences.users, self._now_ms(), REFUSED_RETRY_MS)
+                logger.warning("the dead letter of a user that the encoder rejected could not be sent: %r", error)
+        state.retry_job(job.sequences.users, self._now_ms(), REJECTED_RETRY_MS)
 
-    def shed(self, users: Sequence[bytes]) -> None:
-        """Due again after a while; until then they wait in their state."""
+    def requeue(self, users: Sequence[bytes]) -> None:
+        """Return users that the queue shed to the state, which hands them over again later."""
         self._owned.state.requeue(users, self._now_ms(), SHED_RETRY_MS)
 
     def _batch(self, job: EncodeJob, embeddings: F32) -> EmbeddingBatch:

@@ -1,18 +1,15 @@
-"""The encode queue: each due user waits in it at most once, and leaves it as a published embedding.
+"""The encode queue: due users wait here, at most one entry each, until an encoder embeds them in micro-batches.
 
-It stands between the event loop, which owns all state, and one encoder thread, which owns the runtime. Users wait by
-priority, then in order of arrival; whoever is taken is encoded as of that moment, so a burst of actions costs one
-embedding (coalescing). A micro-batch is as large as the encoder can take within `batch_ms`, and the loop stands still
-that long for it: two threads that both run Python hand the interpreter's lock to and fro after each of torch's
-operations, and then a micro-batch takes four times as long (docs/adr/0008-encoder-before-ingestion.md). A micro-batch
-that takes longer continues beside the loop, so that a slow or hung encoder holds up nothing else.
+The queue connects the event loop, which owns all state, with one encoder thread, which owns the runtime. Users are
+taken by priority, then in order of arrival. A user is encoded as of the moment it is taken, so a burst of its actions
+costs one embedding (coalescing). The size of a micro-batch adapts so that the encoder finishes within `batch_ms`.
 
-The queue holds no truth. A user stays *due* in its partition's state until an embedding has been acknowledged by the
-output topic, so a worker may die, a partition may go or the encoder may fail at any point, and nobody is forgotten.
+The queue holds no durable state. A user stays *due* in its partition's state until the output topic has acknowledged
+an embedding, so no due user is lost when the worker dies, the partition is revoked or the encoder fails.
 
-Limits, all in `EncodeQueuePolicy`: users waiting, users in a micro-batch, unacknowledged micro-batches, attempts.
-Ingestion holds back while not `has_room`; what one batch or the timers bring beyond the limit is shed, lowest priority
-and newest first: those users stay due in their state, which hands them over again later.
+All limits are in `EncodeQueuePolicy`: users waiting, users in a micro-batch, unacknowledged micro-batches, attempts.
+Ingestion pauses while `has_room` is false. Users that a batch or the timers add beyond the limit are shed, lowest
+priority and newest first; they stay due in their state, which hands them over again later.
 """
 
 from __future__ import annotations
@@ -39,85 +36,89 @@ logger = logging.getLogger(__name__)
 
 
 FIRST_USERS = 256
-"""In a micro-batch, before it is known how long the encoder takes."""
+"""Size of the first micro-batch, before any has been timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeQueuePolicy:
-    """The named limits of the queue."""
+    """The limits of the queue."""
 
     users_max: int = 100_000
+    """Users that may wait."""
     batch_users_max: int = 4_096
+    """Users in a micro-batch."""
     batch_ms: float = 50.0
-    """How long the encoder may take for a micro-batch: its size follows from that, between 1 and `batch_users_max`."""
+    """Time that a micro-batch should take; its size follows from that, between 1 and `batch_users_max` users."""
     wait_ms: float = 0.0
-    """How long a micro-batch may gather after its first user; 0 takes whoever is there."""
+    """Time for which a micro-batch gathers users after the first; 0 takes only those that already wait."""
     publishing_max: int = 8
     """Micro-batches that may be unacknowledged at once."""
     attempts_max: int = 3
+    """Attempts to encode a micro-batch before it is split."""
     retry_backoff_ms: int = 200
+    """Pause after the first failed attempt; it grows linearly."""
     stuck_after_ms: int = 5_000
-    """A micro-batch that the encoder has not finished after this makes the worker unready."""
+    """Time after which an unfinished micro-batch makes the worker unready."""
 
 
-class EncodeSource(Protocol):
-    """What the queue needs of an owned partition."""
+class JobOwner(Protocol):
+    """An owned partition, as the queue sees it; a job that it begins ends in `publish` or `reject`."""
 
-    def take(self, users: Sequence[bytes]) -> EncodeJob:
-        """Those of `users` that are still due, as of now."""
+    def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
+        """Begin a job for those of `users` that are still due, with their sequences as of now."""
 
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
-        """Publish row i of `embeddings` for row i of `job`; returns when that has been settled one way or the other."""
+        """Publish row i of `embeddings` for row i of `job`; return once the job has ended, published or failed."""
 
-    async def refuse(self, job: EncodeJob, detail: str) -> None:
-        """The encoder cannot embed these users as they are: dead-letter them; their state stays intact."""
+    async def reject(self, job: EncodeJob, detail: str) -> None:
+        """Dead-letter users that the encoder cannot embed; their state stays intact."""
 
-    def shed(self, users: Sequence[bytes]) -> None:
-        """These users had to leave the queue; they stay due and are to be handed over again later."""
+    def requeue(self, users: Sequence[bytes]) -> None:
+        """Keep users that the queue shed due, and hand them over again later."""
 
 
-Waiting = tuple[EncodeSource, int]
-"""Who owns a waiting user, and the `Reason` that made it due."""
+Entry = tuple[JobOwner, int]
+"""A waiting user's partition, and the `Reason` for which the user is due."""
+PartitionJob = tuple[JobOwner, EncodeJob]
+"""One partition's part of a micro-batch."""
 
 
 class EncodeQueue:
-    """One slot per user, micro-batches, one encoder thread."""
+    """Due users of all partitions, at most one entry each; takes them in micro-batches to one encoder thread."""
 
     def __init__(self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, metrics: Metrics) -> None:
         self._runtime, self._policy, self._metrics = runtime, policy, metrics
-        self._waiting: dict[int, dict[bytes, Waiting]] = {}
-        """Priority -> users in order of arrival; a higher priority is taken first."""
+        self._waiting: dict[int, dict[bytes, Entry]] = {}
+        """Users in order of arrival, by priority; a higher priority is taken first."""
         self._priority_of: dict[bytes, int] = {}
         self._filled, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._publishing: set[asyncio.Task[None]] = set()
-        self._room = min(FIRST_USERS, policy.batch_users_max)
-        """Users that fit a micro-batch."""
+        self._batch_users = min(FIRST_USERS, policy.batch_users_max)
+        """Users in the next micro-batch, at most; see `_adapt`."""
         self._works = True
-        """False from the first failed attempt until the encoder works again."""
+        """False from a failed attempt until the next successful one."""
         self._encoding_since_s: float | None = None
-        """Monotonic; None while the encoder has nothing to do."""
+        """Monotonic time at which the current attempt began; None while the encoder is idle."""
 
     def __len__(self) -> int:
         return len(self._priority_of)
 
     @property
     def is_busy(self) -> bool:
-        """Whether anybody waits or is being encoded: `encoded_users` must rise."""
+        """Whether a user waits or is being encoded, so that `encoded_users` must rise."""
         return bool(self._priority_of) or self._encoding_since_s is not None
 
     @property
     def healthy(self) -> bool:
-        """False while the encoder fails, or has sat on one micro-batch for `stuck_after_ms`: readiness follows it."""
+        """False while the encoder fails or is stuck for `stuck_after_ms`; the worker is then unready."""
         since_s = self._encoding_since_s
         is_stuck = since_s is not None and (time.monotonic() - since_s) * 1000 >= self._policy.stuck_after_ms
         return self._works and not is_stuck
 
-    def put(
-        self, source: EncodeSource, users: Iterable[bytes], priorities: Iterable[int], reasons: Iterable[int]
-    ) -> None:
-        """Queue users that are due; one that waits already keeps its slot, at the higher of both priorities."""
+    def put(self, owner: JobOwner, users: Iterable[bytes], priorities: Iterable[int], reasons: Iterable[int]) -> None:
+        """Queue users that are due; a user that already waits keeps its entry unless the new priority is higher."""
         for user, priority, reason in zip(users, priorities, reasons, strict=True):
             waits_at = self._priority_of.get(user)
             if waits_at is not None:
@@ -125,26 +126,26 @@ class EncodeQueue:
                     continue
                 del self._waiting[waits_at][user]
             self._priority_of[user] = priority
-            self._waiting.setdefault(priority, {})[user] = source, reason
+            self._waiting.setdefault(priority, {})[user] = owner, reason
         if len(self) > self._policy.users_max:
             self._shed(len(self) - self._policy.users_max)
         self._update_flag()
 
     @property
     def has_room(self) -> bool:
-        """Whether fewer users wait than the limit; ingestion holds back while not."""
+        """Whether fewer users wait than the limit allows; ingestion pauses while there is no room."""
         return len(self) < self._policy.users_max
 
-    def drop(self, source: EncodeSource) -> None:
-        """Forget the users of a partition that is given back; they stay due in its state."""
+    def drop(self, owner: JobOwner) -> None:
+        """Remove the users of a revoked partition; they stay due in its state."""
         for users in self._waiting.values():
-            for user in [user for user, (owner, _) in users.items() if owner is source]:
+            for user in [user for user, (of_user, _) in users.items() if of_user is owner]:
                 del users[user]
                 del self._priority_of[user]
         self._update_flag()
 
-    async def settle(self, timeout_s: float) -> bool:
-        """Wait until nothing is being encoded or published; True when that was within the time."""
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is being encoded or published; return whether that happened within the time."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -158,36 +159,36 @@ class EncodeQueue:
         """Encode and publish micro-batches until cancelled."""
         while True:
             await self._filled.wait()
-            if self._policy.wait_ms and len(self) < self._room:
+            if self._policy.wait_ms and len(self) < self._batch_users:
                 await asyncio.sleep(self._policy.wait_ms / 1000)
             while len(self._publishing) >= self._policy.publishing_max:
                 await asyncio.wait(self._publishing, return_when=asyncio.FIRST_COMPLETED)
             self._idle.clear()
             try:
-                await self._encode(self._take())
+                await self._encode(self._begin_jobs())
             finally:
                 self._idle.set()
 
     def close(self) -> None:
-        """Let the encoder thread end once its current micro-batch is done."""
+        """Let the encoder thread end after its current micro-batch."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self) -> list[tuple[EncodeSource, EncodeJob]]:
-        """The next micro-batch, highest priority first, as one job per partition."""
-        by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}
-        room = self._room
+    def _begin_jobs(self) -> list[PartitionJob]:
+        """Take the next micro-batch, highest priority first; return one job per partition."""
+        by_owner: dict[int, tuple[JobOwner, list[bytes]]] = {}
+        room = self._batch_users
         for priority in sorted(self._waiting, reverse=True):
             users = self._waiting[priority]
             for user in list(islice(users, room)):
-                source, _ = users.pop(user)
+                owner, _ = users.pop(user)
                 del self._priority_of[user]
-                by_source.setdefault(id(source), (source, []))[1].append(user)
+                by_owner.setdefault(id(owner), (owner, []))[1].append(user)
                 room -= 1
             if not room:
                 break
         self._update_flag()
-        jobs = [(source, source.take(users)) for source, users in by_source.values()]
-        return [(source, job) for source, job in jobs if len(job)]
+        jobs = [(owner, owner.begin_job(users)) for owner, users in by_owner.values()]
+        return [(owner, job) for owner, job in jobs if len(job)]
 
     def _update_flag(self) -> None:
         if self._priority_of:
@@ -196,51 +197,53 @@ class EncodeQueue:
             self._filled.clear()
 
     def _shed(self, excess: int) -> None:
-        """Take the newest users of the lowest priorities out, and give them back to their sources."""
-        by_source: dict[int, tuple[EncodeSource, list[bytes]]] = {}
+        """Remove the newest users of the lowest priorities, and return them to their partitions."""
+        by_owner: dict[int, tuple[JobOwner, list[bytes]]] = {}
         for priority in sorted(self._waiting):
             users = self._waiting[priority]
             for user in list(islice(reversed(users), excess)):
-                source, reason = users.pop(user)
+                owner, reason = users.pop(user)
                 del self._priority_of[user]
-                by_source.setdefault(id(source), (source, []))[1].append(user)
+                by_owner.setdefault(id(owner), (owner, []))[1].append(user)
                 self._metrics.shed.inc(reason=Reason(reason).label)
                 excess -= 1
             if not excess:
                 break
-        for source, shed in by_source.values():
-            source.shed(shed)
+        for owner, shed in by_owner.values():
+            owner.requeue(shed)
 
-    async def _encode(self, jobs: list[tuple[EncodeSource, EncodeJob]]) -> None:
-        """Encode the jobs of all partitions in one call, for a call costs more than the few users of a small batch."""
+    async def _encode(self, jobs: list[PartitionJob]) -> None:
+        """Encode the jobs of all partitions in one call, because a call costs more than the users of a small batch."""
         if not jobs:
             return
         all_embeddings = await self._embed(merged([job for _, job in jobs]))
         ends = np.cumsum([len(job) for _, job in jobs])
-        for (source, job), embeddings in zip(jobs, np.split(all_embeddings, ends[:-1]), strict=True):
+        for (owner, job), embeddings in zip(jobs, np.split(all_embeddings, ends[:-1]), strict=True):
             good = np.isfinite(embeddings).all(axis=1)
             if not good.all():
                 bad = job.select(np.flatnonzero(~good))
-                self._settle_later(source.refuse(bad, "the encoder failed, or returned NaN or infinity"))
+                self._finish_later(owner.reject(bad, "the encoder failed, or returned NaN or infinity"))
                 job, embeddings = job.select(np.flatnonzero(good)), embeddings[good]
             if len(job):
-                self._settle_later(source.publish(job, embeddings))
+                self._finish_later(owner.publish(job, embeddings))
 
-    def _settle_later(self, settling: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(settling)
+    def _finish_later(self, finishing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(finishing)
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
 
     async def _embed(self, job: EncodeJob) -> F32:
-        """Embed in the encoder thread; a failure is retried, then the users are halved until the bad one is found."""
+        """Embed in the encoder thread; retry a failure, then halve the batch until the user that causes it is found."""
         for attempt in range(1, self._policy.attempts_max + 1):
             self._encoding_since_s = started_s = time.monotonic()
             try:
-                embeddings = await self._embed_first(job.sequences)
+                embeddings = await self._embed_blocking_first(job.sequences)
             except Exception:
                 self._works = False
                 self._metrics.encode_failures.inc()
-                logger.exception("encoder failed on %d users, attempt %d", len(job), attempt)
+                logger.exception(
+                    "the encoder failed on %d users, attempt %d of %d", len(job), attempt, self._policy.attempts_max
+                )
                 await asyncio.wrap_future(self._thread.submit(self._runtime.clear))
                 await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
             else:
@@ -253,20 +256,25 @@ class EncodeQueue:
                 self._encoding_since_s = None
         return await self._embed_halves(job)
 
-    async def _embed_first(self, sequences: SequenceBatch) -> F32:
-        """Embed in the encoder's thread, which has the interpreter to itself at first."""
+    async def _embed_blocking_first(self, sequences: SequenceBatch) -> F32:
+        """Embed in the encoder thread; block the event loop for up to `batch_ms`, then wait without blocking."""
         future = self._thread.submit(self._runtime.embed, sequences)
+        # This looks wrong, and is intended: `wait` blocks the event loop. If the loop ran Python at the same time, the
+        # two threads would pass the interpreter's lock back and forth after each of torch's operations, and a
+        # micro-batch would take four times as long (docs/adr/0008-encoder-before-ingestion.md). A slow or hung encoder
+        # blocks the loop for `batch_ms` only.
         wait([future], timeout=self._policy.batch_ms / 1000)
         return future.result() if future.done() else await asyncio.wrap_future(future)
 
     def _adapt(self, users: int, ms: float) -> None:
-        """Halve what takes too long, and double what is full and takes less than half of the time."""
+        """Halve the size when a micro-batch took longer than `batch_ms`; double it when a full one took under half."""
         if ms > self._policy.batch_ms:
-            self._room = max(1, min(users, self._room) // 2)
-        elif users >= self._room and ms < self._policy.batch_ms / 2:
-            self._room = min(2 * self._room, self._policy.batch_users_max)
+            self._batch_users = max(1, min(users, self._batch_users) // 2)
+        elif users >= self._batch_users and ms < self._policy.batch_ms / 2:
+            self._batch_users = min(2 * self._batch_users, self._policy.batch_users_max)
 
     async def _embed_halves(self, job: EncodeJob) -> F32:
+        """Embed each half by itself; a single user that still fails gets NaN, which `_encode` rejects."""
         if len(job) == 1:
             return np.full((1, self._runtime.embedding_dim), np.nan, np.float32)
         halves = np.array_split(np.arange(len(job)), 2)

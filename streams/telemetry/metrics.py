@@ -150,7 +150,7 @@ class Metrics:
 
     def _ingestion(self) -> None:
         self.events = Counter("streamformer_events_total", "Records read from the action topic, good or bad.")
-        self.refused = Counter(
+        self.rejected = Counter(
             "streamformer_refused_total", "Records sent to the dead-letter topic, by reason.", "reason"
         )
         self.duplicates = Counter("streamformer_duplicates_total", "Events ignored because they were applied before.")

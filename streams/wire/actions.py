@@ -1,4 +1,4 @@
-"""Actions: from the records of one source partition to columns, and the reason for each record that is refused.
+"""Actions: from the records of one source partition to columns, and the reason for each record that is rejected.
 
 A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`;
 unknown fields are ignored and `null` in an optional field means that it is absent. Accepted as they come: CloudEvents
@@ -47,7 +47,7 @@ NAMES_KEPT_MAX = 4_096
 """Names of actions and surfaces whose codes are kept: far more than any policy tells apart."""
 
 
-class RefusalReason(StrEnum):
+class RejectReason(StrEnum):
     """Why a record is no action: a closed set, a metric label and a dead-letter header."""
 
     KEY_MISSING = "key-missing"
@@ -79,24 +79,24 @@ class DecodeLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Rejected:
     """Record `index` of the decoded list is no action, for `reason`; `detail` says it to a person."""
 
     index: int
-    reason: RefusalReason
+    reason: RejectReason
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The actions of a list of records in their order, and the refused records by ascending index."""
+    """The actions of a list of records in their order, and the rejected records by ascending index."""
 
     actions: ActionBatch
-    refused: list[Refused]
+    rejected: list[Rejected]
 
 
 def decode_actions(records: Sequence[Record], *, now_ms: int, limits: DecodeLimits) -> Decoded:
-    """Decode the records of one partition; every record is either a row of the result or refused, never both.
+    """Decode the records of one partition; every record is either a row of the result or rejected, never both.
 
     `now_ms` is processing time. Never raises for what a record holds.
     """
@@ -118,13 +118,13 @@ def _decode_one_by_one(
 ) -> Decoded:
     kept: list[int] = []
     events: list[Any] = []
-    refused: list[Refused] = []
+    rejected: list[Rejected] = []
     for index, record in enumerate(records):
         try:
             events.append(_read(record, decoder, limits))
             kept.append(index)
-        except _RefusedError as error:
-            refused.append(Refused(index, error.reason, error.detail))
+        except _RejectedError as error:
+            rejected.append(Rejected(index, error.reason, error.detail))
     good = [records[index] for index in kept]
     keys: list[Any] = [record.key for record in good]
     batch = _batch(keys, events, good)
@@ -133,7 +133,7 @@ def _decode_one_by_one(
             batch.is_tombstone[row] = True
             batch.actions[row] = np.zeros((), ACTION_DTYPE)
             batch.actions["timestamp_ms"][row] = _tombstone_time_ms(good[row].timestamp, now_ms)
-    return _within_time(batch, kept, refused, now_ms, limits)
+    return _within_time(batch, kept, rejected, now_ms, limits)
 
 
 def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> ActionBatch:
@@ -186,53 +186,53 @@ _CODES = _Codes()
 
 
 def _within_time(
-    batch: ActionBatch, indices: Sequence[int], refused: list[Refused], now_ms: int, limits: DecodeLimits
+    batch: ActionBatch, indices: Sequence[int], rejected: list[Rejected], now_ms: int, limits: DecodeLimits
 ) -> Decoded:
     """Refuse the rows whose event time lies outside the limits; row r came from record `indices[r]`."""
     times_ms = batch.actions["timestamp_ms"]
     latest_ms = now_ms + limits.timestamp_ahead_max_ms
     is_bad = ((times_ms < limits.timestamp_min_ms) | (times_ms > latest_ms)) & ~batch.is_tombstone
     if not is_bad.any():
-        return Decoded(batch, refused)
+        return Decoded(batch, rejected)
     untimely = [
-        Refused(indices[row], *_time_refusal(int(times_ms[row]), latest_ms, limits))
+        Rejected(indices[row], *_time_rejection(int(times_ms[row]), latest_ms, limits))
         for row in np.flatnonzero(is_bad).tolist()
     ]
     keep = np.flatnonzero(~is_bad)
     users = [batch.users[row] for row in keep.tolist()]
     rest = ActionBatch(users, batch.actions[keep], batch.offsets[keep], batch.is_tombstone[keep])
-    return Decoded(rest, sorted([*refused, *untimely], key=lambda one: one.index))
+    return Decoded(rest, sorted([*rejected, *untimely], key=lambda one: one.index))
 
 
-def _time_refusal(time_ms: int, latest_ms: int, limits: DecodeLimits) -> tuple[RefusalReason, str]:
+def _time_rejection(time_ms: int, latest_ms: int, limits: DecodeLimits) -> tuple[RejectReason, str]:
     for unit, per_ms in (("seconds", 1e-3), ("microseconds", 1e3), ("nanoseconds", 1e6)):
         if limits.timestamp_min_ms <= time_ms / per_ms <= latest_ms:
-            return RefusalReason.TIMESTAMP_UNIT, f"timestamp_ms {time_ms} looks like {unit}; send milliseconds"
+            return RejectReason.TIMESTAMP_UNIT, f"timestamp_ms {time_ms} looks like {unit}; send milliseconds"
     if time_ms < limits.timestamp_min_ms:
-        return RefusalReason.TIMESTAMP_PAST, f"timestamp_ms {time_ms} is before {limits.timestamp_min_ms}"
-    return RefusalReason.TIMESTAMP_FUTURE, f"timestamp_ms {time_ms} is after {latest_ms}, the latest accepted"
+        return RejectReason.TIMESTAMP_PAST, f"timestamp_ms {time_ms} is before {limits.timestamp_min_ms}"
+    return RejectReason.TIMESTAMP_FUTURE, f"timestamp_ms {time_ms} is after {latest_ms}, the latest accepted"
 
 
-class _RefusedError(Exception):
-    def __init__(self, reason: RefusalReason, detail: str) -> None:
+class _RejectedError(Exception):
+    def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
 
 
 def _read(record: Record, decoder: msgspec.json.Decoder[Any], limits: DecodeLimits) -> Any:
-    """The event of one record, `_FORGOTTEN` for a tombstone; raises `_RefusedError`."""
+    """The event of one record, `_FORGOTTEN` for a tombstone; raises `_RejectedError`."""
     if record.key is None:
-        raise _RefusedError(RefusalReason.KEY_MISSING, "the record has no key; the key is the user id")
+        raise _RejectedError(RejectReason.KEY_MISSING, "the record has no key; the key is the user id")
     if record.value is None:
         _check_tombstone_key(record.key, limits)
         return _FORGOTTEN
     if len(record.value) > limits.value_bytes_max:
         detail = f"the value has {len(record.value)} bytes, at most {limits.value_bytes_max} are read"
-        raise _RefusedError(RefusalReason.VALUE_TOO_LARGE, detail)
+        raise _RejectedError(RejectReason.VALUE_TOO_LARGE, detail)
     event = _decode(_unframed(record.value), decoder)
     if event.user_id.encode() != record.key:
-        raise _RefusedError(RefusalReason.KEY_MISMATCH, "the key of the record is not its user_id in UTF-8")
+        raise _RejectedError(RejectReason.KEY_MISMATCH, "the key of the record is not its user_id in UTF-8")
     return event
 
 
@@ -240,24 +240,24 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise _RefusedError(_reason_of(str(error)), str(error)) from None
+        raise _RejectedError(_reason_of(str(error)), str(error)) from None
     except UnicodeDecodeError as error:
-        raise _RefusedError(RefusalReason.NOT_UTF8, f"a text is not UTF-8: {error.reason}") from None
+        raise _RejectedError(RejectReason.NOT_UTF8, f"a text is not UTF-8: {error.reason}") from None
     except msgspec.DecodeError as error:
-        raise _RefusedError(RefusalReason.NOT_JSON, str(error)) from None
+        raise _RejectedError(RejectReason.NOT_JSON, str(error)) from None
     except RecursionError:
-        raise _RefusedError(RefusalReason.NOT_JSON, "the value is nested too deeply") from None
+        raise _RejectedError(RejectReason.NOT_JSON, "the value is nested too deeply") from None
 
 
-def _reason_of(message: str) -> RefusalReason:
+def _reason_of(message: str) -> RejectReason:
     """The reason behind a message of msgspec, which has one exception for all of them."""
     if "missing required field" in message:
-        return RefusalReason.FIELD_MISSING
+        return RejectReason.FIELD_MISSING
     if "of length" in message:
-        return RefusalReason.FIELD_LENGTH
+        return RejectReason.FIELD_LENGTH
     if "`int` <=" in message or "`int` >=" in message:
-        return RefusalReason.FIELD_RANGE
-    return RefusalReason.FIELD_TYPE
+        return RejectReason.FIELD_RANGE
+    return RejectReason.FIELD_TYPE
 
 
 def _check_tombstone_key(key: bytes, limits: DecodeLimits) -> None:
@@ -266,7 +266,7 @@ def _check_tombstone_key(key: bytes, limits: DecodeLimits) -> None:
     except UnicodeDecodeError:
         is_user = False
     if not is_user:
-        raise _RefusedError(RefusalReason.KEY_INVALID, f"a key is UTF-8 text of 1 to {limits.id_chars_max} characters")
+        raise _RejectedError(RejectReason.KEY_INVALID, f"a key is UTF-8 text of 1 to {limits.id_chars_max} characters")
 
 
 def _tombstone_time_ms(timestamp_ms: int, now_ms: int) -> int:

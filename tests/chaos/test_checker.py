@@ -54,7 +54,7 @@ def encoder() -> EncoderRuntime:
 
 
 def sent() -> list[LogRecord]:
-    """Three users, thirty actions each: late ones, duplicates, ties, a tombstone, a refused record."""
+    """Three users, thirty actions each: late ones, duplicates, ties, a tombstone, a rejected record."""
     rng = np.random.default_rng(7)
     records: list[LogRecord] = []
 
@@ -107,10 +107,10 @@ def faithful(encoder: EncoderRuntime) -> RecordedRun:
         cold = state.missing(decoded.actions.users)
         state.load(cold, read_users(store, cold, LIMITS).stored)
         effects = state.apply(decoded.actions, NOW_MS)
-        for refused in decoded.refused:
+        for rejected in decoded.rejected:
             origin = [("source-topic", TOPIC.encode()), ("source-partition", b"0")]
-            told = [("error-reason", refused.reason.encode()), ("source-offset", b"%d" % part[refused.index].offset)]
-            append(letters, part[refused.index].key or b"", part[refused.index].value, [*told, *origin])
+            told = [("error-reason", rejected.reason.encode()), ("source-offset", b"%d" % part[rejected.index].offset)]
+            append(letters, part[rejected.index].key or b"", part[rejected.index].value, [*told, *origin])
         for user, offset in zip(effects.forgotten, effects.forgotten_offsets.tolist(), strict=True):
             append(outputs, *encode_tombstone(user, offset))
         if effects.due:
@@ -265,7 +265,7 @@ def test_a_commit_apart_from_the_state_is_named(encoder: EncoderRuntime, by: int
 
 
 def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRuntime) -> None:
-    """Each refused record has a dead letter with its own bytes and reason, and no valid one has any."""
+    """Each rejected record has a dead letter with its own bytes and reason, and no valid one has any."""
     run = faithful(encoder)
     (letter,) = run.history.dead_letters
 

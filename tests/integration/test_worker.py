@@ -18,7 +18,7 @@ from infra.harness.model import LogRecord
 from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED, STOPPED
 from infra.harness.workload import Workload, WorkloadOptions
-from streams.wire.actions import RefusalReason
+from streams.wire.actions import RejectReason
 from tests.integration.trials import Sent, action, asked, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -203,26 +203,26 @@ def test_a_worker_stopped_past_its_session_can_write_nothing_more(run: Run) -> N
     judged(run)
 
 
-REFUSALS: dict[RefusalReason, Sent] = {
-    RefusalReason.KEY_MISSING: (None, action("dan", 1)[1]),
-    RefusalReason.KEY_INVALID: (b"\xff", None),
-    RefusalReason.KEY_MISMATCH: (b"eve", action("dan", 1)[1]),
-    RefusalReason.VALUE_TOO_LARGE: (b"dan", b'"' + b"x" * 1_950_000),
-    RefusalReason.NOT_UTF8: (b"dan", b'{"user_id": "\xff"}'),
-    RefusalReason.NOT_JSON: (b"dan", b"\0\0\0\0\7{"),
-    RefusalReason.FIELD_MISSING: (b"dan", b"{}"),
-    RefusalReason.FIELD_TYPE: action("dan", 1, item_id=7),
-    RefusalReason.FIELD_LENGTH: action("dan", 1, item_id=""),
-    RefusalReason.FIELD_RANGE: action("dan", 1, duration_ms=-1),
-    RefusalReason.TIMESTAMP_UNIT: action("dan", 1, timestamp_ms=1_700_000_000),
-    RefusalReason.TIMESTAMP_PAST: action("dan", 1, timestamp_ms=1),
-    RefusalReason.TIMESTAMP_FUTURE: action("dan", 1, timestamp_ms=1 << 53),
+REFUSALS: dict[RejectReason, Sent] = {
+    RejectReason.KEY_MISSING: (None, action("dan", 1)[1]),
+    RejectReason.KEY_INVALID: (b"\xff", None),
+    RejectReason.KEY_MISMATCH: (b"eve", action("dan", 1)[1]),
+    RejectReason.VALUE_TOO_LARGE: (b"dan", b'"' + b"x" * 1_950_000),
+    RejectReason.NOT_UTF8: (b"dan", b'{"user_id": "\xff"}'),
+    RejectReason.NOT_JSON: (b"dan", b"\0\0\0\0\7{"),
+    RejectReason.FIELD_MISSING: (b"dan", b"{}"),
+    RejectReason.FIELD_TYPE: action("dan", 1, item_id=7),
+    RejectReason.FIELD_LENGTH: action("dan", 1, item_id=""),
+    RejectReason.FIELD_RANGE: action("dan", 1, duration_ms=-1),
+    RejectReason.TIMESTAMP_UNIT: action("dan", 1, timestamp_ms=1_700_000_000),
+    RejectReason.TIMESTAMP_PAST: action("dan", 1, timestamp_ms=1),
+    RejectReason.TIMESTAMP_FUTURE: action("dan", 1, timestamp_ms=1 << 53),
 }
 
 
 def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
     """One record of each reason, the largest as large as the broker takes, costs itself alone: untouched, explained."""
-    assert set(REFUSALS) == set(RefusalReason)
+    assert set(REFUSALS) == set(RejectReason)
     poison = [record for number, bad in enumerate(REFUSALS.values(), 2) for record in (bad, action("dan", number))]
     send(run.deployment.settings, [action("dan", 1), *poison])
     run.supervisor.scale(1)

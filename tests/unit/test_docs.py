@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streams.config.settings import keys
 from streams.core.policy import Reason
-from streams.wire.actions import RefusalReason
+from streams.wire.actions import RejectReason
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings
 from tests.unit.wire.test_embeddings import ONE
 
@@ -26,7 +26,7 @@ def test_the_contracts_name_every_reason_and_header() -> None:
     """Each reason for a refusal, each trigger's reason, each codec and each header has its place in the page."""
     assert isinstance(ONE, EmbeddingBatch)
     [(_, _, headers)] = encode_embeddings(ONE, EmbeddingCodec.FLOAT32)
-    named = [*RefusalReason, *EmbeddingCodec, *(reason.label for reason in Reason), *(name for name, _ in headers)]
+    named = [*RejectReason, *EmbeddingCodec, *(reason.label for reason in Reason), *(name for name, _ in headers)]
     assert [name for name in named if f"`{name}`" not in CONTRACTS] == []
 
 

@@ -131,7 +131,7 @@ class Worker:
         """Apply records [begin, end) as one batch."""
         records = self.broker.source[begin:end]
         decoded = decode_actions(records, now_ms=self.now_ms, limits=DECODE)
-        self.refused |= {records[each.index].offset for each in decoded.refused}
+        self.refused |= {records[each.index].offset for each in decoded.rejected}
         if len(decoded.actions):
             self.load(decoded.actions.users)
             self._perform(self.state.apply(decoded.actions, self.now_ms))

@@ -7,7 +7,7 @@ from typing import Any
 from faust.types import TP
 
 from streams.core.policy import TriggerPolicy
-from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionSource
+from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionJobs
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
 from tests.unit.core.build import batch, state_of
@@ -16,15 +16,17 @@ NOW_MS = 1_000_000
 NONE: Any = None
 
 
-def test_a_cache_of_another_lineage_fits_nobody() -> None:
+def test_a_cache_of_another_incarnation_fits_nobody() -> None:
     """What the encoder kept of a user is used again after the partition came back as it went, and not otherwise."""
     state = state_of(TriggerPolicy(), [b"a"])
     owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
 
-    def revisions(lineage: int) -> list[int]:
-        state.apply(batch([b"a"], [lineage], offset=lineage), NOW_MS)
-        source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=lineage, now_ms=lambda: NOW_MS)
-        job = source.take([b"a"])
+    def revisions(incarnation: int) -> list[int]:
+        state.apply(batch([b"a"], [incarnation], offset=incarnation), NOW_MS)
+        jobs = PartitionJobs(
+            owned, NONE, Metrics(), encoder_version="v", incarnation=incarnation, now_ms=lambda: NOW_MS
+        )
+        job = jobs.begin_job([b"a"])
         state.finish_job(job.sequences.users, job.offsets, NOW_MS)
         return job.sequences.revisions.tolist()
 
@@ -37,10 +39,10 @@ def test_shed_users_are_due_again_after_a_while() -> None:
     """Whoever is shed stays due, is handed over again after the delay and not before, and its embedding is whole."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
-    source = PartitionSource(owned, NONE, Metrics(), encoder_version="v", lineage=1, now_ms=lambda: NOW_MS)
+    jobs = PartitionJobs(owned, NONE, Metrics(), encoder_version="v", incarnation=1, now_ms=lambda: NOW_MS)
     assert state.apply(batch([b"a", b"b"], [1, 2]), NOW_MS).due == [b"a", b"b"]
-    source.shed([b"a"])
+    jobs.requeue([b"a"])
     assert state.fire_timers(NOW_MS + SHED_RETRY_MS - 1).due == []
     assert state.fire_timers(NOW_MS + SHED_RETRY_MS).due == [b"a"]
-    job = source.take([b"a", b"b"])
+    job = jobs.begin_job([b"a", b"b"])
     assert (job.sequences.users, job.offsets.tolist()) == ([b"a", b"b"], [0, 1])

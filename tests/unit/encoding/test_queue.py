@@ -53,14 +53,14 @@ class Source:
 
     published: dict[bytes, float] = field(default_factory=dict)
     order: list[bytes] = field(default_factory=list)
-    refused: list[bytes] = field(default_factory=list)
+    rejected: list[bytes] = field(default_factory=list)
     left_out: list[bytes] = field(default_factory=list)
     acknowledged: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.acknowledged.set()
 
-    def take(self, users: Sequence[bytes]) -> EncodeJob:
+    def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
         return job(users)
 
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
@@ -68,11 +68,11 @@ class Source:
         self.order += job.sequences.users
         self.published |= dict(zip(job.sequences.users, embeddings[:, 0].tolist(), strict=True))
 
-    async def refuse(self, job: EncodeJob, detail: str) -> None:
+    async def reject(self, job: EncodeJob, detail: str) -> None:
         assert "NaN" in detail
-        self.refused += job.sequences.users
+        self.rejected += job.sequences.users
 
-    def shed(self, users: Sequence[bytes]) -> None:
+    def requeue(self, users: Sequence[bytes]) -> None:
         self.left_out += users
 
 
@@ -243,8 +243,8 @@ def test_one_user_that_the_encoder_cannot_embed_is_refused_alone() -> None:
         queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
         put(queue, source, [1, 2, 6, 3])
         async with running(queue):
-            await until(lambda: len(source.published) == 3 and bool(source.refused))
-        assert source.refused == [b"6"]
+            await until(lambda: len(source.published) == 3 and bool(source.rejected))
+        assert source.rejected == [b"6"]
         assert source.published == {b"1": 1.0, b"2": 2.0, b"3": 3.0}
         assert metrics.encode_failures.value() == runtime.cleared == 6  # two attempts each at four, two and one user
         assert runtime.calls[0] == runtime.calls[1]
@@ -271,7 +271,7 @@ def test_an_encoder_that_recovers_loses_nobody() -> None:
             failing.clear()
             await until(lambda: len(source.published) == 2)
         assert queue.healthy
-        assert source.refused == []
+        assert source.rejected == []
 
     asyncio.run(scenario())
 
@@ -300,16 +300,16 @@ POLICY = EncodeQueuePolicy(stuck_after_ms=30)
 
 
 def test_nan_is_dead_lettered_and_the_others_are_published() -> None:
-    """A user whose embedding is NaN is refused; its neighbours in the batch, also of other partitions, are not."""
+    """A user whose embedding is NaN is rejected; its neighbours in the batch, also of other partitions, are not."""
 
     async def scenario() -> None:
         queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Source(), Source()
         put(queue, one, [1, 13])
         put(queue, two, [2])
         async with running(queue):
-            await until(lambda: bool(one.refused and one.published and two.published))
-        assert one.refused == [b"13"]
-        assert (one.published, two.published, two.refused) == ({b"1": 1.0}, {b"2": 2.0}, [])
+            await until(lambda: bool(one.rejected and one.published and two.published))
+        assert one.rejected == [b"13"]
+        assert (one.published, two.published, two.rejected) == ({b"1": 1.0}, {b"2": 2.0}, [])
 
     asyncio.run(scenario())
 

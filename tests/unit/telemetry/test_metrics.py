@@ -78,7 +78,7 @@ def test_what_is_counted_is_served(metrics: Metrics, health: dict[str, str | Non
     """Numbers, labels and buckets arrive at Prometheus as they were put in; untouched counters start at zero."""
     metrics.events.inc(3)
     metrics.events.inc(4)
-    metrics.refused.inc(reason="not-json")
+    metrics.rejected.inc(reason="not-json")
     metrics.consumer_lag.set(12, partition=3)
     metrics.freshness_seconds.observe_many(np.array([0.002, 0.003, 9_999.0, np.nan]))
     status, text = get(health, "/metrics")

@@ -1,4 +1,4 @@
-"""What becomes a row, what is refused and why."""
+"""What becomes a row, what is rejected and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from encoder.actions.columns import item_key, name_code
 from streams.wire import actions
-from streams.wire.actions import NAMES_KEPT_MAX, Decoded, DecodeLimits, RefusalReason, decode_actions
+from streams.wire.actions import NAMES_KEPT_MAX, Decoded, DecodeLimits, RejectReason, decode_actions
 
 NOW_MS = 1_700_000_000_000
 LIMITS = DecodeLimits()
@@ -38,20 +38,20 @@ def decode(*records: FetchedRecord) -> Decoded:
     return decode_actions(records, now_ms=NOW_MS, limits=LIMITS)
 
 
-def refusal_of(record: FetchedRecord) -> tuple[RefusalReason, str]:
+def refusal_of(record: FetchedRecord) -> tuple[RejectReason, str]:
     """Decode a record between two good ones, which it must leave alone."""
     decoded = decode(record_of(GOOD, offset=4), record, record_of(GOOD, offset=6))
     assert decoded.actions.offsets.tolist() == [4, 6]
-    [refused] = decoded.refused
-    assert refused.index == 1
-    return refused.reason, refused.detail
+    [rejected] = decoded.rejected
+    assert rejected.index == 1
+    return rejected.reason, rejected.detail
 
 
 def test_every_field_lands_in_its_column() -> None:
     """A full event fills each column: ids by `item_key`, names by `name_code`, numbers as they are."""
     event = {**GOOD, "surface": "home", "duration_ms": 1_500, "event_id": "e-1", "extra": [1, {"x": None}]}
     decoded = decode(record_of(event, offset=7))
-    assert decoded.refused == []
+    assert decoded.rejected == []
     assert decoded.actions.users == [b"ann"]
     assert decoded.actions.offsets.tolist() == [7]
     assert decoded.actions.is_tombstone.tolist() == [False]
@@ -81,7 +81,7 @@ def test_only_absent_event_ids_are_zero() -> None:
 def test_nothing_decodes_to_nothing() -> None:
     """An empty list of records is an empty batch."""
     decoded = decode()
-    assert (len(decoded.actions), decoded.refused) == (0, [])
+    assert (len(decoded.actions), decoded.rejected) == (0, [])
 
 
 BAD_EVENTS: dict[str, tuple[Any, str, str]] = {
@@ -121,7 +121,7 @@ BAD_EVENTS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize(("event", "reason", "detail"), BAD_EVENTS.values(), ids=BAD_EVENTS.keys())
 def test_a_bad_field_has_its_reason(event: object, reason: str, detail: str) -> None:
-    """Each fault of a field is refused with its own reason, and the detail names what is wrong."""
+    """Each fault of a field is rejected with its own reason, and the detail names what is wrong."""
     got_reason, got_detail = refusal_of(record_of(event))
     assert got_reason == reason
     assert detail in got_detail
@@ -155,7 +155,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize(("record", "reason"), BAD_RECORDS.values(), ids=BAD_RECORDS.keys())
 def test_a_bad_record_has_its_reason(record: FetchedRecord, reason: str) -> None:
-    """Each fault of key, value or encoding is refused with its own reason, and its neighbours are kept."""
+    """Each fault of key, value or encoding is rejected with its own reason, and its neighbours are kept."""
     assert refusal_of(record)[0] == reason
 
 
@@ -163,17 +163,17 @@ def test_an_untimely_event_is_found_behind_another_fault() -> None:
     """Event times are judged after the other faults, and still name the record they came in, in order."""
     untimely = record_of({**GOOD, "timestamp_ms": 5})
     decoded = decode(record_of(GOOD), untimely, FetchedRecord(b"ann", b"{"), untimely)
-    assert [(one.index, one.reason) for one in decoded.refused] == [
-        (1, RefusalReason.TIMESTAMP_PAST),
-        (2, RefusalReason.NOT_JSON),
-        (3, RefusalReason.TIMESTAMP_PAST),
+    assert [(one.index, one.reason) for one in decoded.rejected] == [
+        (1, RejectReason.TIMESTAMP_PAST),
+        (2, RejectReason.NOT_JSON),
+        (3, RejectReason.TIMESTAMP_PAST),
     ]
 
 
 def test_every_reason_is_reached() -> None:
     """The closed set holds no reason that the cases above do not produce."""
     reached = {reason for _, reason, _ in BAD_EVENTS.values()} | {reason for _, reason in BAD_RECORDS.values()}
-    assert reached == set(RefusalReason)
+    assert reached == set(RejectReason)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_every_reason_is_reached() -> None:
 )
 def test_the_limits_themselves_are_allowed(event: dict[str, object]) -> None:
     """A value that stands exactly at a limit is an action."""
-    assert decode(record_of(event)).refused == []
+    assert decode(record_of(event)).rejected == []
 
 
 def test_a_null_value_is_a_tombstone_at_its_record_time() -> None:
@@ -199,7 +199,7 @@ def test_a_null_value_is_a_tombstone_at_its_record_time() -> None:
     assert decoded.actions.users == [b"ann", b"bob", b"ann"]
     assert decoded.actions.is_tombstone.tolist() == [False, True, False]
     assert decoded.actions.actions[1].tolist() == (0, 0, 0, NOW_MS - 7, 0, 0)
-    assert decoded.refused == []
+    assert decoded.rejected == []
 
 
 @pytest.mark.parametrize("timestamp_ms", [-1, NOW_MS + 10**9])
@@ -219,7 +219,7 @@ def test_confluent_framing_is_read() -> None:
     """JSON behind a zero byte and a schema id is an action like any other, also among unframed ones."""
     framed = FetchedRecord(b"ann", b"\0\0\0\0\x2a" + GOOD_BYTES)
     decoded = decode(record_of(GOOD), framed)
-    assert decoded.refused == []
+    assert decoded.rejected == []
     assert decoded.actions.actions[0] == decoded.actions.actions[1]
 
 
@@ -277,22 +277,22 @@ def test_columns_equal_the_obvious_reading(inputs: list[dict[str, object] | Fetc
         )
         for one in good
     ]
-    assert [one.index for one in decoded.refused] == [i for i, one in enumerate(inputs) if not isinstance(one, dict)]
+    assert [one.index for one in decoded.rejected] == [i for i, one in enumerate(inputs) if not isinstance(one, dict)]
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=60), st.none() | st.binary(max_size=6))
 def test_no_bytes_raise(value: bytes, key: bytes | None) -> None:
-    """Arbitrary bytes are refused, never an exception."""
+    """Arbitrary bytes are rejected, never an exception."""
     decoded = decode(FetchedRecord(key, value))
-    assert len(decoded.refused) == 1
+    assert len(decoded.rejected) == 1
 
 
 def test_fields_are_limited_by_the_settings_given() -> None:
     """Two sets of limits in one process do not mix."""
     tight = DecodeLimits(id_chars_max=1)
-    assert len(decode_actions([record_of(GOOD)], now_ms=NOW_MS, limits=tight).refused) == 1
-    assert decode(record_of(GOOD)).refused == []
+    assert len(decode_actions([record_of(GOOD)], now_ms=NOW_MS, limits=tight).rejected) == 1
+    assert decode(record_of(GOOD)).rejected == []
 
 
 def test_columns_do_not_share_memory_with_the_records() -> None:

@@ -10,12 +10,12 @@ from tests.unit.wire.test_actions import NOW_MS, FetchedRecord
 def test_a_dead_letter_names_reason_and_origin_behind_its_own_headers() -> None:
     """The record's own headers come first, unchanged; reason, detail and origin follow as text."""
     record = FetchedRecord(b"ann", b"\xff{", [("traceparent", b"\x00\xff")], offset=12)
-    [refused] = decode_actions([record], now_ms=NOW_MS, limits=DecodeLimits()).refused
-    headers = dead_letter_headers(refused, record, topic="user-actions", partition=3)
+    [rejected] = decode_actions([record], now_ms=NOW_MS, limits=DecodeLimits()).rejected
+    headers = dead_letter_headers(rejected, record, topic="user-actions", partition=3)
     assert headers[0] == ("traceparent", b"\x00\xff")
     assert dict(headers[1:]) == {
         "error-reason": b"not-json",
-        "error-detail": refused.detail.encode(),
+        "error-detail": rejected.detail.encode(),
         "source-topic": b"user-actions",
         "source-partition": b"3",
         "source-offset": b"12",

@@ -116,7 +116,7 @@ def test_headers_can_be_read_alone() -> None:
 @pytest.mark.parametrize("codec", EmbeddingCodec)
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_not_written(codec: EmbeddingCodec, number: float) -> None:
-    """A NaN or an infinity is refused before anything of its batch is written, and counted in the text."""
+    """A NaN or an infinity is rejected before anything of its batch is written, and counted in the text."""
     vectors = np.ones((3, 2), np.float32)
     vectors[1, 1] = number
     with pytest.raises(MalformedEmbedding, match="1 of 3"):
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_not_written(codec: EmbeddingCodec, number: float)
 
 
 def test_a_number_too_large_for_float16_is_not_written() -> None:
-    """What would become an infinity in float16 is refused there, and fine in float32."""
+    """What would become an infinity in float16 is rejected there, and fine in float32."""
     vectors = np.full((1, 2), 7e4, np.float32)
     with pytest.raises(MalformedEmbedding, match="float16"):
         encode_embeddings(batch_of(vectors), EmbeddingCodec.FLOAT16)
