@@ -23,7 +23,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from streams.errors import BrokerUnreachable, StreamformerError
-from streams.wire.actions import DecodeLimits, Refused, decode_actions
+from streams.wire.actions import DecodeLimits, Rejected, decode_actions
 
 ANSWER_MS = 5_000
 """How long the broker may take to answer the first request."""
@@ -35,7 +35,7 @@ IN_FLIGHT_MAX = 10_000
 class ActionRejected(StreamformerError):
     """The worker would write this action to the dead-letter topic, for `reason`."""
 
-    def __init__(self, refused: Refused) -> None:
+    def __init__(self, refused: Rejected) -> None:
         super().__init__(
             f"rejected as {refused.reason}", refused.detail, "see the fields in docs/reference/contracts.md"
         )
@@ -154,9 +154,9 @@ class ActionProducer:
     def _send(self, value: bytes) -> Any:
         key = _user_of(value)
         decoded = decode_actions([_Unsent(key, value)], now_ms=_now_ms(), limits=self._limits)
-        if decoded.refused:
+        if decoded.rejected:
             self.rejected += 1
-            raise ActionRejected(decoded.refused[0])
+            raise ActionRejected(decoded.rejected[0])
         try:
             return self._producer.send(self._topic, key=key, value=value)
         except KafkaError as error:
