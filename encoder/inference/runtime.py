@@ -1,4 +1,4 @@
-"""From a release on disk to something that embeds users: the interface that streams/ knows, and its one constructor."""
+"""The interface through which streams/ embeds users, and its constructor, which starts from a release on disk."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
 from encoder.hardware import CPU, gpu_precision, own_device
-from encoder.inference.cuda import CudaSteps
-from encoder.inference.forward import Steps
+from encoder.inference.cuda import CudaForwardPass
+from encoder.inference.forward import ForwardPass
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Kernel, Precision
-from encoder.inference.linear import prepared
+from encoder.inference.linear import prepare_linear
 from encoder.inference.native import Library, NativeKernel
 from encoder.inference.reference import TorchKernel
 from encoder.inference.slots import SlotTable
@@ -31,28 +31,28 @@ DType = Literal["auto", "fp32", "bf16"]
 
 
 class EncoderRuntime(Protocol):
-    """Embeds users, always called from the same thread. An embedding does not depend on what else is in the batch."""
+    """Embeds users; always called from the same thread. The rest of a batch never changes a user's embedding."""
 
     version: str
-    """Of the release."""
+    """Version of the loaded release."""
     embedding_dim: int
     sequence_length: int
-    """Rows of history that can matter, M; callers pass at most that many newest rows of each user."""
+    """Number of newest actions that an embedding can depend on, M; callers pass at most M rows per user."""
     dtype: str
-    """Of the matrix products: `float32` or `bfloat16`."""
+    """Type of the matrix products: `float32` or `bfloat16`."""
     extensions: int
-    """Embeddings so far that were computed from what was kept and the new actions alone."""
+    """Number of embeddings so far that were computed from the cache and the new actions alone."""
     prefills: int
-    """Embeddings so far for which a sequence was computed from its start."""
+    """Number of embeddings so far for which a sequence was computed from its start."""
 
     def embed(self, batch: SequenceBatch) -> F32:
-        """Embeddings [U, E] of length one; each user occurs once and has at least one row, else `ValueError`."""
+        """Return embeddings [U, E] of length one; each user occurs once and has at least one row, else `ValueError`."""
 
     def forget(self, users: Sequence[bytes]) -> None:
-        """Drop what is kept of these users."""
+        """Drop what is cached of these users."""
 
     def clear(self) -> None:
-        """Drop what is kept of everybody."""
+        """Drop what is cached of all users."""
 
 
 def load_runtime(
@@ -63,18 +63,18 @@ def load_runtime(
     threads: int = 1,
     dtype: DType = "auto",
 ) -> EncoderRuntime:
-    """The runtime of a release, on this process's CUDA device where there is one; sets torch's threads.
+    """Return the runtime of a release, on this process's CUDA device if there is one; sets torch's thread count.
 
-    `cache_bytes_max` bounds the memory of what is kept of users: address space at once and memory as users come, or on
-    a GPU its memory at once. For `dtype` see `choose`. Raises `ReleaseError` for a release that cannot be trusted and
-    `ValueError` for settings that do not fit it.
+    `cache_bytes_max` bounds the memory of the cache. On a CPU its address space is reserved at once and its memory is
+    used as users come; on a GPU its memory is allocated at once. `dtype` is explained at `choose_precision`. Raises
+    `ReleaseError` for a release that cannot be trusted, and `ValueError` for settings that do not fit it.
     """
     torch.set_num_threads(threads)
     release = load_release(release_dir)
     release.model.to(own_device())
     if isinstance(release.model, StreamingEncoder):
         make = make_incremental if kind == "incremental" else make_full
-        precision = choose(dtype, release.config.d_model, release.model.device)
+        precision = choose_precision(dtype, release.config.d_model, release.model.device)
         return make(release, cache_bytes_max=cache_bytes_max, precision=precision)
     if kind == "incremental":
         raise ValueError("a window encoder keeps nothing between actions: set the runtime's kind to full")
@@ -84,35 +84,36 @@ def load_runtime(
 def make_incremental(
     release: Release, *, cache_bytes_max: int, precision: Precision, native: bool = True
 ) -> IncrementalRuntime:
-    """The incremental runtime of a streaming release, where its model is, with products and cache in this precision."""
+    """Return the incremental runtime of a streaming release, on the device that its model is on."""
     kernel, slots = make_kernel(release, precision, cache_bytes_max, native=native)
-    steps = make_steps(release, kernel, precision)
-    if isinstance(steps, CudaSteps):
-        steps.capture()
-    return IncrementalRuntime(release.version, release.config, steps, SlotTable(slots))
+    forward = make_forward_pass(release, kernel, precision)
+    if isinstance(forward, CudaForwardPass):
+        forward.capture()
+    return IncrementalRuntime(release.version, release.config, forward, SlotTable(slots))
 
 
 def make_full(
     release: Release, *, cache_bytes_max: int, precision: Precision, native: bool = True
 ) -> FullStreamingRuntime:
-    """The full runtime of a streaming release; it needs slots only while a part of a batch runs."""
+    """Return the full runtime of a streaming release; it needs slots only while a part of a batch runs."""
     kernel, slots = make_kernel(release, precision, cache_bytes_max, slots_max=FULL_USERS_MAX, native=native)
-    return FullStreamingRuntime(release, make_steps(release, kernel, precision), slots)
+    return FullStreamingRuntime(release, make_forward_pass(release, kernel, precision), slots)
 
 
-def make_steps(release: Release, kernel: Kernel, precision: Precision) -> Steps:
-    """Steps where the model and the slabs of the kernel are."""
+def make_forward_pass(release: Release, kernel: Kernel, precision: Precision) -> ForwardPass:
+    """Return the forward pass for the device that the model and the kernel's slabs are on."""
     if isinstance(kernel, TorchKernel) and kernel.device.type == "cuda":
-        return CudaSteps(release, kernel, precision.products)
-    return Steps(release, kernel, precision.products)
+        return CudaForwardPass(release, kernel, precision.products)
+    return ForwardPass(release, kernel, precision.products)
 
 
 def make_kernel(
     release: Release, precision: Precision, cache_bytes_max: int, *, slots_max: int | None = None, native: bool = True
 ) -> tuple[Kernel, int]:
-    """A kernel and its number of slots: the native one, or its twin where `native` is false or cannot be built.
+    """Return a kernel and its number of slots for users.
 
-    On a GPU it is the twin, and it has one slot more, for padding.
+    The native kernel serves on a CPU. The reference serves if `native` is false, if the native kernel cannot be built,
+    and on a GPU, where it has one more slot, for padding.
     """
     geometry, device = Geometry.of(release.config, precision), release.model.device
     library = _library(release, geometry, native=native)
@@ -129,7 +130,7 @@ def make_kernel(
 
 
 def kernel_bytes(release: Release, precision: Precision, *, native: bool = True) -> int:
-    """Cache bytes of one user."""
+    """Return the cache bytes of one user."""
     geometry = Geometry.of(release.config, precision)
     library = _library(release, geometry, native=native)
     return library.bytes_per_slot() if library else TorchKernel.bytes_per_slot(geometry)
@@ -140,18 +141,19 @@ def _library(release: Release, geometry: Geometry, *, native: bool) -> Library |
 
 
 def slopes(release: Release) -> torch.Tensor | None:
-    """The non-negative slopes of the event-time bias, [L, H] float32; None when the encoder has none."""
+    """Return the non-negative slopes [L, H] of the event-time bias in float32; None when the encoder has none."""
     if not release.config.time_bias:
         return None
     learned: list[torch.Tensor] = [block.slope for block in release.model.layers if block.slope is not None]
     return F.softplus(torch.stack(learned)).detach()
 
 
-def choose(dtype: DType, d_model: int, device: torch.device = CPU) -> Precision:
-    """What a setting means on this machine, by a measurement of some ten milliseconds.
+def choose_precision(dtype: DType, d_model: int, device: torch.device = CPU) -> Precision:
+    """Return the precision that a setting means on this machine; on a CPU this times products for about 10 ms.
 
-    `bf16` allows bfloat16: the cache takes half the memory, and products use it where this machine multiplies faster
-    in it; a GPU is asked whether it multiplies in it. `auto` is `bf16` on such machines and `fp32` on all others.
+    `fp32` is float32 throughout. `bf16` allows bfloat16: the cache takes half the memory, and products use bfloat16
+    where the processor multiplies faster in it, or where the GPU supports it. `auto` is `bf16` on such machines and
+    `fp32` on all others.
     """
     if dtype == "fp32":
         return Precision()
@@ -166,9 +168,9 @@ def choose(dtype: DType, d_model: int, device: torch.device = CPU) -> Precision:
 
 @torch.inference_mode()
 def _product_s(d_model: int, dtype: torch.dtype) -> float:
-    """Least seconds of three for 256 rows through a feed-forward layer's first product."""
+    """Return the best of three timings of a feed-forward layer's first product with 256 rows."""
     linear = nn.Linear(d_model, 4 * d_model)
-    product = prepared(linear, dtype)
+    product = prepare_linear(linear, dtype)
     rows, out = torch.zeros(256, d_model, dtype=dtype), torch.empty(256, 4 * d_model, dtype=dtype)
     product(rows, out)
     seconds = []

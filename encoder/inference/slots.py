@@ -1,8 +1,8 @@
-"""Which user owns which slot of the slabs, and what each slot has seen; least recently used goes first.
+"""The slot table: which user owns which slot of the KV cache, and what each slot has seen.
 
-A slot's columns say up to where its keys and values are valid. Whoever is about to write into slots calls `open` and,
-once every write has succeeded, `seal`: a step that failed half-way leaves slots that hold nothing, never slots that
-claim more than they hold.
+A slot's columns state up to which action its keys and values are valid. Before writing into slots, call `open`; once
+every write has succeeded, call `seal`. A pass that fails half-way therefore leaves slots that hold nothing, and never
+slots that claim more than they hold. The least recently used slot is given up first.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from operator import itemgetter
 import numpy as np
 
 from encoder.arrays import I64
-
-Int64s = I64
 
 
 class SlotTable:
@@ -29,16 +27,16 @@ class SlotTable:
         self._owner_of: list[bytes] = [b""] * slots
         self._free = list(range(slots - 1, -1, -1))
         self._now = 0
-        self._used_at: Int64s = np.zeros(slots, np.int64)
-        self.counts: Int64s = np.zeros(slots, np.int64)
-        """[slots] actions of the user that the slot has seen; 0 when it holds nothing."""
-        self.revisions: Int64s = np.zeros(slots, np.int64)
-        """[slots] revision of the sequence that the slot was computed from."""
-        self.firsts: Int64s = np.zeros(slots, np.int64)
-        """[slots] position of the oldest action that the slot was computed from."""
+        self._used_at: I64 = np.zeros(slots, np.int64)
+        self.counts: I64 = np.zeros(slots, np.int64)
+        """Number [slots] of the user's actions that the slot has seen; 0 when it holds nothing."""
+        self.revisions: I64 = np.zeros(slots, np.int64)
+        """Revision [slots] of the sequence that the slot was computed from."""
+        self.firsts: I64 = np.zeros(slots, np.int64)
+        """Position [slots] of the oldest action that the slot was computed from."""
 
-    def take(self, users: Sequence[bytes]) -> Int64s:
-        """The slots [U] of at most `slots` distinct users; who has none gets one that holds nothing."""
+    def take(self, users: Sequence[bytes]) -> I64:
+        """Return the slots [U] of at most `slots` distinct users; a user without one gets one that holds nothing."""
         taken = self._found(users)
         self._now += 1
         self._used_at[taken[taken >= 0]] = self._now
@@ -47,11 +45,11 @@ class SlotTable:
             taken[new] = self._allot([users[u] for u in new.tolist()])
         return taken
 
-    def open(self, slots: Int64s) -> None:
+    def open(self, slots: I64) -> None:
         """Mark slots as holding nothing while they are written."""
         self.counts[slots] = 0
 
-    def seal(self, slots: Int64s, counts: Int64s, revisions: Int64s, firsts: Int64s) -> None:
+    def seal(self, slots: I64, counts: I64, revisions: I64, firsts: I64) -> None:
         """Record what the slots hold, now that every write has succeeded."""
         self.revisions[slots] = revisions
         self.firsts[slots] = firsts
@@ -72,10 +70,11 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._slot_of)
 
-    def _found(self, users: Sequence[bytes]) -> Int64s:
-        """The slots [U], -1 for users without one.
+    def _found(self, users: Sequence[bytes]) -> I64:
+        """Return the slots [U], -1 for users without one.
 
-        If all have one they are looked up by one call, in which the processor waits for many at once.
+        If all users have one, a single `itemgetter` call looks them up. That is faster because the processor then waits
+        for many cache misses at once.
         """
         try:
             found = itemgetter(*users)(self._slot_of) if len(users) > 1 else [self._slot_of[user] for user in users]
@@ -83,8 +82,8 @@ class SlotTable:
             found = [self._slot_of.get(user, -1) for user in users]
         return np.array(found, np.int64)
 
-    def _allot(self, users: list[bytes]) -> Int64s:
-        """Free slots first, then those that were used longest ago; never one that this call has used."""
+    def _allot(self, users: list[bytes]) -> I64:
+        """Give users free slots first, then the least recently used ones, but none that this call has used."""
         free = [self._free.pop() for _ in range(min(len(users), len(self._free)))]
         self._used_at[free] = self._now
         missing = len(users) - len(free)

@@ -1,4 +1,4 @@
-"""Between the host and a CUDA device: one copy each way, through pinned memory; on the CPU nothing is copied."""
+"""Copies between the host and a CUDA device: one each way, through pinned memory. On the CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoder.arrays import F32
-from encoder.inference.plan import Int64s
+from encoder.arrays import F32, I64
 
 
-def sent(device: torch.device, *columns: Int64s) -> list[Tensor]:
-    """Columns [N_i] as tensors on the device; to a GPU in a single copy, which nobody waits for.
+def to_device(device: torch.device, *columns: I64) -> list[Tensor]:
+    """Return columns [N_i] as tensors on the device; they reach a GPU in a single copy that the host does not wait for.
 
-    The pinned memory is of torch's pool, which does not give it out again before the copy is done.
+    The pinned memory comes from torch's pool, which does not reuse it before the copy is done.
     """
     if device.type == "cpu":
         return [torch.from_numpy(column) for column in columns]
@@ -21,8 +20,8 @@ def sent(device: torch.device, *columns: Int64s) -> list[Tensor]:
     return list(torch.split(packed.to(device, non_blocking=True), [len(column) for column in columns]))
 
 
-def fetched(rows: Tensor) -> F32:
-    """Rows on the host, once everything that leads to them has been computed: the one wait of a step."""
+def to_host(rows: Tensor) -> F32:
+    """Return rows on the host, after everything they depend on has been computed: the only wait of a pass."""
     if rows.device.type == "cpu":
         return rows.numpy()
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from encoder.inference.incremental import TOKENS_MAX as BATCH_USERS
-from encoder.inference.linear import prepared
+from encoder.inference.linear import prepare_linear
 from encoder.model import EncoderConfig
 from encoder.release import Release
 
@@ -28,7 +28,7 @@ class Products:
         self.flops = sum(2 * linear.in_features * linear.out_features for linear in linears)
         self._calls = [
             (
-                prepared(linear, dtype),
+                prepare_linear(linear, dtype),
                 torch.randn(BATCH_USERS, linear.in_features).to(dtype),
                 torch.empty(BATCH_USERS, linear.out_features, dtype=dtype),
             )
@@ -102,7 +102,7 @@ def plain_pass(config: EncoderConfig, dtype: torch.dtype) -> Callable[[], int]:
 def peak_flops(dtype: torch.dtype) -> float:
     """FLOP a CPU second of one large product, the best of some: what this machine can do."""
     linear = nn.Linear(1_024, 1_024)
-    product = prepared(linear, dtype)
+    product = prepare_linear(linear, dtype)
     x, out = torch.randn(512, 1_024).to(dtype), torch.empty(512, 1_024, dtype=dtype)
     best = 0.0
     with torch.inference_mode():

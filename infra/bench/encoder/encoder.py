@@ -27,13 +27,13 @@ from torch import nn
 from encoder.actions.columns import ACTION_DTYPE, Actions, SequenceBatch, item_key, name_code
 from encoder.arrays import F32, I64
 from encoder.features import Vocabularies, padded_rows, sequence_positions
-from encoder.inference.forward import Steps
+from encoder.inference.forward import ForwardPass
 from encoder.inference.incremental import TOKENS_MAX, IncrementalRuntime
 from encoder.inference.kernel import Kernel, Precision
 from encoder.inference.native import NativeKernel
 from encoder.inference.plan import offsets_of, suffixes
 from encoder.inference.reference import TorchKernel
-from encoder.inference.runtime import choose, kernel_bytes, make_full, make_incremental, make_kernel
+from encoder.inference.runtime import choose_precision, kernel_bytes, make_full, make_incremental, make_kernel
 from encoder.inference.slots import SlotTable
 from encoder.items import TrainedItems
 from encoder.model import EncoderConfig, build_encoder, initialize
@@ -91,7 +91,7 @@ def main(
 
 def precisions(config: EncoderConfig) -> list[Precision]:
     """What the setting `dtype` may mean here: fp32, and bf16."""
-    return [choose("fp32", config.d_model), choose("bf16", config.d_model)]
+    return [choose_precision("fp32", config.d_model), choose_precision("bf16", config.d_model)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +110,14 @@ def measured(config: EncoderConfig, precision: Precision, users: int, seed: int,
     """Interleaved rounds of every contestant at the reference size."""
     release = random_release(config, seed)
     hot = HotUsers(release, precision, users, rng)
-    twin = HotUsers(release, precision, 2 * BATCH_USERS, rng, native=False)
+    reference = HotUsers(release, precision, 2 * BATCH_USERS, rng, native=False)
     products = Products(release, precision.products)
     full = make_full(release, cache_bytes_max=1 << 30, precision=precision)
     cold = cold_users(rng, 4, config.sequence_length)
     contestants: dict[str, Callable[[], int]] = {
         "updates": hot.step,
         "products": products.step,
-        "twin": twin.step,
+        "reference": reference.step,
         "own full pass": lambda: len(full.embed(cold)),
         **{f"TransformerEncoder, {b} users": transformer_encoder(config, b) for b in (1, 4)},
         **{f"plain pass, {name}": plain_pass(config, dtype) for name, dtype in PLAIN.items()},
@@ -173,7 +173,7 @@ class HotUsers:
         zeros = np.zeros(users, np.int64)
         table.seal(table.take(self._names), self._counts, zeros, zeros)
         self._runtime = IncrementalRuntime(
-            release.version, release.config, Steps(release, kernel, precision.products), table
+            release.version, release.config, ForwardPass(release, kernel, precision.products), table
         )
         self._actions = random_actions(rng, KEPT * BATCH_USERS)
         self._starts = np.arange(BATCH_USERS + 1) * KEPT
@@ -296,7 +296,7 @@ def summary(figures: Figures) -> dict[str, Any]:
     return {
         "updates_per_second": round(updates.wall.median),
         "updates_per_cpu_second": round(updates.cpu.median),
-        "twin_updates_per_cpu_second": round(figures["twin"].cpu.median),
+        "twin_updates_per_cpu_second": round(figures["reference"].cpu.median),
         "ratio_transformer_encoder": round(agreed_ratio(ours, encoder.cpu.values).median, 1),
         "ratio_own_full_pass": round(agreed_ratio(ours, figures["own full pass"].cpu.values).median, 1),
         "fraction_of_products": round(agreed_ratio(ours, products).median, 3),

@@ -1,4 +1,4 @@
-"""Small tensors: a second thread would only be waited for."""
+"""These tests use one torch thread, because their tensors are too small for a second one to help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
+    """Limit torch to one thread during each test."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

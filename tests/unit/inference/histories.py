@@ -1,4 +1,4 @@
-"""Releases with random weights, and users whose histories grow, are corrected and are forgotten."""
+"""Releases with random weights, and users whose histories grow and are corrected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SURFACES = ("home", "search")
 
 
 def random_release(config: EncoderConfig, seed: int, *, items: int = 500) -> Release:
-    """A release whose every weight is random, residual branches and biases too, so that nothing cancels by being 0."""
+    """Return a release whose weights are all random, residual branches and biases too, so that no term is 0."""
     generator = torch.Generator().manual_seed(seed)
     keys = np.sort(np.array([item_key(f"item-{i}") for i in range(items)], np.uint64))
     vocabularies = Vocabularies(keys, ACTION_NAMES, SURFACES)
@@ -40,7 +40,7 @@ def random_release(config: EncoderConfig, seed: int, *, items: int = 500) -> Rel
 
 
 def random_actions(rng: np.random.Generator, count: int, start_ms: int = 1_700_000_000_000) -> Actions:
-    """Actions of one user, oldest first: bursts, pauses, equal times, and one item in fifty unknown."""
+    """Return actions of one user, oldest first, with bursts, pauses, equal times, and one unknown item in fifty."""
     actions = np.zeros(count, ACTION_DTYPE)
     known = rng.integers(0, 500, count)
     actions["item"] = [item_key(f"item-{i}") if i >= 10 else int(rng.integers(1, 1 << 63)) for i in known]
@@ -54,7 +54,7 @@ def random_actions(rng: np.random.Generator, count: int, start_ms: int = 1_700_0
 
 @dataclass
 class User:
-    """One user as the state would keep it: the newest `kept_max` actions, how many there were, and a revision."""
+    """A user as the state keeps it: the newest `kept_max` actions, the number of all actions, and a revision."""
 
     name: bytes
     actions: Actions
@@ -67,13 +67,13 @@ class User:
         self.actions = self.actions[-self.kept_max :]
 
     def append(self, rng: np.random.Generator, count: int) -> None:
-        """Act `count` times."""
+        """Append `count` new actions."""
         more = random_actions(rng, count, int(self.actions["timestamp_ms"][-1]))
         self.actions = np.concatenate([self.actions, more])[-self.kept_max :]
         self.count += count
 
     def late(self, rng: np.random.Generator) -> None:
-        """An action arrives that belongs before ones that are kept."""
+        """Insert a late action, which belongs before actions that are kept."""
         at = int(rng.integers(1, len(self.actions) + 1))
         event = random_actions(rng, 1, int(self.actions["timestamp_ms"][at - 1]))
         event["timestamp_ms"] = self.actions["timestamp_ms"][at - 1]
@@ -83,7 +83,7 @@ class User:
 
 
 def sequences(users: Sequence[User]) -> SequenceBatch:
-    """The batch that asks for these users."""
+    """Return the batch that requests these users."""
     lengths = [len(user.actions) for user in users]
     return SequenceBatch(
         users=[user.name for user in users],
@@ -96,7 +96,7 @@ def sequences(users: Sequence[User]) -> SequenceBatch:
 
 @torch.inference_mode()
 def forward(release: Release, batch: SequenceBatch) -> F32:
-    """The model's own forward pass over everything kept: what every runtime must agree with."""
+    """Return the model's own forward pass over all kept actions, [U, E], with which every runtime must agree."""
     positions = sequence_positions(batch.starts, batch.counts)
     tokens = release.tokenizer.tokenize(batch.actions, batch.starts, positions)
     lengths = torch.from_numpy(np.diff(batch.starts))

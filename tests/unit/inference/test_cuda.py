@@ -1,6 +1,6 @@
-"""The CUDA path: padded steps are the ordinary ones, and everything lies where it must, told on simulated tensors.
+"""The CUDA path: padded passes equal ordinary ones, and every tensor is on the right device.
 
-What only a GPU can tell is compared with the CPU where there is one.
+Devices are checked with simulated tensors, on any machine. Values are compared with the CPU's where there is a GPU.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from encoder.features import Features
 from encoder.hardware import CPU
 from encoder.inference import cuda, full, load_runtime
 from encoder.inference import runtime as runtime_module
-from encoder.inference.cuda import COLUMNS, CudaSteps, SingleStep
-from encoder.inference.forward import Steps
+from encoder.inference.cuda import COLUMNS, CudaForwardPass, SingleTokenPass
+from encoder.inference.forward import ForwardPass
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
 from encoder.inference.plan import plan_tokens
 from encoder.inference.reference import TorchKernel, _Block
-from encoder.inference.runtime import choose, kernel_bytes, make_full, make_incremental, make_kernel, slopes
+from encoder.inference.runtime import choose_precision, kernel_bytes, make_full, make_incremental, make_kernel, slopes
 from encoder.inference.slots import SlotTable
 from encoder.model import EncoderConfig
 from encoder.release import Release
@@ -45,7 +45,7 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 
 class Placed(TorchDispatchMode):
-    """Refuses an operation on several devices, scalars too; a copy to the GPU must be one that nobody waits for."""
+    """Fails on an operation that mixes devices, scalars too, and on a copy to the GPU that the host would wait for."""
 
     def __init__(self, devices: set[torch.device]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Placed(TorchDispatchMode):
 
 
 class Column:
-    """A column of features as the host has it; a tensor of the host would be a simulated one."""
+    """A column of features on the host, without a tensor, because a new tensor would be a simulated one."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.numpy = lambda: values
@@ -73,30 +73,30 @@ class Column:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """A simulated CUDA device, whose tensors have shapes and no values; and what is fetched from it."""
-    fetched: list[Tensor] = []
+    """Simulate a CUDA device whose tensors have shapes but no values; yield the tensors copied from it."""
+    copied: list[Tensor] = []
 
-    def fetch(rows: Tensor) -> np.ndarray:
-        fetched.append(rows)
+    def copy_to_host(rows: Tensor) -> np.ndarray:
+        copied.append(rows)
         return np.zeros(rows.shape, np.float32)
 
     def features(*args: Any) -> Features:
         with unset_fake_temporarily():
-            made = of_steps(*args)
+            made = of_pass(*args)
             return Features(*(Column(getattr(made, name).numpy()) for name in COLUMNS))
 
-    of_steps = Steps._features
-    monkeypatch.setattr(Steps, "_features", features)
-    monkeypatch.setattr(cuda, "fetched", fetch)
-    monkeypatch.setattr(full, "fetched", fetch)
+    of_pass = ForwardPass._features
+    monkeypatch.setattr(ForwardPass, "_features", features)
+    monkeypatch.setattr(cuda, "to_host", copy_to_host)
+    monkeypatch.setattr(full, "to_host", copy_to_host)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield fetched
+        yield copied
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph in slow motion: what was recorded runs again, on the same tensors and without Python between."""
+    """A stand-in for a CUDA graph: replays the recorded operations on the same tensors, with no Python in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,6 +108,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
+        """Run the recorded operations again and copy their results over the recorded ones."""
         for func, args, kwargs, results in self.recorded:
             for old, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
                 old.copy_(new)
@@ -115,7 +116,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, tapes are recorded instead of CUDA graphs."""
+    """Record tapes on the CPU in place of CUDA graphs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
     for name in ("Stream", "current_stream"):
@@ -123,24 +124,24 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
 
-def cuda_runtime(release: Release, precision: Precision, slots: int) -> tuple[IncrementalRuntime, CudaSteps]:
-    """The incremental runtime as on a GPU, without recorded steps, wherever the model is."""
+def cuda_runtime(release: Release, precision: Precision, slots: int) -> tuple[IncrementalRuntime, CudaForwardPass]:
+    """Return the incremental runtime that a GPU gets, without recorded passes, on the device of the model."""
     geometry = Geometry.of(release.config, precision)
     kernel = TorchKernel(geometry, slots + 1, slopes(release), release.model.device)
-    steps = CudaSteps(release, kernel, precision.products)
-    return IncrementalRuntime(release.version, release.config, steps, SlotTable(slots)), steps
+    forward_pass = CudaForwardPass(release, kernel, precision.products)
+    return IncrementalRuntime(release.version, release.config, forward_pass, SlotTable(slots)), forward_pass
 
 
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [*SHAPES, "read-out"])
-def test_steps_run_on_their_device(shape: str, precision: Precision, gpu: list[Tensor]) -> None:
-    """Prefills, several tokens and single ones meet no tensor of another device, and ask the device for nothing."""
+def test_passes_run_on_their_device(shape: str, precision: Precision, gpu: list[Tensor]) -> None:
+    """Prefills and passes of one or several tokens mix no devices, and never make the host wait."""
     rng = np.random.default_rng(1)
     release = simulated(SHAPES.get(shape, replace(SMALL, read_out=True)))
-    assert choose("auto", 32, release.model.device) == HALF
-    runtime, steps = cuda_runtime(release, precision, 20)
+    assert choose_precision("auto", 32, release.model.device) == HALF
+    runtime, forward_pass = cuda_runtime(release, precision, 20)
     users = [user(rng, i, release.config, 1 + 3 * i) for i in range(12)]
-    used = counted(steps.singles[0])
+    used = counted(forward_pass.singles[0])
     for choices in ([1], [1, 2, 5], [1]):
         with Placed({CPU, CUDA}):
             runtime.embed(sequences(users))
@@ -149,17 +150,17 @@ def test_steps_run_on_their_device(shape: str, precision: Precision, gpu: list[T
     assert used[:2] == [1, 12]
     assert 0 < used[2] < 12
     assert {(rows.device, rows.dtype) for rows in gpu} == {(CUDA, torch.float32)}
-    assert {slab.dtype for slab in steps.kernel.keys} == {precision.cache}
-    assert (runtime.prefills, runtime.extensions, steps.dtype) == (12, 24, str(precision.products)[6:])
+    assert {slab.dtype for slab in forward_pass.kernel.keys} == {precision.cache}
+    assert (runtime.prefills, runtime.extensions, forward_pass.dtype) == (12, 24, str(precision.products)[6:])
 
 
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("gpu")
-def test_what_is_recorded_stays_on_the_device(shape: str, precision: Precision) -> None:
-    """A padded step takes its inputs from the device and makes nothing elsewhere, and no shape depends on a value."""
-    _, steps = cuda_runtime(simulated(SHAPES[shape]), precision, 20)
-    for single in steps.singles:
+def test_a_recorded_pass_stays_on_the_device(shape: str, precision: Precision) -> None:
+    """A padded pass reads and creates tensors on the device only, and no shape depends on a value."""
+    _, forward_pass = cuda_runtime(simulated(SHAPES[shape]), precision, 20)
+    for single in forward_pass.singles:
         with torch.no_grad(), Placed({CUDA}) as placed:
             embeddings = single.compute()
         assert (embeddings.shape, embeddings.device) == ((single.size, SHAPES[shape].embedding_dim), CUDA)
@@ -167,11 +168,11 @@ def test_what_is_recorded_stays_on_the_device(shape: str, precision: Precision) 
 
 
 @pytest.mark.parametrize("kind", ["incremental", "full", "window"])
-def test_loaded_where_the_device_is(kind: str, gpu: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime is on this process's device with its model and slabs; only the incremental one records its steps."""
+def test_runtimes_load_onto_the_device(kind: str, gpu: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime has its model and slabs on this process's device; only the incremental one records its passes."""
     config = WINDOW if kind == "window" else SMALL
-    recorded: list[CudaSteps] = []
-    monkeypatch.setattr(CudaSteps, "capture", lambda steps: recorded.append(steps))
+    recorded: list[CudaForwardPass] = []
+    monkeypatch.setattr(CudaForwardPass, "capture", lambda each: recorded.append(each))
     monkeypatch.setattr(runtime_module, "own_device", lambda: CUDA)
     monkeypatch.setattr(runtime_module, "load_release", lambda folder: simulated(config, CPU))
     runtime = load_runtime(Path(), kind="incremental" if kind == "incremental" else "full", cache_bytes_max=1 << 20)
@@ -184,25 +185,25 @@ def test_loaded_where_the_device_is(kind: str, gpu: list[Tensor], monkeypatch: p
     assert len(recorded) == (kind == "incremental")
 
 
-def test_embeddings_come_in_the_order_asked() -> None:
+def test_embeddings_keep_the_order_of_the_batch() -> None:
     """Users with one new token and with several, in any order, get their own embeddings."""
     rng, release = np.random.default_rng(3), random_release(SMALL, 3)
-    _, steps = cuda_runtime(release, Precision(), 20)
+    _, forward_pass = cuda_runtime(release, Precision(), 20)
     fresh = np.array([3, 1, 2, 1, 1, 9, 1])
     batch = sequences([user(rng, i, SMALL, count) for i, count in enumerate(fresh.tolist())])
     every = np.arange(len(fresh))
-    ours = steps.run(batch, every, every, fresh, 0 * fresh)
+    ours = forward_pass.run(batch, every, every, fresh, 0 * fresh)
     assert np.abs(ours - forward(release, batch)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padding_changes_nothing(shape: str) -> None:
-    """A padded step gives the embeddings of the ordinary one and writes what that writes, and to the spare slot."""
+    """A padded pass returns the embeddings of an ordinary one and writes the same, apart from the spare slot."""
     config, seed = SHAPES[shape], int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
     rng, release = np.random.default_rng(seed), random_release(SHAPES[shape], seed)
     (_, padded), (_, plain) = (cuda_runtime(release, Precision(), 50) for _ in range(2))
-    single = SingleStep(padded, 16)
+    single = SingleTokenPass(padded, 16)
     for _ in range(30):
         for ours, theirs in zip(slabs(padded), slabs(plain), strict=True):
             theirs.copy_(torch.from_numpy(rng.integers(-100, 100, theirs.shape)) * (1 if ours.ndim == 2 else 0.01))
@@ -227,31 +228,31 @@ def test_padding_changes_nothing(shape: str) -> None:
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("tapes")
-def test_histories_by_padded_steps_equal_forward(shape: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With steps padded to several sizes, recorded or not, mixed with ordinary ones: the model's forward pass."""
+def test_histories_by_padded_passes_equal_forward(shape: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes padded to several sizes, recorded or not, mixed with ordinary ones, equal the model's forward pass."""
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
     monkeypatch.setattr(cuda, "SIZES", (1, 4, 16))
     config, release = SHAPES[shape], random_release(SHAPES[shape], seed)
-    runtime, steps = cuda_runtime(release, Precision(), 20)
+    runtime, forward_pass = cuda_runtime(release, Precision(), 20)
     if recorded:
-        steps.capture()
-        for single in steps.singles:
+        forward_pass.capture()
+        for single in forward_pass.singles:
             monkeypatch.setattr(single, "compute", None)
-    used = [counted(single) for single in steps.singles]
+    used = [counted(single) for single in forward_pass.singles]
     rng, addresses = np.random.default_rng(seed), []
     for _ in range(2):
         runtime.clear()
-        follow(config, runtime, steps, lambda batch: forward(release, batch), rng, 1e-5)
-        held = [each for single in steps.singles for each in (single.inputs, *single.buffers._held.values())]
+        follow(config, runtime, forward_pass, lambda batch: forward(release, batch), rng, 1e-5)
+        held = [each for single in forward_pass.singles for each in (single.inputs, *single.buffers._held.values())]
         addresses.append([each.data_ptr() for each in held])
-    assert addresses[0] == addresses[1]  # what a recorded step goes on using
+    assert addresses[0] == addresses[1]  # a recorded pass keeps using these addresses
     assert min(map(len, used)) >= 3
     assert runtime.prefills > 20
 
 
-def test_no_cell_is_written_twice() -> None:
-    """However many tokens a user has, a layer writes each place of a ring once: a GPU writes in no certain order."""
+def test_no_place_is_written_twice() -> None:
+    """A layer writes each place of a ring once, even with many tokens per user, because a GPU writes in any order."""
     rng = np.random.default_rng(4)
     fresh = np.array([1, 30, 5, 2, 30, 11])
     counts = fresh + rng.integers(0, 50, len(fresh))
@@ -263,10 +264,10 @@ def test_no_cell_is_written_twice() -> None:
 
 
 def test_the_spare_slot_is_within_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the slots of users and the spare one together take no more than the cache's bytes."""
+    """On a GPU the slots of users and the spare one together take no more than the bytes of the cache."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert choose("auto", 32, CUDA) == Precision()
-    assert choose("bf16", 32, CUDA) == Precision(cache=torch.bfloat16)
+    assert choose_precision("auto", 32, CUDA) == Precision()
+    assert choose_precision("bf16", 32, CUDA) == Precision(cache=torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         release = simulated(SMALL)
         per_user = kernel_bytes(release, Precision())
@@ -286,7 +287,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "bf16"])
     def test_histories_equal_the_cpu(self, shape: str, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Recorded and other steps in turn, evictions, late events, full passes: the CPU's float32 embeddings."""
+        """Recorded and other passes, evictions, late events and full passes give the CPU's float32 embeddings."""
         seed = int(np.random.default_rng().integers(1 << 30))
         print(f"seed {seed}")
         monkeypatch.setattr(cuda, "SIZES", (1, 4, 16))
@@ -295,13 +296,13 @@ class TestOnGPU:
         there.model.to(CUDA)
         cache_bytes = 21 * kernel_bytes(there, precision)
         runtime = make_incremental(there, cache_bytes_max=cache_bytes, precision=precision)
-        steps = runtime._steps
-        assert isinstance(steps, CudaSteps)
-        assert all(single._graph is not None for single in steps.singles)
-        rng, used = np.random.default_rng(seed), [counted(single) for single in steps.singles]
-        bound = 1e-5 if precision == Precision() else 0.05  # at these widths a CPU's own bfloat16 is off by 0.02
+        forward_pass = runtime._forward
+        assert isinstance(forward_pass, CudaForwardPass)
+        assert all(single._graph is not None for single in forward_pass.singles)
+        rng, used = np.random.default_rng(seed), [counted(single) for single in forward_pass.singles]
+        bound = 1e-5 if precision == Precision() else 0.05  # at these widths the CPU's own bfloat16 differs by 0.02
         here = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
-        follow(config, runtime, steps, here.embed, rng, bound)
+        follow(config, runtime, forward_pass, here.embed, rng, bound)
         assert min(map(len, used)) >= 3
         assert runtime.prefills > 20
         batch = sequences([user(rng, i, config, int(rng.integers(1, 60))) for i in range(300)])
@@ -312,28 +313,31 @@ class TestOnGPU:
 def follow(
     config: EncoderConfig,
     runtime: IncrementalRuntime,
-    steps: CudaSteps,
-    truth: Callable[[SequenceBatch], np.ndarray],
+    forward_pass: CudaForwardPass,
+    expected: Callable[[SequenceBatch], np.ndarray],
     rng: np.random.Generator,
     bound: float,
 ) -> None:
-    """Users act, once each in half of the rounds, and are embedded; what no user may see is NaN before each round."""
+    """Let users act and embed them, in rounds, of which every second one has one action per user.
+
+    Before each round, all memory that no embedding may depend on is filled with NaN.
+    """
     users = [user(rng, i, config, int(rng.integers(1, 60))) for i in range(30)]
     for number in range(50):
         among, most = (users[:12], rng.choice([1, 3, 12])) if number % 2 else (users, rng.integers(1, 30))
         picked = [among[i] for i in rng.permutation(len(among))[:most]]
         for one in picked:
             one.append(rng, 1) if number % 2 else disturb(one, runtime, rng)
-        for buffers in (steps.buffers, *(single.buffers for single in steps.singles)):
+        for buffers in (forward_pass.buffers, *(single.buffers for single in forward_pass.singles)):
             buffers.scribble()
-        for slab in slabs(steps):
+        for slab in slabs(forward_pass):
             slab[-1].fill_(torch.nan if slab.is_floating_point() else 1 << 62)
         batch = sequences(picked)
-        assert np.abs(runtime.embed(batch) - truth(batch)).max() <= bound
+        assert np.abs(runtime.embed(batch) - expected(batch)).max() <= bound
 
 
-def counted(single: SingleStep) -> list[int]:
-    """A list that grows by the number of users whenever the step runs."""
+def counted(single: SingleTokenPass) -> list[int]:
+    """Return a list to which each run of the pass appends its number of users."""
     used: list[int] = []
     run = single.run
 
@@ -345,14 +349,15 @@ def counted(single: SingleStep) -> list[int]:
     return used
 
 
-def slabs(steps: CudaSteps) -> list[Tensor]:
-    return [*steps.kernel.keys, *steps.kernel.values, steps.kernel.times_ms]
+def slabs(forward_pass: CudaForwardPass) -> list[Tensor]:
+    """Return the slabs of keys, values and event times."""
+    return [*forward_pass.kernel.keys, *forward_pass.kernel.values, forward_pass.kernel.times_ms]
 
 
 def simulated(config: EncoderConfig, device: torch.device = CUDA) -> Release:
-    """A release of random weights, on the simulated GPU."""
+    """Return a release of random weights on the simulated GPU."""
     with unset_fake_temporarily():
         release = random_release(config, 1)
-        assert release.version  # read from the weights, which on a simulated device have no values
+        assert release.version  # computed and cached now, because weights on a simulated device have no values
     release.model.to(device)
     return release

@@ -1,4 +1,4 @@
-"""The C++ kernel does what its twin in torch does, and is built once, for this machine, or not at all."""
+"""The C++ kernel equals the reference in torch, and is built once per machine or replaced by the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from encoder.model import TimeEncoding
 from tests.unit.inference.histories import random_release
 from tests.unit.inference.test_runtimes import SMALL
 
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no c++ compiler")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 GEOMETRIES = [(8, 2, 32, (64, 64)), (3, 1, 10, (5, 8, 33)), (4, 4, 6, (1, 16)), (16, 1, 4, (7,)), (2, 1, 66, (12, 3))]
 
 
@@ -29,11 +29,12 @@ GEOMETRIES = [(8, 2, 32, (64, 64)), (3, 1, 10, (5, 8, 33)), (4, 4, 6, (1, 16)), 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "windows"), GEOMETRIES)
 @pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attention_equals_the_twin(
+def test_attention_equals_the_reference(
     heads: int, kv_heads: int, head_dim: int, windows: tuple[int, ...], cells: torch.dtype, biased: bool
 ) -> None:
-    """Any head size, window and number of key heads, any number of tokens, slabs full of NaN, the first action or the
-    billionth: the twin's values.
+    """Attention equals the reference for any head size, window, number of key heads and number of tokens.
+
+    Slabs begin full of NaN, and positions begin at 0 or around a billion.
     """
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
@@ -42,9 +43,9 @@ def test_attention_equals_the_twin(
     slopes = torch.rand(len(windows), heads, generator=generator) if biased else None
     library = Library.load(geometry)
     assert library is not None
-    native, twin = NativeKernel(library, 6, slopes), TorchKernel(geometry, 6, slopes)
+    native, reference = NativeKernel(library, 6, slopes), TorchKernel(geometry, 6, slopes)
     native.scribble()
-    kernels: list[Kernel] = [native, twin]
+    kernels: list[Kernel] = [native, reference]
     firsts = rng.integers(0, 10**9, 6) * rng.integers(0, 2, 6)
     counts = firsts.copy()
     now_ms = np.zeros(6, np.int64)
@@ -68,14 +69,14 @@ def test_attention_equals_the_twin(
                 kernel.attend(layer, qkv, out)
             torch.testing.assert_close(*outputs, rtol=0, atol=2e-5 if exact else 1e-2)
             differences.append((outputs[0] - outputs[1]).abs().flatten())
-    # A key that lies between two bfloat16 may round either way: a few outputs of all differ, and the mean hardly does.
+    # A key halfway between two bfloat16 may round either way, so a few outputs differ, and the mean hardly does.
     assert torch.cat(differences).mean() <= (1e-6 if exact else 2e-5)
 
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
-def test_norms_and_gelu_equal_the_twin(rows: torch.dtype) -> None:
-    """Sums, LayerNorm and GELU agree for widths that are no whole vectors, and for values far out."""
+def test_norms_and_gelu_equal_the_reference(rows: torch.dtype) -> None:
+    """Sums, LayerNorm and GELU agree for widths that do not fill whole vectors, and for large values."""
     kernels = kernels_of(rows)
     generator = torch.Generator().manual_seed(3)
     norm = nn.LayerNorm(53)
@@ -97,8 +98,11 @@ def test_norms_and_gelu_equal_the_twin(rows: torch.dtype) -> None:
 @needs_compiler
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("periods", [1, 12, 16, 32, 45])
-def test_time_encodings_equal_the_twin(rows: torch.dtype, periods: int) -> None:
-    """Any number of periods and phase, from before 1970 to the year 5000 in milliseconds, beside other columns."""
+def test_time_encodings_equal_the_reference(rows: torch.dtype, periods: int) -> None:
+    """Encodings agree for any number of periods and any phase, from before 1970 to the year 5000.
+
+    Columns to the left and right of the encoding stay as they were.
+    """
     kernels = kernels_of(rows)
     generator = torch.Generator().manual_seed(periods)
     lengths_ms = 1_000 * torch.logspace(0, 7.5, periods, dtype=torch.float64)
@@ -120,8 +124,8 @@ def test_time_encodings_equal_the_twin(rows: torch.dtype, periods: int) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
-def test_length_one_equals_the_twin(rows: torch.dtype) -> None:
-    """For widths that are no whole vectors, far from one, of zeros; and what is not finite stays so and spreads."""
+def test_length_one_equals_the_reference(rows: torch.dtype) -> None:
+    """Lengths agree for odd widths, huge, tiny and zero rows; a row with a NaN or an infinity stays not finite."""
     x = torch.randn(7, 53, generator=torch.Generator().manual_seed(1)).to(rows)
     x[1] *= 1e15
     x[2] *= 1e-15
@@ -140,7 +144,7 @@ def test_length_one_equals_the_twin(rows: torch.dtype) -> None:
 
 
 def kernels_of(rows: torch.dtype) -> list[Kernel]:
-    """Both kernels, for what does not depend on slots."""
+    """Return both kernels with one slot, for operations that do not depend on slots."""
     geometry = Geometry(2, 1, 6, (4,), rows, torch.float32)
     library = Library.load(geometry)
     assert library is not None
@@ -166,7 +170,7 @@ def test_built_once_into_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_a_library_the_twin_serves(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where nothing can be built the runtime says so in one line and runs on plain torch."""
+    """If the library cannot be built, the runtime logs one line and runs on plain torch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if fault == "no compiler":
         monkeypatch.delenv("CXX", raising=False)
@@ -174,7 +178,7 @@ def test_without_a_library_the_twin_serves(
     elif fault == "broken compiler":
         monkeypatch.setenv("CXX", "false")
     elif find_compiler() is None:
-        pytest.skip("no c++ compiler")
+        pytest.skip("needs a C++ compiler")
     else:
         (tmp_path / "streamformer").write_text("a file where a folder should be")
     release = random_release(SMALL, 1)

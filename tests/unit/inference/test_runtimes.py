@@ -1,4 +1,4 @@
-"""Law 1 for runtimes: whatever is cached, an embedding is the model's own forward pass over the kept actions."""
+"""Parity of the runtimes: whether cached or not, an embedding is the model's own forward pass over the kept actions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from encoder.inference import load_runtime
-from encoder.inference.forward import Steps
+from encoder.inference.forward import ForwardPass
 from encoder.inference.incremental import IncrementalRuntime
 from encoder.inference.kernel import Geometry, Precision
 from encoder.inference.reference import TorchKernel
@@ -80,7 +80,7 @@ def test_incremental_equals_forward(shape: str, native: bool) -> None:
 
 
 def test_full_equals_forward_for_both_encoders(tmp_path: Path) -> None:
-    """Full passes of the streaming and of the published encoder are the model's forward pass, ragged batches too."""
+    """Full passes of the streaming and of the published encoder equal the forward pass, for ragged batches too."""
     rng = np.random.default_rng(5)
     for name, config in (("streaming", SMALL), ("window", WINDOW)):
         release = random_release(config, 5)
@@ -93,7 +93,7 @@ def test_full_equals_forward_for_both_encoders(tmp_path: Path) -> None:
 
 
 def test_more_cold_users_than_slots() -> None:
-    """A batch of users that the slabs cannot hold at once is embedded all the same, in the order asked."""
+    """A batch of more users than slots is still embedded, in the order of the batch."""
     rng = np.random.default_rng(7)
     release = random_release(SMALL, 7)
     runtime = make_incremental(release, cache_bytes_max=bytes_for(release, 3), precision=Precision())
@@ -102,7 +102,7 @@ def test_more_cold_users_than_slots() -> None:
 
 
 def test_nothing_new_repeats_the_embedding() -> None:
-    """A user asked for again without a new action gets the same embedding, and the next action continues from it."""
+    """A user embedded again without a new action gets the same embedding, and the next action continues from it."""
     rng = np.random.default_rng(8)
     release = random_release(SMALL, 8)
     runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
@@ -115,8 +115,8 @@ def test_nothing_new_repeats_the_embedding() -> None:
     assert (runtime.prefills, runtime.extensions) == (1, 2)
 
 
-def test_a_sequence_that_went_back_is_computed_anew() -> None:
-    """With fewer actions than the cache has seen (state restored to an earlier offset), the cache is not used."""
+def test_a_sequence_that_went_back_is_computed_from_scratch() -> None:
+    """A user with fewer actions than its slot has seen (state restored to an earlier offset) does not use the slot."""
     rng = np.random.default_rng(13)
     release = random_release(SMALL, 13)
     runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
@@ -128,8 +128,8 @@ def test_a_sequence_that_went_back_is_computed_anew() -> None:
     assert runtime.extensions == 0
 
 
-def test_company_does_not_matter() -> None:
-    """A user's embedding is the same alone as among three hundred others, whether hot or cold."""
+def test_other_users_do_not_matter() -> None:
+    """A user's embedding is the same alone as in a batch of three hundred users, whether hot or cold."""
     rng = np.random.default_rng(14)
     release = random_release(SMALL, 14)
     alone, crowd = (make_incremental(release, cache_bytes_max=1 << 22, precision=Precision()) for _ in range(2))
@@ -143,26 +143,26 @@ def test_company_does_not_matter() -> None:
 
 
 def test_reused_buffers_never_show() -> None:
-    """With every scratch buffer full of NaN and every slab full of another user's NaN, embeddings are unchanged."""
+    """Embeddings do not change when all scratch buffers and all slabs are full of NaN."""
     rng = np.random.default_rng(9)
     release = random_release(SMALL, 9)
     geometry = Geometry.of(SMALL, Precision())
     kernel = TorchKernel(geometry, 50, slopes(release))
-    steps = Steps(release, kernel, torch.float32)
-    runtime = IncrementalRuntime(release.version, SMALL, steps, SlotTable(50))
+    forward_pass = ForwardPass(release, kernel, torch.float32)
+    runtime = IncrementalRuntime(release.version, SMALL, forward_pass, SlotTable(50))
     for slab in (*kernel.keys, *kernel.values):
         slab.fill_(float("nan"))
     users = [user(rng, i, SMALL, int(rng.integers(1, 40))) for i in range(40)]
     for _ in range(3):
         batch = sequences(users)
         assert np.abs(runtime.embed(batch) - forward(release, batch)).max() <= 1e-5
-        steps.buffers.scribble()
+        forward_pass.buffers.scribble()
         for one in users:
             one.append(rng, int(rng.integers(1, 4)))
 
 
-def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
-    """A user whose embedding came out as NaN is computed from scratch next time."""
+def test_a_slot_behind_a_nan_is_not_used() -> None:
+    """A user whose embedding was NaN is computed from scratch the next time."""
     rng = np.random.default_rng(10)
     release = random_release(SMALL, 10)
     runtime = make_incremental(release, cache_bytes_max=1 << 20, precision=Precision())
@@ -178,28 +178,28 @@ def test_an_embedding_that_is_not_finite_is_not_built_upon() -> None:
 
 
 class _Faulty(TorchKernel):
-    """A kernel that breaks down in the last layer, once the others have written, while `broken`."""
+    """A kernel that fails in the last layer, after the others have written, while `broken` is true."""
 
     broken = False
 
     def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
         if self.broken and layer == len(self.geometry.windows) - 1:
-            raise RuntimeError("broken down")
+            raise RuntimeError("kernel failed")
         super().attend(layer, qkv, out)
 
 
-def test_a_step_that_failed_leaves_no_trace() -> None:
-    """After a step that broke down half-way, the same request succeeds and equals a forward."""
+def test_a_failed_pass_leaves_no_trace() -> None:
+    """After a pass that failed half-way, the same request succeeds and equals the forward pass."""
     rng = np.random.default_rng(15)
     release = random_release(SMALL, 15)
     kernel = _Faulty(Geometry.of(SMALL, Precision()), 4, slopes(release))
-    steps = Steps(release, kernel, torch.float32)
-    runtime = IncrementalRuntime(release.version, SMALL, steps, SlotTable(4))
+    forward_pass = ForwardPass(release, kernel, torch.float32)
+    runtime = IncrementalRuntime(release.version, SMALL, forward_pass, SlotTable(4))
     one = user(rng, 0, SMALL, 40)
     runtime.embed(sequences([one]))
     one.append(rng, 3)
     kernel.broken = True
-    with pytest.raises(RuntimeError, match="broken down"):
+    with pytest.raises(RuntimeError, match="kernel failed"):
         runtime.embed(sequences([one]))
     kernel.broken = False
     assert np.abs(runtime.embed(sequences([one])) - forward(release, sequences([one]))).max() <= 1e-5
@@ -208,7 +208,7 @@ def test_a_step_that_failed_leaves_no_trace() -> None:
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_bf16_stays_close(products: torch.dtype, native: bool) -> None:
-    """A cache in bfloat16, with products in either type, leaves the cosine to the fp32 forward at 0.9999 or more."""
+    """The cosine to the float32 forward pass is at least 0.9999 with a bfloat16 cache and products in either type."""
     rng = np.random.default_rng(11)
     config = EncoderConfig(
         d_model=64, heads=4, kv_heads=2, windows=(16, 16), embedding_dim=64, item_dim=32, sequence_length=40
@@ -226,8 +226,8 @@ def test_bf16_stays_close(products: torch.dtype, native: bool) -> None:
             one.append(rng, 1)
 
 
-def test_what_cannot_be_embedded_is_refused() -> None:
-    """A user without actions, a cache too small for one user, and an incremental window encoder are named errors."""
+def test_unusable_input_is_rejected() -> None:
+    """A user without actions and a cache that is too small for one user are named errors."""
     rng = np.random.default_rng(12)
     release = random_release(SMALL, 12)
     with pytest.raises(ValueError, match="cache is too small for one user"):
@@ -240,12 +240,12 @@ def test_what_cannot_be_embedded_is_refused() -> None:
 
 
 def user(rng: np.random.Generator, number: int, config: EncoderConfig, actions: int) -> User:
-    """A user with a history of this many actions."""
+    """Return a user with a history of this many actions."""
     return User(f"u{number}".encode(), random_actions(rng, actions), config.sequence_length)
 
 
 def disturb(user: User, runtime: IncrementalRuntime, rng: np.random.Generator) -> None:
-    """Nothing, some new actions, a late one, or the cache is told to forget."""
+    """Choose at random: nothing, some new actions, a late action, or the runtime forgets the user."""
     what = rng.random()
     if what < 0.7:
         user.append(rng, int(rng.choice([1, 1, 1, 2, 5, 30])))
@@ -256,5 +256,5 @@ def disturb(user: User, runtime: IncrementalRuntime, rng: np.random.Generator) -
 
 
 def bytes_for(release: Release, users: int, *, native: bool = True) -> int:
-    """Cache bytes that hold this many users in float32; how places are padded is up to the processor."""
+    """Return the cache bytes of this many users in float32, which depend on the vector width of the processor."""
     return users * kernel_bytes(release, Precision(), native=native)
