@@ -35,11 +35,11 @@ IN_FLIGHT_MAX = 10_000
 class ActionRejected(StreamformerError):
     """The worker would write this action to the dead-letter topic, for `reason`."""
 
-    def __init__(self, refused: Rejected) -> None:
+    def __init__(self, rejected: Rejected) -> None:
         super().__init__(
-            f"rejected as {refused.reason}", refused.detail, "see the fields in docs/reference/contracts.md"
+            f"rejected as {rejected.reason}", rejected.detail, "see the fields in docs/reference/contracts.md"
         )
-        self.reason, self.detail = refused.reason, refused.detail
+        self.reason, self.detail = rejected.reason, rejected.detail
 
 
 class SendFailed(StreamformerError):

@@ -63,7 +63,7 @@ def test_one_action_arrives_as_a_worker_reads_it(broker: Broker | ExternalBroker
     assert (printed["partition"], printed["offset"]) == (record.partition, record.offset)
     assert record.partition == (murmur2(b"ann") & 0x7FFFFFFF) % PARTITIONS
     decoded = decode_actions([record], now_ms=int(time.time() * 1_000), limits=DecodeLimits())
-    assert (decoded.actions.users, decoded.refused) == ([b"ann"], [])
+    assert (decoded.actions.users, decoded.rejected) == ([b"ann"], [])
     assert json.loads(record.value)["event_id"] == printed["event_id"]
 
 
