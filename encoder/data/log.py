@@ -23,12 +23,13 @@ import pyarrow.parquet
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
 from encoder.arrays import F64, I64, U64, Bool
+from encoder.errors import StreamformerError
 from encoder.features import Tokenizer, Tokens, Vocabularies
 
 DAY_MS = 86_400_000
 
 
-class LogError(ValueError):
+class LogError(StreamformerError):
     """An event log that cannot be used; the text says why and what to do."""
 
 

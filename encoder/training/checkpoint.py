@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from encoder.data.log import LogParts
+from encoder.errors import StreamformerError
 from encoder.training.recipe import Recipe
 from encoder.training.trainer import Trainer
 
 NAME = "checkpoint.pt"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(StreamformerError):
     """A checkpoint that does not belong to this training; the text says what to do."""
 
 

@@ -12,12 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from encoder.data.log import LogColumns
 from encoder.data.split import SplitConfig
+from encoder.errors import StreamformerError
 from encoder.model import EncoderConfig
 from encoder.training.negatives import LossConfig
 from encoder.training.objectives import ObjectiveConfig
 
 
-class RecipeError(ValueError):
+class RecipeError(StreamformerError):
     """A recipe that cannot be trained; the text lists every problem with its key."""
 
 

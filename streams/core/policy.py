@@ -25,6 +25,7 @@ import numpy as np
 
 from encoder.actions.columns import name_code
 from encoder.arrays import U8, Bool
+from streams.errors import CannotStart
 
 
 class Reason(IntEnum):
@@ -84,7 +85,7 @@ class TriggerPolicy:
         return table
 
 
-class PolicyError(Exception):
+class PolicyError(CannotStart):
     """A trigger policy is not valid; `problems` lists every fault with its key path."""
 
     def __init__(self, problems: list[str]) -> None:

@@ -27,6 +27,7 @@ from encoder.arrays import I64, U8, U64, Bool
 from streams.core.columns import Columns, rows_where, run_lengths, run_starts, spans, starts_of
 from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, LONG_AGO, NEVER, StateLimits, StoredSequences
 from streams.core.merge import Merging, Outcome, merge
+from streams.errors import StopsWorker
 
 LIVE_DTYPE = np.dtype(
     [
@@ -58,7 +59,7 @@ _HEADER_BYTES = np.dtype(f"V{HEADER_DTYPE.itemsize}")
 _LIVE_BYTES = np.dtype(f"V{LIVE_DTYPE.itemsize}")
 
 
-class StateFull(Exception):
+class StateFull(StopsWorker):
     """More users would be hot than the limit allows; checkpoint and evict, then try again."""
 
 

@@ -24,6 +24,7 @@ from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
 from streams.engine.compat import as_parsed
+from streams.errors import LosesPartition
 from streams.storage.store import Record
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ POLL_MS = 20
 """How soon a reader sees that its position has passed trailing markers, which bring no record to wake it."""
 
 
-class Fenced(Exception):
+class Fenced(LosesPartition):
     """Another worker has taken the partition over; nothing of it may be written here any more."""
 
 

@@ -12,6 +12,7 @@ from faust.types import TP
 from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogProducer
 from streams.engine.delivery import RecordBatch
+from streams.errors import StopsWorker
 from streams.storage.store import PartitionStore
 
 
@@ -56,7 +57,7 @@ class OwnedPartition:
         return Continuity.CONTIGUOUS if batch.begin <= self.next_offset else Continuity.GAP
 
 
-class SendFailed(Exception):
+class SendFailed(StopsWorker):
     """A dead letter or tombstone could not be delivered; only a replay can send it again. Stops the worker."""
 
 

@@ -32,10 +32,11 @@ from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Published
-from streams.engine.ownership import Continuity, OwnedPartition, PendingOutputs, SendFailed
+from streams.engine.ownership import Continuity, OwnedPartition, PendingOutputs
 from streams.engine.restore import IncompleteRestore, restore
+from streams.errors import LosesPartition, RebuildsPartition, StopsWorker
 from streams.storage.checkpoint import CheckpointMark, checkpoint
-from streams.storage.store import PartitionStore, StoreDamaged, StoreFailed
+from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.telemetry.watchdog import Progress
 
@@ -130,10 +131,10 @@ class Partitions(Service):
     async def _acquire_or_abort(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
         try:
             await self._acquire_or_rebuild(number, generation, rebuilt=rebuilt)
-        except Fenced:
-            logger.warning("partition %d was taken over while it was being acquired", number)
-        except IncompleteRestore as error:
-            self._host.abort(str(error))
+        except LosesPartition:
+            logger.warning("partition %d was taken over by another worker while it was being acquired", number)
+        except StopsWorker as error:
+            self._host.abort(f"partition {number} cannot be acquired: {error}")
         except Exception as error:
             logger.exception("partition %d cannot be acquired", number)
             self._host.abort(f"partition {number} cannot be acquired: {error!r}")
@@ -141,7 +142,7 @@ class Partitions(Service):
     async def _acquire_or_rebuild(self, number: int, generation: int, *, rebuilt: bool) -> None:
         try:
             await self._acquire(number, generation, rebuilt=rebuilt)
-        except StoreDamaged as damage:
+        except RebuildsPartition as damage:
             logger.warning("local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage)
             PartitionStore.destroy(self._path(number))
             await self._acquire(number, generation, rebuilt=True)
@@ -201,8 +202,8 @@ class Partitions(Service):
         if committed is not None and (mark is None or mark.source_offset < committed):
             at = "empty" if mark is None else f"of offset {mark.source_offset}"
             raise IncompleteRestore(
-                f"partition {number}: the restored state is {at}, but offset {committed} is committed: the changelog "
-                f"{self._config.changelog_topic} has lost records; a new application id rebuilds from the source topic"
+                f"the restored state is {at}, but offset {committed} is committed: the changelog "
+                f"{self._config.changelog_topic} has lost records; set a new app_id to rebuild from the source topic"
             )
         return mark
 
@@ -286,7 +287,7 @@ class Partitions(Service):
                 if owned.producer_failed:
                     await self._renew_producer(owned)
                 await self._write_checkpoint(owned)
-            except Fenced:
+            except LosesPartition:
                 await self._drop_fenced(owned)
             except (KafkaError, OSError) as error:
                 owned.producer_failed = True
@@ -300,7 +301,7 @@ class Partitions(Service):
         mark = CheckpointMark(owned.next_offset, owned.output_offset)
         try:
             records = await checkpoint(owned.state, mark, PendingOutputs(owned), owned.producer, owned.store)
-        except (StoreFailed, SendFailed) as error:
+        except StopsWorker as error:
             self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
         owned.committed_offset = mark.source_offset
         self._metrics.checkpoint_seconds.observe(time.monotonic() - started)

@@ -18,6 +18,7 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
+from streams.errors import StopsWorker
 from streams.storage.store import PartitionStore
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ RECORDS_PER_WRITE = 1_000
 PROGRESS_EVERY_S = 5.0
 
 
-class IncompleteRestore(Exception):
+class IncompleteRestore(StopsWorker):
     """Records of the state are missing for good; processing must not begin. Stops the worker."""
 
 

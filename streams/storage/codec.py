@@ -28,6 +28,7 @@ import numpy as np
 from encoder.actions.columns import ACTION_DTYPE, Actions
 from streams.core.columns import Columns
 from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Snapshot, StateLimits
+from streams.errors import RebuildsPartition, StopsWorker
 
 Records = list[tuple[bytes, bytes | None]]
 
@@ -46,7 +47,7 @@ assert HEADER_DTYPE.fields is not None
 _DUE_MS_AT = HEADER_DTYPE.fields["due_ms"][1]
 
 
-class CorruptValue(Exception):
+class CorruptValue(RebuildsPartition):
     """A stored value is not what was written; its user must be rebuilt or quarantined."""
 
     def __init__(self, key: bytes, detail: str) -> None:
@@ -54,7 +55,7 @@ class CorruptValue(Exception):
         super().__init__(f"value of {key!r} is corrupt: {detail}; rebuild the partition from the changelog")
 
 
-class LayoutChanged(Exception):
+class LayoutChanged(StopsWorker):
     """State was written with another sequence or chunk length than the settings have; stops the worker."""
 
 

@@ -39,6 +39,7 @@ from rocksdict import (
 )
 
 from streams.core.layout import NEVER
+from streams.errors import RebuildsPartition, StopsWorker
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
 
 RECORDS_PER_WRITE = 1_000
@@ -55,15 +56,15 @@ NUMBER = struct.Struct("<q")
 Record = tuple[bytes, bytes | None]
 
 
-class StoreDamaged(Exception):
+class StoreDamaged(RebuildsPartition):
     """The local files cannot be used: delete them (`PartitionStore.destroy`) and rebuild from the changelog."""
 
 
-class StoreLocked(Exception):
+class StoreLocked(StopsWorker):
     """Another process has the store open; try again when it has ended."""
 
 
-class StoreFailed(Exception):
+class StoreFailed(StopsWorker):
     """A read or write failed, for instance on a full disk; stops the worker, whose state the changelog has."""
 
 

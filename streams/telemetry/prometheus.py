@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
-from streams.errors import StreamformerError
+from streams.errors import CannotStart
 from streams.telemetry.metrics import Counter, Gauge, Histogram, Metrics
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ class HealthServer:
     """Serves `/metrics`, `/livez` and `/readyz` from construction until `close`."""
 
     def __init__(self, metrics: Metrics, *, host: str, port: int, livez: Check, readyz: Check) -> None:
-        """Listen at `host` and `port` (0: any free one). Raises `StreamformerError` where that cannot be had."""
+        """Listen at `host` and `port` (0: any free one). Raises `CannotStart` where that cannot be had."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Catalogue(metrics))
         handler = type("Handler", (_Handler,), {"registry": registry, "checks": {"/livez": livez, "/readyz": readyz}})
         try:
             self._server = _Server((host, port), handler)
         except (OSError, OverflowError) as error:
-            raise StreamformerError(
+            raise CannotStart(
                 "cannot serve metrics", f"{host}:{port}: {error}", "choose another web.host or web.port"
             ) from None
         self.port: int = self._server.server_address[1]

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from encoder.arrays import F32, I64
+from streams.errors import StreamformerError
 
 Headers = Sequence[tuple[str, bytes]]
 Message = tuple[bytes, bytes | None, list[tuple[str, bytes]]]
@@ -35,7 +36,7 @@ class EmbeddingCodec(StrEnum):
 _CODECS = {codec.value: codec for codec in EmbeddingCodec}
 
 
-class MalformedEmbedding(ValueError):
+class MalformedEmbedding(StreamformerError):
     """A record, or a vector to be written, is no embedding; the text says why."""
 
 

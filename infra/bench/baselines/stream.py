@@ -21,6 +21,7 @@ import requests
 
 from infra.bench.baselines.processes import Contestant, committed, free_port, sample, scrape
 from infra.bench.stream.worker import PARTITIONS, SEQUENCE_LENGTH
+from infra.errors import InfraError
 
 BASELINES = Path(__file__).parent
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,7 @@ KAFKA_STREAMS = "org.apache.kafka:kafka-streams:4.1.2"
 EVERY_N = 1_000_000
 
 
-class PeerUnavailable(Exception):
+class PeerUnavailable(InfraError):
     """A peer cannot run on this machine; the text says why."""
 
 
