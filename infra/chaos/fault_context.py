@@ -1,4 +1,4 @@
-"""The part of a run that a fault can reach: broker, workers and their disks, workload, topics, and a seeded generator.
+"""The parts of a run that a fault can reach: broker, workers and their disks, workload, topics, and a seeded generator.
 
 A fault is a generator over a `FaultContext`: it strikes, yields the seconds until its next step, heals what it broke,
 and ends. `play` runs several at once. A fault that is stopped half-way still heals, in its `finally`.
@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ Steps = Iterator[float]
 
 @dataclass(slots=True)
 class FaultContext:
-    """One run's surroundings."""
+    """Everything that a fault can reach."""
 
     broker: Broker
     run: Run
@@ -38,33 +39,35 @@ class FaultContext:
     rng: random.Random
     folder: Path
     rebalances_wanted: int
-    say: Callable[[str], None] = print
+    progress: Callable[[str], None] = print
+    """Prints a line about the progress of a long fault."""
     found: list[Violation] = field(default_factory=list)
-    """What faults themselves have found, beyond the checker."""
+    """Violations found by faults themselves, in addition to the checker's."""
     broker_restarts: int = 0
     memory_mb: list[float] = field(default_factory=list)
-    """Of one worker, through the rebalances."""
+    """Memory of one worker, after each rebalance."""
     rebalances: int = 0
-    """Of that worker, as its log tells them."""
+    """Rebalances in that worker's log."""
 
     @property
     def deployment(self) -> Deployment:
+        """Deployment of the run."""
         return self.run.deployment
 
     def some_worker(self) -> int | None:
-        """A running worker, by the rng."""
+        """Return a running worker at random, or None if none runs."""
         running = self.run.supervisor.running()
         return self.rng.choice(running) if running else None
 
     def until_ready(self, number: int) -> Steps:
-        """Until a worker that was just started, or killed, works; it may take its time, but not for ever."""
+        """Wait until a worker that was just started or killed has a ready partition, or the time is up."""
         yield STARTED_S
         until_s = time.monotonic() + READY_MAX_S
-        while time.monotonic() < until_s and not self.run.supervisor.is_ready(number):
+        while time.monotonic() < until_s and not self.run.supervisor.has_ready_partition(number):
             yield TICK_S
 
     def restart_broker(self) -> Steps:
-        """Start the broker again while time goes on; ends when it answers."""
+        """Restart the broker in a thread, and wait until it answers."""
         thread = threading.Thread(target=self.broker.restart, name="broker-restart")
         thread.start()
         while thread.is_alive():
@@ -73,7 +76,7 @@ class FaultContext:
 
 
 def play(context: FaultContext, faults: Sequence[Steps]) -> None:
-    """Run faults side by side until all have healed, the supervisor of the workers going on."""
+    """Run faults side by side until all have healed, while the supervisor restarts workers."""
     due_s = {fault: time.monotonic() for fault in faults}
     try:
         while due_s:
@@ -89,31 +92,23 @@ def play(context: FaultContext, faults: Sequence[Steps]) -> None:
             fault.close()  # type: ignore[attr-defined]
 
 
-def admin(servers: str) -> kafka.KafkaAdminClient:
-    return kafka.KafkaAdminClient(bootstrap_servers=servers)
-
-
 def set_topic_config(servers: str, topic: str, configs: dict[str, str]) -> None:
-    """Alter a topic at the broker; returns once that is in force."""
-    client = admin(servers)
-    try:
-        client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
-    finally:
-        client.close()
+    """Alter a topic at the broker; the change is in force on return."""
+    with _admin(servers) as admin:
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
 
 
 def delete_topic(servers: str, topic: str) -> None:
-    client = admin(servers)
-    try:
-        client.delete_topics([topic])
-    finally:
-        client.close()
+    """Delete a topic."""
+    with _admin(servers) as admin:
+        admin.delete_topics([topic])
 
 
 def delete_records(servers: str, topic: str, before: dict[int, int]) -> None:
-    """Remove the records of each partition before an offset."""
-    client = admin(servers)
-    try:
-        client.delete_records({kafka.TopicPartition(topic, number): offset for number, offset in before.items()})
-    finally:
-        client.close()
+    """Delete the records of each partition before an offset."""
+    with _admin(servers) as admin:
+        admin.delete_records({kafka.TopicPartition(topic, number): offset for number, offset in before.items()})
+
+
+def _admin(servers: str) -> closing[kafka.KafkaAdminClient]:
+    return closing(kafka.KafkaAdminClient(bootstrap_servers=servers))

@@ -1,4 +1,4 @@
-"""A run for people and for machines: progress lines, the table by fault, the JSON line, the report's pages."""
+"""Report a run: progress lines, a table by fault, the JSON line, and the report as Markdown."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ HEADINGS = ("fault", "alone", "paired", "seconds to resume", "p99 freshness ms",
 
 
 def round_line(outcome: Outcome) -> str:
-    """The last round, and where the run stands."""
+    """Return the progress line of the last round."""
     last = outcome.rounds[-1]
     exits = ", ".join(f"{count} x {code}" for code, count in sorted(last.exits.items())) or "none"
     return (
-        f"          {last.seconds:.0f} s, resumed in {last.resume_seconds:.1f} s, {last.counts['events']} events so "
-        f"far, exits: {exits}; kills {outcome.worker_kills}, broker restarts {outcome.broker_restarts}, "
+        f"          {last.seconds:.0f} s, resumed in {last.resume_seconds:.1f} s, {last.counts['events']} events "
+        f"in all, exits: {exits}; kills {outcome.worker_kills}, broker restarts {outcome.broker_restarts}, "
         f"violations {outcome.violations}"
     )
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    """One row a fault: how often, and what followed."""
+    """Return one row per fault."""
     return [_row(name, [each for each in outcome.rounds if name in each.faults]) for name in sorted(outcome.faults)]
 
 
@@ -48,7 +48,7 @@ def _row(name: str, rounds: list[Round]) -> tuple[str, ...]:
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """The JSON line."""
+    """Return the JSON line."""
     memory, starts = outcome.memory_mb, sorted(outcome.start_seconds)
     return {
         "bench": "chaos",
@@ -75,12 +75,12 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def show(outcome: Outcome) -> None:
-    """The table, and every violation, for people."""
+    """Print the table by fault."""
     print_table(f"chaos, seed {outcome.plan.seed}, {outcome.seconds / 60:.0f} minutes", HEADINGS, rows(outcome))
 
 
 def write(folder: Path, outcome: Outcome) -> Path:
-    """The report as Markdown and JSON; returns the page."""
+    """Write the report as Markdown and JSON; return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     result = summary(outcome)
     (folder / "chaos.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -101,7 +101,7 @@ def _page(outcome: Outcome, result: dict[str, Any]) -> list[str]:
         "",
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {result['machine']['cpu']}, {result['machine']['cores']} cores. "
         f"{events['events']:,} events, {events['users']:,} users, {events['output_records']:,} output records, "
-        f"{events['checkpoints']:,} checkpoints, all held against the model.",
+        f"{events['checkpoints']:,} checkpoints, all compared with the model.",
         "",
         *table,
         "",

@@ -1,7 +1,7 @@
-"""One round: workers at work, one fault or two, healing, resumption, rest, judgement.
+"""Run one round: workers at work, one fault or two, healing, resumption, rest, judgement.
 
-Time to resume is measured from the moment at which all is healed: until the committed offset of every partition has
-passed what the log held at that moment, workload going on. It may take `RESUME_MAX_S`.
+The time to resume begins when every fault has healed, and ends when the committed offset of every partition has passed
+the end that the log had at that moment. The workload continues in this time. The limit is `RESUME_MAX_S`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from encoder.arrays import F32
 from infra.chaos.checks.violations import Explained, Kind, Violation
 from infra.chaos.fault_context import FaultContext, play
 from infra.chaos.faults.catalogue import Fault, Group
+from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
-from infra.harness.supervisor import FORCED, STOPPED
+from infra.harness.supervisor import FORCED, KILLED, STOPPED, TERMINATED, Exit
 from infra.harness.workload import WorkloadOptions
 
 RESUME_MAX_S = 15.0
@@ -31,7 +32,7 @@ ROUND_MAX_MS = 3_600_000
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a round came to."""
+    """Result of a round."""
 
     number: int
     faults: tuple[str, ...]
@@ -44,38 +45,30 @@ class Round:
 
     @property
     def name(self) -> str:
+        """Names of the faults, for people."""
         return " + ".join(self.faults) or "no fault"
 
 
 def run_round(
     context: FaultContext, monitor: StallMonitor, number: int, faults: Sequence[Fault], options: WorkloadOptions
 ) -> Round:
-    """Strike, heal, rest and judge; afterwards the context is at rest and the checker has settled."""
-    begun_s, begun_ms = time.monotonic(), _now_ms()
-    supervisor, run = context.run.supervisor, context.run
-    exits_before = len(supervisor.exits)
-    if any(fault.explains for fault in faults):
-        run.explained.append(Explained(begun_ms, begun_ms + ROUND_MAX_MS))
+    """Strike, heal, rest and judge; on return the run is at rest and the checker has settled."""
+    begun_s, run = time.monotonic(), context.run
+    exits_before = len(run.supervisor.exits)
     context.workload.options = options
-    supervisor.scale(_workers(context, faults))
-    _pass(context, AFTER_S)
-    resumed(context, PATIENCE_S)
-    play(context, [fault.steps(context) for fault in faults])
-    resume_s = resumed(context, PATIENCE_S)
-    _pass(context, AFTER_S)
-    busy = "" if context.workload.calm(30) else "the producer did not end"
-    if not busy and not run.rest(max([60.0, *(fault.rest_s for fault in faults)])):
-        busy = run.busy_with or "quiet for a moment only"
+    resume_s = _strike(context, faults)
+    busy = _rest(context, faults)
     verdict = run.judge()
     run.explained[:] = [replace(span, end_ms=min(span.end_ms, _now_ms())) for span in run.explained]
-    violations = [*verdict.violations, *context.found, *monitor.take(), *_slow(resume_s), *_unrested(busy)]
-    exits = supervisor.exits[exits_before:]
-    violations += [
-        Violation(Kind.UNEXPECTED_EXIT, None, -1, each.code, f"worker {each.number}: {each.last_words}")
-        for each in exits
-        if not _is_fine(each.code, each.expected, faults)
-    ]
-    freshness_ms = np.array(verdict.freshness_ms, np.float32)
+    exits = run.supervisor.exits[exits_before:]
+    violations = (
+        *verdict.violations,
+        *context.found,
+        *monitor.take(),
+        *_slow(resume_s),
+        *_unrested(busy),
+        *_unexpected(exits, faults),
+    )
     context.found.clear()
     if not busy:
         run.checker.settle()
@@ -84,21 +77,47 @@ def run_round(
         tuple(fault.name for fault in faults),
         time.monotonic() - begun_s,
         resume_s,
-        freshness_ms,
+        np.array(verdict.freshness_ms, np.float32),
         verdict.counts,
         Counter(each.code for each in exits),
-        tuple(violations),
+        violations,
     )
 
 
-def resumed(context: FaultContext, patience_s: float) -> float:
-    """Seconds until every partition's committed offset has passed what the log holds now; infinite beyond patience."""
+def _strike(context: FaultContext, faults: Sequence[Fault]) -> float:
+    """Run the faults on workers that work; return the seconds until they resumed."""
+    run, begun_ms = context.run, _now_ms()
+    if any(fault.explains for fault in faults):
+        run.explained.append(Explained(begun_ms, begun_ms + ROUND_MAX_MS))
+    run.supervisor.scale(_workers(context, faults))
+    run.wait(AFTER_S)
+    wait_resumed(run, PATIENCE_S)
+    play(context, [fault.steps(context) for fault in faults])
+    resume_s = wait_resumed(run, PATIENCE_S)
+    run.wait(AFTER_S)
+    return resume_s
+
+
+def _rest(context: FaultContext, faults: Sequence[Fault]) -> str:
+    """Stop the workload and wait for rest; return what prevents it, empty at rest."""
+    if not context.workload.calm(30):
+        return "the producer did not come to rest"
+    if context.run.rest(max([60.0, *(fault.rest_s for fault in faults)])):
+        return ""
+    return context.run.busy_with or "the workers were quiet for a moment only"
+
+
+def wait_resumed(run: Run, patience_s: float) -> float:
+    """Return the seconds until every committed offset has passed the present end of the log.
+
+    Returns infinity if that takes longer than `patience_s`.
+    """
     started_s, wanted = time.monotonic(), None
     while time.monotonic() - started_s < patience_s:
-        context.run.supervisor.tick()
+        run.supervisor.tick()
         try:
-            wanted = wanted if wanted is not None else context.run.reader.ends()
-            committed = context.run.reader.committed()
+            wanted = wanted if wanted is not None else run.reader.ends()
+            committed = run.reader.committed()
         except (KafkaError, OSError):
             continue
         if all(committed.get(partition, 0) >= end for partition, end in wanted.items()):
@@ -112,33 +131,37 @@ def _now_ms() -> int:
 
 
 def _workers(context: FaultContext, faults: Sequence[Fault]) -> int:
-    """One or two, by the rng; one where a fault counts on it."""
+    """Draw one or two workers; one if a fault depends on it."""
     groups = {fault.group for fault in faults}
     return 1 if groups & {Group.SCALE, Group.DISK, Group.ALONE} else context.rng.choice((1, 1, 2))
 
 
-def _pass(context: FaultContext, seconds: float) -> None:
-    until_s = time.monotonic() + seconds
-    while time.monotonic() < until_s:
-        context.run.supervisor.tick()
-        time.sleep(LOOK_S)
+def is_permitted(code: int, expected: bool, faults: Sequence[Fault]) -> bool:
+    """Return whether a worker may have ended like this: it was terminated or killed, or a fault is a reason.
 
-
-def _is_fine(code: int, told: bool, faults: Sequence[Fault]) -> bool:
-    """Whether a worker may have ended so: told to, or for a reason that a fault gives.
-
-    -15 is a SIGTERM that came while Python was still importing: nothing had begun.
+    -SIGTERM is permitted because the signal may arrive while Python still imports the program.
     """
     if any(code in fault.exits for fault in faults):
         return True
-    return told and (code in (STOPPED, -9, -15) or (code == FORCED and any(fault.exits for fault in faults)))
+    if code == FORCED:
+        return expected and any(fault.exits for fault in faults)
+    return expected and code in (STOPPED, KILLED, TERMINATED)
 
 
 def _slow(resume_s: float) -> list[Violation]:
     if resume_s <= RESUME_MAX_S:
         return []
-    return [Violation(Kind.SLOW_RESUME, None, -1, -1, f"{resume_s:.1f} s after all was healed")]
+    detail = f"resumed {resume_s:.1f} s after the faults healed, limit {RESUME_MAX_S:.0f} s"
+    return [Violation(Kind.SLOW_RESUME, None, -1, -1, detail)]
+
+
+def _unexpected(exits: Sequence[Exit], faults: Sequence[Fault]) -> list[Violation]:
+    return [
+        Violation(Kind.UNEXPECTED_EXIT, None, -1, each.code, f"worker {each.number}: {each.last_line}")
+        for each in exits
+        if not is_permitted(each.code, each.expected, faults)
+    ]
 
 
 def _unrested(busy: str) -> list[Violation]:
-    return [Violation(Kind.UNPROCESSED, None, -1, -1, f"no rest in time: {busy}")] if busy else []
+    return [Violation(Kind.UNPROCESSED, None, -1, -1, f"not at rest in time: {busy}")] if busy else []

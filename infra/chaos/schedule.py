@@ -1,8 +1,7 @@
-"""A run of chaos: rounds until the time is over, drawn from one seed.
+"""Run rounds of faults, drawn from one seed, until the time is over.
 
-Every fault strikes alone once, in a seeded order; between those, and after, pairs strike. Pairs are drawn so that
-kills of workers and restarts of the broker keep pace with what an hour must hold (`KILLS_PER_HOUR`,
-`RESTARTS_PER_HOUR`).
+Every fault strikes alone once, in a seeded order; pairs strike between those and afterwards. Pairs are drawn so that
+kills of workers and restarts of the broker keep pace with `KILLS_PER_HOUR` and `RESTARTS_PER_HOUR`.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from infra.harness.workload import Workload, WorkloadOptions
 from infra.kafka.broker import Broker, BrokerOptions
 
 KILLS_PER_HOUR, RESTARTS_PER_HOUR = 230, 26
-REBALANCES_OF_AN_HOUR, REBALANCES_OF_A_SHORT_RUN = 100, 6
+REBALANCES_LONG_RUN, REBALANCES_SHORT_RUN = 100, 6
 LONG_MINUTES = 30
 LARGEST_RECORD_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be run."""
+    """Options of a schedule."""
 
     seed: int
     minutes: float
     faults: tuple[str, ...] = ()
-    """Only these, one after the other, again and again; none: all of them, and pairs."""
+    """Faults to repeat in this order, instead of all faults and pairs."""
     keep_going: bool = False
     rate: float = 500.0
-    """Actions a second."""
+    """Actions per second."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run came to."""
+    """Results so far."""
 
     plan: Plan
     rounds: list[Round] = field(default_factory=list)
@@ -65,33 +64,36 @@ class Outcome:
 
     @property
     def violations(self) -> int:
+        """Number of violations in all rounds."""
         return sum(len(each.violations) for each in self.rounds)
 
     @property
     def faults(self) -> Counter[str]:
+        """Number of rounds per fault."""
         return Counter(name for each in self.rounds for name in each.faults)
 
     @property
     def worst_resume_seconds(self) -> float:
+        """Longest time to resume."""
         return max((each.resume_seconds for each in self.rounds), default=0.0)
 
     def freshness_ms(self, quantile: float) -> float:
-        """Of all actions of all rounds, from their arrival in the log to the embedding that contains them."""
+        """Return a quantile of the time from an action's arrival in the log to an embedding that contains it."""
         ages = [each.freshness_ms for each in self.rounds if len(each.freshness_ms)]
         return float(np.quantile(np.concatenate(ages), quantile)) if ages else 0.0
 
 
-def run_schedule(plan: Plan, say: Callable[[str], None], on_round: Callable[[Outcome], None]) -> Outcome:
-    """Run rounds until the time is over or, unless told to keep going, a law is broken."""
+def run_schedule(plan: Plan, progress: Callable[[str], None], on_round: Callable[[Outcome], None]) -> Outcome:
+    """Run rounds until the time is over, or until a round finds a violation and `keep_going` is not set."""
     outcome = Outcome(plan, left_out=() if can_mount() else ("disk-full",))
-    with _context(plan, say, outcome) as context, StallMonitor(context.run) as monitor:
+    with _context(plan, progress, outcome) as context, StallMonitor(context.run) as monitor:
         begun_s = time.monotonic()
         draws = _draws(plan, context, lambda: time.monotonic() - begun_s)
         options = WorkloadOptions(rate=plan.rate)
         while (elapsed_s := time.monotonic() - begun_s) < plan.minutes * 60:
             faults = next(draws)
             names = " + ".join(fault.name for fault in faults)
-            say(f"{elapsed_s / 60:5.1f} min, round {len(outcome.rounds) + 1}: {names}")
+            progress(f"{elapsed_s / 60:5.1f} min, round {len(outcome.rounds) + 1}: {names}")
             outcome.rounds.append(run_round(context, monitor, len(outcome.rounds) + 1, faults, options))
             outcome.seconds = time.monotonic() - begun_s
             outcome.worker_kills, outcome.broker_restarts = context.run.supervisor.kills, context.broker_restarts
@@ -105,30 +107,30 @@ def run_schedule(plan: Plan, say: Callable[[str], None], on_round: Callable[[Out
 
 
 @contextmanager
-def _context(plan: Plan, say: Callable[[str], None], outcome: Outcome) -> Iterator[FaultContext]:
-    """A broker, an application and its workload; the folder is kept when a law was broken, for its logs."""
+def _context(plan: Plan, progress: Callable[[str], None], outcome: Outcome) -> Iterator[FaultContext]:
+    """Start a broker, an application and its workload; the folder is kept if there are violations."""
     folder = Path(tempfile.mkdtemp(prefix="streamformer-chaos-"))
-    say("starting a broker")
+    progress("starting a broker")
     try:
         with Broker.start(BrokerOptions(message_bytes_max=LARGEST_RECORD_BYTES)) as broker:
             deployment = deploy(folder / "chaos", broker.bootstrap_servers, "chaos")
             workload = Workload(deployment.settings, plan.seed, options=WorkloadOptions(rate=0.0))
             with Run(deployment) as run:
                 workload.start()
-                rebalances = REBALANCES_OF_AN_HOUR if plan.minutes >= LONG_MINUTES else REBALANCES_OF_A_SHORT_RUN
+                rebalances = REBALANCES_LONG_RUN if plan.minutes >= LONG_MINUTES else REBALANCES_SHORT_RUN
                 try:
-                    yield FaultContext(broker, run, workload, random.Random(plan.seed), folder, rebalances, say)
+                    yield FaultContext(broker, run, workload, random.Random(plan.seed), folder, rebalances, progress)
                 finally:
                     workload.stop()
     finally:
         if outcome.violations:
-            say(f"the workers' logs and disks are in {folder}")
+            progress(f"worker logs and disks: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _draws(plan: Plan, context: FaultContext, elapsed_s: Callable[[], float]) -> Iterator[tuple[Fault, ...]]:
-    """The faults of each round."""
+    """Yield the faults of each round."""
     if plan.faults:
         while True:
             yield from (tuple(BY_NAME[each] for each in name.split("+")) for name in plan.faults)
@@ -142,7 +144,7 @@ def _draws(plan: Plan, context: FaultContext, elapsed_s: Callable[[], float]) ->
 
 
 def _pair(context: FaultContext, elapsed_s: float) -> tuple[Fault, ...]:
-    """Two faults that may strike together, what is behind its pace among them."""
+    """Draw two faults that may strike together, including those that are behind their pace."""
     hours = (elapsed_s + 60) / 3600
     wanted = set()
     if context.run.supervisor.kills < KILLS_PER_HOUR * hours:

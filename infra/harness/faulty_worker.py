@@ -1,7 +1,7 @@
-"""A worker whose encoder misbehaves: `python -m infra.harness.faulty_worker nan|slow worker --config FILE`.
+"""Run the real worker with a faulty encoder: `python -m infra.harness.faulty_worker nan|slow worker --config FILE`.
 
-The worker is the real one; only the runtime that it loads is wrapped. `nan` answers NaN for every user, `slow` takes
-ten times as long as the encoder itself.
+Only the runtime that the worker loads is wrapped: `nan` makes every embedding NaN, `slow` makes the encoder take ten
+times as long.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ SLOWER = 10
 
 
 class FaultyRuntime:
-    """An `EncoderRuntime` that does as `fault` says."""
+    """An `EncoderRuntime` with a fault."""
 
     def __init__(self, runtime: EncoderRuntime, fault: str) -> None:
         self._runtime, self._fault = runtime, fault
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the runtime's own."""
+        """Delegate every other attribute to the real runtime."""
         return getattr(self._runtime, name)
 
     def embed(self, batch: SequenceBatch) -> F32:
+        """Return the embeddings, late or replaced by NaN."""
         started = time.monotonic()
         embeddings = self._runtime.embed(batch)
         if self._fault == "nan":
@@ -41,13 +42,16 @@ class FaultyRuntime:
         return embeddings
 
     def forget(self, users: Sequence[bytes]) -> None:
+        """Drop users from the cache."""
         self._runtime.forget(users)
 
     def clear(self) -> None:
+        """Drop all users from the cache."""
         self._runtime.clear()
 
 
 def main() -> None:
+    """Take the fault from the command line and run the rest of it as `streamformer` does."""
     fault = sys.argv.pop(1)
     module: Any = importlib.import_module("streams.app")
     load = module.load_runtime

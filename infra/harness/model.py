@@ -1,7 +1,7 @@
-"""What every user's sequence must be, recomputed record by record from the input topic.
+"""Recompute every user's sequence, record by record, from the input topic.
 
-Written from the contract (docs/explanation/architecture.md) and not from the worker's code: one event at a time,
-Python lists, no shortcuts. It shares with the project only the layout of an action (`encoder.actions`), in which
+The model is written from the contract (docs/reference/contracts.md) and not from the worker's code: one event at a
+time, Python lists, no shortcuts. It shares with the worker only the layout of an action (`encoder.actions`), in which
 sequences are compared.
 """
 
@@ -16,24 +16,13 @@ from typing import Any
 import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
+from infra.harness.history import LogRecord
 
 VALUE_BYTES_MAX = 65_536
 ID_CHARS_MAX = 256
 TIMESTAMP_MIN_MS = 315_532_800_000
 TIMESTAMP_AHEAD_MAX_MS = 600_000
 LONG_AGO = -(2**62)
-
-
-@dataclass(frozen=True, slots=True)
-class LogRecord:
-    """One record of a topic, whatever fetched it."""
-
-    partition: int
-    offset: int
-    timestamp_ms: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 Row = tuple[int, int, int, int, int, int]
@@ -43,7 +32,7 @@ TIME, EVENT_ID = 3, 5
 
 @dataclass(frozen=True, slots=True)
 class UserVersion:
-    """A user right after one source offset: what an embedding of that offset must say of itself."""
+    """A user right after one source offset; an embedding of that offset must carry these figures in its headers."""
 
     count: int
     newest_ms: int
@@ -52,7 +41,7 @@ class UserVersion:
 
 @dataclass(slots=True)
 class ModelUser:
-    """One user's sequence: kept actions, oldest first, and its versions by source offset."""
+    """One user: kept actions, oldest first, and earlier versions by source offset."""
 
     partition: int
     rows: list[Row] = field(default_factory=list)
@@ -63,36 +52,37 @@ class ModelUser:
     tombstones: set[int] = field(default_factory=set)
 
     def actions(self) -> Actions:
+        """Return the kept actions as columns."""
         return np.array(self.rows, ACTION_DTYPE)
 
 
 class Rejected(Exception):
-    """A record that is no action; the text is the reason its dead letter must give."""
+    """The record is no action; the text is the reason that its dead letter must carry."""
 
 
 class Model:
-    """Every user as it must be after the input read so far."""
+    """Every user as it must be after the input fed so far."""
 
     def __init__(self, sequence_length: int) -> None:
         self._length_max = sequence_length
         self.users: dict[bytes, ModelUser] = {}
         self.rejected: dict[tuple[int, int], tuple[str, LogRecord]] = {}
-        """(partition, offset) -> reason, and the record as received."""
+        """Reason and record as received, by (partition, offset)."""
         self.changes: dict[int, list[tuple[int, bytes]]] = {}
-        """Partition -> (offset, user) of every event that changed a user, in order of offset."""
+        """Offset and user of every event that changed a user, by partition and in order of offset."""
         self.arrived_ms: dict[tuple[int, int], int] = {}
-        """(partition, offset) -> when the log took an applied action."""
+        """Arrival time of every applied action, by (partition, offset)."""
         self.ends: dict[int, int] = {}
-        """Partition -> past its last record."""
+        """Offset after the last record, by partition."""
         self.events = 0
 
     def feed(self, records: Iterable[LogRecord]) -> None:
-        """Take in records; those of one partition in order of offset."""
+        """Apply records; those of one partition come in order of offset."""
         for record in records:
             self.ends[record.partition] = record.offset + 1
             self.events += 1
             try:
-                row = read(record)
+                row = parse(record)
             except Rejected as rejected:
                 self.rejected[record.partition, record.offset] = (str(rejected), record)
                 continue
@@ -100,7 +90,7 @@ class Model:
             self._apply(record, record.key, row)
 
     def settle(self) -> None:
-        """Keep users as they are, with their last change; forget the versions before it."""
+        """Keep each user's present version, and drop the earlier ones."""
         for user in self.users.values():
             last = user.applied_offset
             user.versions = {last: user.versions[last]} if last in user.versions else {}
@@ -141,8 +131,8 @@ class Model:
         return True
 
 
-def read(record: LogRecord) -> Row | None:
-    """The action of a record, None for a tombstone; raises `Rejected` with the reason."""
+def parse(record: LogRecord) -> Row | None:
+    """Return the action of a record, or None for a tombstone; raise `Rejected` with the reason if it is neither."""
     if record.key is None:
         raise Rejected("key-missing")
     if record.value is None:
@@ -182,7 +172,7 @@ def _object(value: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _text(event: dict[str, Any], name: str, chars_max: int) -> str:

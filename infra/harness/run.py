@@ -1,28 +1,35 @@
-"""One run under judgement: a deployment, its workers, and the checker that reads along.
+"""One run under judgement: a deployment, its workers, and the checker that reads its topics.
 
 with Run(deployment) as run:
     run.supervisor.scale(1)
     ...                        # workload, faults
-    run.rest(30)             # until everything is processed and published
+    run.rest(30)               # until everything is processed and published
     verdict = run.judge()
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kafka.errors import KafkaError
 
 from infra.chaos.checks.checker import Checker, Rules, Verdict
 from infra.chaos.checks.violations import Explained
 from infra.harness.deployment import Deployment
-from infra.harness.supervisor import WORKER, Supervisor
+from infra.harness.supervisor import Supervisor
 from infra.harness.topic_reader import HistoryReader
+from infra.harness.worker_process import WORKER
 
+TICK_S = 0.1
 LOOK_EVERY_S = 0.3
 QUIET_S = 1.2
-"""More than two checkpoint intervals: what became dirty by the last acknowledgements is written too."""
+"""More than two checkpoint intervals, so that changes of the last acknowledgements are in a checkpoint too."""
+PATIENCE_S = 60.0
+
+
+class NotReached(AssertionError):
+    """A condition did not come true in time."""
 
 
 class Run:
@@ -31,32 +38,49 @@ class Run:
     def __init__(self, deployment: Deployment, command: Sequence[str] = WORKER) -> None:
         self.deployment = deployment
         self.supervisor = Supervisor(deployment, command)
-        self.explained: list[Explained] = []
-        """Add to it when a fault may make outputs stale or repeated."""
-        self.busy_with = ""
-        """What was left to do when `rest` last looked."""
         self.reader = HistoryReader(deployment.settings)
+        self.explained: list[Explained] = []
+        """Times in which a fault may make outputs stale or repeated; `explain` adds to it."""
+        self.busy_with = ""
+        """Work that was left when `rest` last looked."""
         oracle = deployment.oracle()
         state, topic = deployment.settings.state, deployment.settings.topics.actions
         rules = Rules(state.sequence_length, state.chunk_length, oracle.version, topic, self.explained)
         self.checker = Checker(rules, oracle)
 
     def __enter__(self) -> Run:
+        """Return the run; leaving the block kills its workers."""
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Kill the workers and close the connections."""
         self.supervisor.close()
         self.reader.close()
 
-    def rest(self, timeout_s: float) -> bool:
-        """Keep the workers running until nothing is left to do; False, and why in `busy_with`, when that took longer.
+    def wait(self, seconds: float) -> None:
+        """Let time pass while the supervisor restarts workers."""
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            self.supervisor.tick()
+            time.sleep(TICK_S)
 
-        Workload has stopped.
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+        """Let time pass until the condition holds; raise `NotReached`, with worker 0's log, when it does not."""
+        until_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > until_s:
+                raise NotReached(f"the condition did not hold within {timeout_s:.0f} s:\n{self.supervisor.output(0)}")
+            self.wait(TICK_S)
+
+    def rest(self, timeout_s: float) -> bool:
+        """Let time pass until no work is left; return False, with `busy_with` set, if that takes longer.
+
+        The workload must have stopped.
         """
         deadline_s, quiet_since_s = time.monotonic() + timeout_s, time.monotonic()
         while time.monotonic() < deadline_s:
             self.supervisor.tick()
-            self.busy_with = self._busy_with()
+            self.busy_with = self._remaining_work()
             if self.busy_with:
                 quiet_since_s = time.monotonic()
             elif time.monotonic() - quiet_since_s >= QUIET_S:
@@ -65,16 +89,16 @@ class Run:
         return False
 
     def explain(self, begin_ms: int) -> None:
-        """From then until now a fault may have made outputs stale or repeated."""
+        """Allow stale and repeated outputs from `begin_ms` until now, because of a fault."""
         self.explained.append(Explained(begin_ms, time.time_ns() // 1_000_000))
 
     def judge(self) -> Verdict:
-        """Hold everything against the model; at rest only."""
+        """Compare everything with the model; only at rest."""
         self.checker.feed(self.reader.read_new())
         return self.checker.judge(self.reader.committed())
 
-    def _busy_with(self) -> str:
-        """What was written since the last look, or is still to be."""
+    def _remaining_work(self) -> str:
+        """Describe what was written since the last look or is still to be written; empty at rest."""
         try:
             history = self.reader.read_new()
             self.checker.feed(history)

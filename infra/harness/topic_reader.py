@@ -1,4 +1,4 @@
-"""Reads what the topics of a run hold, as the checker takes it; knows where it stopped reading."""
+"""Read the topics of a run, from where the last read ended."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import kafka
 from kafka.errors import KafkaError
 
-from infra.chaos.checks.checker import History
-from infra.harness.model import LogRecord
+from infra.harness.history import History, LogRecord
 from streams.config.settings import Settings
 
 POLL_MS = 200
+PARTITION_FETCH_BYTES_MAX = 4 << 20
 
 
 class HistoryReader:
-    """Reads every topic of one application, committed records only."""
+    """Reads every topic of one application; aborted transactions are invisible to it.
+
+    Each method raises `KafkaError` when the broker does not answer, and can then be called again.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -26,9 +29,9 @@ class HistoryReader:
         self._admin: Any = None
 
     def read_new(self) -> History:
-        """What has been added to each topic since the last call; the input topic reaches at least as far as others.
+        """Return the records appended since the last call.
 
-        Raises `KafkaError` when the broker does not answer; then nothing has been taken in.
+        The input topic is read last, so that it reaches at least as far as the topics derived from it.
         """
         names = self._settings.topics
         topics = (self._settings.changelog_topic, names.embeddings, names.dead_letter, names.actions)
@@ -37,32 +40,32 @@ class HistoryReader:
         changelog, outputs, dead_letters, inputs = (read[topic][0] for topic in topics)
         return History(inputs, changelog, outputs, dead_letters)
 
+    def read_all(self, topic: str) -> list[LogRecord]:
+        """Return all records of a topic; `read_new` is unaffected."""
+        return self._read(topic, {})[0]
+
     def restart(self, topic: str) -> None:
-        """The topic has been created again: what it holds now is read from its beginning."""
+        """Read a topic from its beginning again, because it has been created again."""
         self._next.pop(topic, None)
         self.close()
 
     def committed(self) -> dict[int, int]:
-        """The group's committed offset of each partition of the input; partitions without one are absent."""
-        with self._renewed_on_failure():
+        """Return the group's committed offset per input partition; partitions without one are absent."""
+        with self._reconnect_on_failure():
             self._admin = self._admin or kafka.KafkaAdminClient(bootstrap_servers=self._servers)
             found: Mapping[Any, Any] = self._admin.list_group_offsets(self._settings.app_id)[self._settings.app_id]
         topic = self._settings.topics.actions
         return {tp.partition: each.offset for tp, each in found.items() if tp.topic == topic and each.offset >= 0}
 
     def ends(self, topic: str | None = None) -> dict[int, int]:
-        """Past the last committed record of each partition of a topic, the input where none is named."""
-        with self._renewed_on_failure():
+        """Return the offset after the last committed record per partition of a topic, by default the input topic."""
+        with self._reconnect_on_failure():
             tps = self._partitions(topic or self._settings.topics.actions)
-            ends: Mapping[Any, int] = self._opened().end_offsets(tps)
+            ends: Mapping[Any, int] = self._connected().end_offsets(tps)
         return {tp.partition: end for tp, end in ends.items()}
 
-    def read_all(self, topic: str) -> list[LogRecord]:
-        """Everything a topic holds, apart from what `read_new` has read."""
-        return self._read(topic, {})[0]
-
     def close(self) -> None:
-        """Drop the connections; the next call makes new ones."""
+        """Close the connections; the next call opens new ones."""
         for client in (self._consumer, self._admin):
             if client is not None:
                 with suppress(KafkaError, OSError):
@@ -70,21 +73,21 @@ class HistoryReader:
         self._consumer = self._admin = None
 
     @property
-    def _servers(self) -> str:
-        return self._settings.kafka.bootstrap_servers
+    def _servers(self) -> list[str]:
+        return self._settings.kafka.bootstrap_servers.split(",")
 
-    def _opened(self) -> Any:
+    def _connected(self) -> Any:
         self._consumer = self._consumer or kafka.KafkaConsumer(
             bootstrap_servers=self._servers,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            max_partition_fetch_bytes=4 << 20,
+            max_partition_fetch_bytes=PARTITION_FETCH_BYTES_MAX,
         )
         return self._consumer
 
     @contextmanager
-    def _renewed_on_failure(self) -> Iterator[None]:
+    def _reconnect_on_failure(self) -> Iterator[None]:
         try:
             yield
         except KafkaError:
@@ -95,9 +98,9 @@ class HistoryReader:
         return [kafka.TopicPartition(topic, number) for number in range(self._settings.topics.partitions)]
 
     def _read(self, topic: str, start: Mapping[int, int]) -> tuple[list[LogRecord], dict[int, int]]:
-        """Records from `start` (or the beginning) to the present end, and the positions behind them."""
-        with self._renewed_on_failure():
-            consumer, tps = self._opened(), self._partitions(topic)
+        """Return records from `start`, or from the beginning, to the present end, and the positions after them."""
+        with self._reconnect_on_failure():
+            consumer, tps = self._connected(), self._partitions(topic)
             consumer.assign(tps)
             for tp in tps:
                 if tp.partition in start:

@@ -20,31 +20,31 @@ from typing import Any
 
 import aiokafka
 from aiokafka.errors import KafkaError
-from aiokafka.partitioner import murmur2
 
-from infra.harness.deployment import ACTION_NAMES, ITEMS, SURFACES
+from infra.harness.events import REQUEST_BYTES_MAX, Event, partition_of
+from infra.harness.releases import ACTION_NAMES, ITEMS, SURFACES
 from streams.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
 OVERSIZED_BYTES = (70_000, 400_000, 1_900_000)
-"""Above the limit of a value; the last one is near the limit of the broker, and so is its dead letter."""
+"""Sizes above the limit of a value; the last one, like its dead letter, is close to the limit of the broker."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """How the producer behaves; fractions are per event."""
+    """Behaviour of the producer; fractions are per event."""
 
     rate: float = 500.0
-    """Events a second."""
+    """Events per second."""
     duplicates: float = 0.01
     disorder: float = 0.02
     poison: float = 0.0
     oversized: float = 0.0
     tombstones: float = 0.001
     transactional: bool = False
-    """Each tick is one transaction, one in five is aborted."""
+    """Produce each tick in one transaction, and abort one in five."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class _User:
 
 
 class Workload:
-    """Produces in a thread of its own between `start` and `stop`."""
+    """Produces in a thread of its own between `start` and `stop`; `options` may be replaced at any time."""
 
     def __init__(
         self, settings: Settings, seed: int, *, users: int = 2_000, options: WorkloadOptions | None = None
@@ -70,17 +70,21 @@ class Workload:
         self.failure: BaseException | None = None
 
     def start(self) -> None:
+        """Start to produce."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns once everything sent has been acknowledged or given up."""
+        """Return once every event is acknowledged or given up; raise the error that ended the thread, if any."""
         self._stopping.set()
         self._thread.join()
         if self.failure is not None:
             raise self.failure
 
     def calm(self, timeout_s: float) -> bool:
-        """Send nothing more until `options` are set again; True once everything sent has been settled."""
+        """Send nothing more until `options` are set again.
+
+        Returns True once every event sent has been acknowledged or given up, False if that takes longer.
+        """
         self._calm.clear()
         self.options = replace(self.options, rate=0.0)
         return self._calm.wait(timeout_s)
@@ -92,7 +96,7 @@ class Workload:
             self.failure = error
 
     async def _produce(self) -> None:
-        """Tick until stopped; after a failure of the broker a new producer goes on with the next events."""
+        """Tick until stopped; after a failure of the broker a new producer continues with the next events."""
         while not self._stopping.is_set():
             transactional = self.options.transactional
             producer = self._producer(transactional)
@@ -101,7 +105,7 @@ class Workload:
                 while not self._stopping.is_set() and self.options.transactional == transactional:
                     await self._tick(producer, transactional)
             except KafkaError as error:
-                logger.debug("the producer starts anew: %r", error)
+                logger.debug("starting a new producer after %r", error)
                 self.sent["failures"] += 1
                 await asyncio.sleep(0.5)
             finally:
@@ -115,7 +119,7 @@ class Workload:
             bootstrap_servers=self._settings.kafka.bootstrap_servers,
             acks="all",
             enable_idempotence=True,
-            max_request_size=2 << 20,
+            max_request_size=REQUEST_BYTES_MAX,
             request_timeout_ms=60_000,
             **options,
         )
@@ -139,17 +143,15 @@ class Workload:
         await asyncio.sleep(max(0.0, TICK_S - (time.monotonic() - started)))
 
     def _count(self) -> int:
-        """Events of this tick; the mean is the rate."""
+        """Return the number of events in this tick; its mean corresponds to the rate."""
         exact = self.options.rate * TICK_S
         return int(exact) + (self._random.random() < exact % 1)
 
     async def _send(self, producer: Any, key: bytes | None, value: bytes | None) -> Any:
-        partition = murmur2(key or b"") & 0x7FFFFFFF
-        return await producer.send(
-            self._settings.topics.actions, value, key=key, partition=partition % self._settings.topics.partitions
-        )
+        partition = partition_of(key, self._settings.topics.partitions)
+        return await producer.send(self._settings.topics.actions, value, key=key, partition=partition)
 
-    def _message(self) -> tuple[bytes | None, bytes | None]:
+    def _message(self) -> Event:
         options, draw = self.options, self._random.random()
         user = self._users[int(len(self._users) * self._random.random() ** 2)]
         if draw < options.poison:
@@ -164,7 +166,7 @@ class Workload:
         return self._action(user)
 
     def _action(self, user: _User) -> tuple[bytes, bytes]:
-        """The user's next action; four in five have an event id, and only those are ever sent twice."""
+        """Return the user's next action; four in five have an event id, and only those are ever sent twice."""
         user.number += 1
         late_ms = self._random.randrange(20_000) if self._random.random() < self.options.disorder else 0
         event: dict[str, Any] = {
@@ -182,10 +184,10 @@ class Workload:
         user.last = value if "event_id" in event else b""
         return user.name.encode(), value
 
-    def _poison(self, user: _User) -> tuple[bytes | None, bytes | None]:
+    def _poison(self, user: _User) -> Event:
         key, value = self._action(_User(user.name, user.number))
         event = json.loads(value)
-        kinds: list[tuple[bytes | None, bytes | None]] = [
+        kinds: list[Event] = [
             (None, value),
             (b"\xff\xfe", None),
             (b"somebody else", value),

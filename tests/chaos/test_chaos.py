@@ -16,7 +16,7 @@ from infra.chaos.checks.violations import Kind
 from infra.chaos.fault_context import FaultContext, play
 from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs
 from infra.chaos.faults.workers import rebalances_seen
-from infra.chaos.round import _is_fine
+from infra.chaos.round import is_permitted
 from infra.harness.deployment import deploy
 from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
@@ -86,12 +86,12 @@ def test_every_fault_has_a_name_of_its_own_and_most_have_partners() -> None:
 def test_exits_are_judged_by_what_was_done_to_the_worker() -> None:
     """A worker may end as it was told to or as a fault of the round allows, and in no other way."""
     poison, frozen = [BY_NAME["poison"]], [BY_NAME["worker-frozen-10s"]]
-    assert _is_fine(0, True, poison)
-    assert _is_fine(-9, True, poison)
-    assert not _is_fine(0, False, poison)
-    assert not _is_fine(ABORTED, False, poison)
-    assert _is_fine(ABORTED, False, frozen)
-    assert not _is_fine(1, False, frozen)
+    assert is_permitted(0, True, poison)
+    assert is_permitted(-9, True, poison)
+    assert not is_permitted(0, False, poison)
+    assert not is_permitted(ABORTED, False, poison)
+    assert is_permitted(ABORTED, False, frozen)
+    assert not is_permitted(1, False, frozen)
 
 
 def test_rebalances_are_counted_by_partitions_that_are_ready_again() -> None:
@@ -143,8 +143,8 @@ def test_a_stall_that_no_worker_notices_is_found(broker: Broker, topic_prefix: s
     deployment = deploy(tmp_path, broker.bootstrap_servers, topic_prefix)
     with Run(deployment) as run:
         monitor = StallMonitor(run)
-        monitor._unseen_max_s = 3.0
-        monitor._all_well = lambda: True  # type: ignore[method-assign]
+        monitor._unnoticed_max_s = 3.0
+        monitor._all_healthy = lambda: True  # type: ignore[method-assign]
         workload = Workload(deployment.settings, SEED, users=50, options=WorkloadOptions(rate=200))
         with monitor:
             workload.start()

@@ -13,9 +13,9 @@ from encoder.inference import EncoderRuntime
 from encoder.inference.kernel import Precision
 from encoder.inference.runtime import make_full
 from encoder.model import EncoderConfig
-from infra.chaos.checks.checker import Checker, History, Rules, Verdict
+from infra.chaos.checks.checker import Checker, Rules, Verdict
 from infra.chaos.checks.violations import Explained, Kind
-from infra.harness.model import LogRecord
+from infra.harness.history import History, LogRecord
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy

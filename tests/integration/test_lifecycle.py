@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from infra.bench.baselines.processes import sample
 from infra.harness.deployment import Deployment, deploy
+from infra.harness.events import Event, action, send
 from infra.harness.run import Run
-from infra.harness.supervisor import ABORTED, FORCED, STOPPED, WORKER
+from infra.harness.supervisor import ABORTED, FORCED, STOPPED
+from infra.harness.worker_process import WORKER, sample
 from tests.integration.broken_worker import (
     Fault,
     blocks_the_loop,
@@ -22,11 +23,11 @@ from tests.integration.broken_worker import (
     restores_slowly,
     stops_for_ever,
 )
-from tests.integration.trials import SOON_S, Sent, action, asked, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 PARTITIONS = 2
 SESSION_MS = 6_000
+ENDED_S = 60.0
 HEARTBEAT_S = 2.0
 """A session counts from the last heartbeat, which comes each second."""
 SLACK_S = 10.0
@@ -48,24 +49,23 @@ def enter(broker: Any, topic_prefix: str, tmp_path: Any) -> Any:
         yield entered
 
 
-def some(count: int) -> list[Sent]:
+def some(count: int) -> list[Event]:
     return [action(f"user-{number}", number) for number in range(count)]
 
 
 def metric(run: Run, name: str, number: int = 0) -> float:
-    return sample(asked(run, "/metrics", number)[1], name)
+    return sample(run.supervisor.page(number, "/metrics")[1], name)
 
 
 def ready_partitions(run: Run, number: int) -> float:
-    lines = asked(run, "/metrics", number)[1].splitlines()
-    return sample("\n".join(line for line in lines if 'state="ready"' in line), "streamformer_partitions")
+    return sample(run.supervisor.page(number, "/metrics")[1], "streamformer_partitions", 'state="ready"')
 
 
 def ended(run: Run, number: int = 0) -> int:
     """The exit code of a worker that is about to end."""
     process = run.supervisor.workers[number].process
     assert process is not None
-    return process.wait(SOON_S)
+    return process.wait(ENDED_S)
 
 
 def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
@@ -75,7 +75,7 @@ def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
     )
     send(run.deployment.settings, some(300))
     run.supervisor.scale(1)
-    until(lambda: metric(run, "streamformer_events_total") == 300, run)
+    run.wait_until(lambda: metric(run, "streamformer_events_total") == 300)
     assert not run.reader.committed()
     began_s = time.monotonic()
     run.supervisor.terminate(0)
@@ -85,7 +85,7 @@ def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
     run.supervisor.tick()
     time.sleep(0.5)
     run.supervisor.tick()
-    until(lambda: is_ready(run), run)
+    run.wait_until(run.supervisor.is_ready)
     time.sleep(2)
     assert metric(run, "streamformer_events_total") == 0
 
@@ -94,7 +94,7 @@ def test_stopping_is_bounded(enter: Enter) -> None:
     """A worker that cannot finish within worker.shutdown_timeout_ms ends itself with 71."""
     run = enter(stops_for_ever, worker={"shutdown_timeout_ms": 2_000})
     run.supervisor.scale(1)
-    until(lambda: is_ready(run), run)
+    run.wait_until(run.supervisor.is_ready)
     run.supervisor.terminate(0)
     began_s = time.monotonic()
     assert ended(run) == FORCED
@@ -105,9 +105,9 @@ def test_a_second_signal_forces(enter: Enter) -> None:
     """While a worker is stopping, one more SIGTERM ends it at once with 71."""
     run = enter(stops_for_ever, worker={"shutdown_timeout_ms": 600_000})
     run.supervisor.scale(1)
-    until(lambda: is_ready(run), run)
+    run.wait_until(run.supervisor.is_ready)
     run.supervisor.terminate(0)
-    until(lambda: "stopping: draining" in run.supervisor.log(0), run)
+    run.wait_until(lambda: "stopping: draining" in run.supervisor.log(0))
     run.supervisor.terminate(0)
     began_s = time.monotonic()
     assert ended(run) == FORCED
@@ -128,36 +128,36 @@ def test_health_during_a_restore(enter: Enter) -> None:
     """While partitions are restored a worker is live and not ready, and says how many; then it is ready."""
     run = enter(restores_slowly)
     run.supervisor.scale(1)
-    until(lambda: asked(run, "/readyz") == (503, f"{PARTITIONS} partitions are being restored\n"), run)
-    assert asked(run, "/livez")[0] == 200
-    until(lambda: is_ready(run), run)
+    run.wait_until(lambda: run.supervisor.page(0, "/readyz") == (503, f"{PARTITIONS} partitions are being restored\n"))
+    assert run.supervisor.page(0, "/livez")[0] == 200
+    run.wait_until(run.supervisor.is_ready)
     assert ready_partitions(run, 0) in (0, PARTITIONS)  # the gauge is set each second
-    assert asked(run, "/livez")[0] == 200
+    assert run.supervisor.page(0, "/livez")[0] == 200
 
 
 def test_health_of_a_blocked_event_loop(enter: Enter) -> None:
     """An event loop that does not turn is told by `/livez`, which does not need it."""
     run = enter(blocks_the_loop, worker={"watchdog_timeout_ms": 2_000})
     run.supervisor.scale(1)
-    until(lambda: is_ready(run), run)
+    run.wait_until(run.supervisor.is_ready)
     send(run.deployment.settings, some(10))
-    until(lambda: asked(run, "/livez")[0] == 503, run)
-    assert "the event loop has been blocked" in asked(run, "/livez")[1] or not is_ready(run)
+    run.wait_until(lambda: run.supervisor.page(0, "/livez")[0] == 503)
+    assert "the event loop has been blocked" in run.supervisor.page(0, "/livez")[1] or not run.supervisor.is_ready()
 
 
 def test_a_restart_moves_no_partition(enter: Enter) -> None:
     """A worker that is back within the session gets its partitions again, and the other one keeps its own untouched."""
     run = enter(kafka={"session_timeout_ms": 60_000, "heartbeat_interval_ms": 1_000})
     run.supervisor.scale(2)
-    until(lambda: ready_partitions(run, 0) + ready_partitions(run, 1) == PARTITIONS, run)
-    until(lambda: ready_partitions(run, 0) == ready_partitions(run, 1) == 1, run)
+    run.wait_until(lambda: ready_partitions(run, 0) + ready_partitions(run, 1) == PARTITIONS)
+    run.wait_until(lambda: ready_partitions(run, 0) == ready_partitions(run, 1) == 1)
     acquired = run.supervisor.log(1).count("is ready at offset")
     run.supervisor.terminate(0)
     assert ended(run) == STOPPED
     run.supervisor.tick()
     time.sleep(0.5)
     run.supervisor.tick()
-    until(lambda: ready_partitions(run, 0) == 1, run)
+    run.wait_until(lambda: ready_partitions(run, 0) == 1)
     assert ready_partitions(run, 1) == 1
     assert run.supervisor.log(1).count("is ready at offset") == acquired
 
@@ -166,9 +166,9 @@ def test_a_worker_that_stops_for_good_hands_over_when_its_session_ends(enter: En
     """SIGTERM does not leave the group: the others take over after kafka.session_timeout_ms, not at once."""
     run = enter()
     run.supervisor.scale(2)
-    until(lambda: ready_partitions(run, 0) == ready_partitions(run, 1) == 1, run)
+    run.wait_until(lambda: ready_partitions(run, 0) == ready_partitions(run, 1) == 1)
     began_s = time.monotonic()
     run.supervisor.scale(1)
     assert ended(run, 1) == STOPPED
-    until(lambda: ready_partitions(run, 0) == PARTITIONS, run)
+    run.wait_until(lambda: ready_partitions(run, 0) == PARTITIONS)
     assert SESSION_MS / 1_000 - HEARTBEAT_S < time.monotonic() - began_s < SESSION_MS / 1_000 + 2 * SLACK_S

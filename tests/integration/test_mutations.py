@@ -11,8 +11,7 @@ A fault is noticed when the checker finds a violation, or when the worker itself
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ import pytest
 from kafka.errors import KafkaError
 
 from infra.harness.deployment import Deployment, deploy
+from infra.harness.events import Event, action, send
 from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED
 from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, restore_ends_at_a_silence
-from tests.integration.trials import Sent, action, send
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 ROUNDS = 5
@@ -42,7 +41,7 @@ def deployment(broker: Any, topic_prefix: str, tmp_path: Path) -> Deployment:
     return deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"topics": {"partitions": 2}})
 
 
-def history(users: list[str], round_: int) -> list[Sent]:
+def history(users: list[str], round_: int) -> list[Event]:
     """Ten actions of each user, more than a chunk, and without event ids: only offsets tell a repetition."""
     return [action(user, round_ * ACTIONS + number, event_id=None) for number in range(ACTIONS) for user in users]
 
@@ -52,24 +51,15 @@ def lived_through(deployment: Deployment, fault: Fault) -> Iterator[Run]:
     with Run(deployment, command(fault, deployment.folder)) as run:
         send(deployment.settings, history(EARLY, 0))
         run.supervisor.scale(1)
-        tended(run, lambda: committed_events(run) > 0 or bool(refusals(run)))
+        run.wait_until(lambda: committed_events(run) > 0 or bool(refusals(run)))
         if fault is restore_ends_at_a_silence:
             run.supervisor.hold(0)
             shutil.rmtree(deployment.data_dir(0))
-            run.supervisor.release(0)
+            run.supervisor.start(0)
         for round_ in range(1, ROUNDS):
             send(deployment.settings, history(LATE, round_))
             run.rest(ROUND_S)
         yield run
-
-
-def tended(run: Run, condition: Callable[[], bool]) -> None:
-    """Keep the worker running until the condition holds."""
-    until_s = time.monotonic() + REST_S
-    while not condition():
-        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
-        run.supervisor.tick()
-        time.sleep(0.2)
 
 
 def committed_events(run: Run) -> int:
@@ -82,12 +72,12 @@ def committed_events(run: Run) -> int:
 
 def refusals(run: Run) -> list[str]:
     """What the worker said when it would not go on."""
-    return [end.last_words for end in run.supervisor.exits if end.code == ABORTED]
+    return [end.last_line for end in run.supervisor.exits if end.code == ABORTED]
 
 
 def found(run: Run, rest_s: float) -> list[str]:
     """Violations once every event is committed, or what the worker said when it refused to begin."""
-    tended(run, lambda: committed_events(run) == EVENTS or bool(refusals(run)))
+    run.wait_until(lambda: committed_events(run) == EVENTS or bool(refusals(run)))
     if refused := refusals(run):
         return refused
     run.rest(rest_s)

@@ -1,8 +1,7 @@
-"""The worker as a process on the real broker: killed, stopped, poisoned, scaled, and held against the checker."""
+"""The worker as a process on a real broker: killed, stopped, poisoned and scaled, and judged by the checker."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ import pytest
 from infra.chaos.checks.checker import Verdict
 from infra.chaos.faults.disk import alter_data_files
 from infra.harness.deployment import Deployment, deploy
-from infra.harness.model import LogRecord
+from infra.harness.events import Event, action, send
+from infra.harness.history import LogRecord
 from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED, STOPPED
+from infra.harness.worker_process import sample
 from infra.harness.workload import Workload, WorkloadOptions
 from streams.wire.actions import RejectReason
-from tests.integration.trials import Sent, action, asked, is_ready, send, until
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SEED = 20_240
@@ -43,33 +43,18 @@ def workload_for(run: Run, seconds: float, options: WorkloadOptions) -> Workload
     print(f"seed {SEED}")
     workload = Workload(run.deployment.settings, SEED, users=200, options=options)
     workload.start()
-    wait(run, seconds)
+    run.wait(seconds)
     return workload
 
 
-def wait(run: Run, seconds: float) -> None:
-    """Let time pass under supervision."""
-    until_s = time.monotonic() + seconds
-    while time.monotonic() < until_s:
-        run.supervisor.tick()
-        time.sleep(0.1)
-
-
-def wait_published(run: Run, timeout_s: float = 30.0) -> None:
+def wait_published(run: Run) -> None:
     """Let time pass until an embedding has been published."""
-    until_s = time.monotonic() + timeout_s
-    outputs = run.deployment.settings.topics.embeddings
-    while not run.reader.read_all(outputs):
-        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
-        wait(run, 0.3)
+    run.wait_until(lambda: bool(run.reader.read_all(run.deployment.settings.topics.embeddings)), 30)
 
 
-def wait_opened(run: Run, timeout_s: float = 30.0) -> None:
+def wait_opened(run: Run) -> None:
     """Let time pass until worker 0 has a local database."""
-    until_s = time.monotonic() + timeout_s
-    while not run.deployment.data_dir(0).exists():
-        assert time.monotonic() < until_s, run.supervisor.log(0)[-2_000:]
-        wait(run, 0.3)
+    run.wait_until(run.deployment.data_dir(0).exists, 30)
 
 
 def judged(run: Run) -> Verdict:
@@ -106,14 +91,14 @@ def test_a_killed_worker_goes_on_where_its_checkpoint_ended(run: Run, disk: str)
     for _ in range(2):
         wait_published(run)
         wait_opened(run)
-        wait(run, 1.2)
+        run.wait(1.2)
         if disk == "empty":
             run.supervisor.hold(0)
             shutil.rmtree(run.deployment.data_dir(0))
-            run.supervisor.release(0)
+            run.supervisor.start(0)
         else:
             run.supervisor.kill(0)
-        wait(run, 2)
+        run.wait(2)
     workload.stop()
     judged(run)
 
@@ -126,13 +111,13 @@ def test_a_terminated_worker_leaves_nothing_to_repeat(run: Run) -> None:
     workload.stop()
     assert run.supervisor.stop() == {STOPPED: 1}
     run.supervisor.scale(1)
-    wait(run, 1)
-    until(lambda: is_ready(run), run)
+    run.wait(1)
+    run.wait_until(run.supervisor.is_ready)
     judged(run)
     outputs = len(run.reader.read_all(run.deployment.settings.topics.embeddings))
     assert run.supervisor.stop() == {STOPPED: 1}
     run.supervisor.scale(1)
-    wait(run, 6)
+    run.wait(6)
     assert len(run.reader.read_all(run.deployment.settings.topics.embeddings)) == outputs
     judged(run)
 
@@ -158,9 +143,9 @@ def test_of_two_workers_the_other_takes_over_from_a_dead_one(run: Run) -> None:
     run.supervisor.scale(2)
     workload = workload_for(run, 1, WorkloadOptions(rate=400))
     wait_published(run)
-    wait(run, 2)
+    run.wait(2)
     run.supervisor.hold(0)
-    wait(run, 6)
+    run.wait(6)
     workload.stop()
     judged(run)
     assert run.supervisor.running() == [1]
@@ -170,21 +155,21 @@ def test_a_rebalance_leaves_the_cache_of_partitions_that_stay(run: Run) -> None:
     """Users of a partition that comes back as it went are extended by a token; only those taken over are prefilled."""
     settings, users = run.deployment.settings, [f"user-{number}" for number in range(40)]
     run.supervisor.scale(2)
-    until(lambda: is_ready(run, 0) and is_ready(run, 1), run)
+    run.wait_until(lambda: run.supervisor.is_ready(0) and run.supervisor.is_ready(1))
     send(settings, [action(user, 1) for user in users])
     judged(run)
     hits, prefills = (metric(run, name) for name in CACHE)
     assert (hits, 0 < prefills < len(users)) == (0, True)
     run.supervisor.scale(1)
-    until(lambda: metric(run, 'streamformer_partitions{state="ready"}') == settings.topics.partitions, run)
+    run.wait_until(lambda: metric(run, "streamformer_partitions", 'state="ready"') == settings.topics.partitions)
     send(settings, [action(user, 2) for user in users])
     judged(run)
     assert [metric(run, name) for name in CACHE] == [prefills, len(users)]
 
 
-def metric(run: Run, name: str) -> float:
-    """A number that worker 0 reports."""
-    return float(re.findall(rf"^{re.escape(name)} (.*)$", asked(run, "/metrics")[1], re.MULTILINE)[0])
+def metric(run: Run, name: str, labels: str = "") -> float:
+    """Return a metric of worker 0, summed over its labels."""
+    return sample(run.supervisor.page(0, "/metrics")[1], name, labels)
 
 
 def test_a_worker_stopped_past_its_session_can_write_nothing_more(run: Run) -> None:
@@ -192,18 +177,18 @@ def test_a_worker_stopped_past_its_session_can_write_nothing_more(run: Run) -> N
     run.supervisor.scale(2)
     workload = workload_for(run, 1, WorkloadOptions(rate=400))
     wait_published(run)
-    wait(run, 2)
+    run.wait(2)
     begun_ms = time.time_ns() // 1_000_000
     run.supervisor.pause(0)
-    wait(run, 9)
+    run.wait(9)
     run.supervisor.resume(0)
-    wait(run, 6)
+    run.wait(6)
     workload.stop()
     run.explain(begun_ms)
     judged(run)
 
 
-REFUSALS: dict[RejectReason, Sent] = {
+REJECTED: dict[RejectReason, Event] = {
     RejectReason.KEY_MISSING: (None, action("dan", 1)[1]),
     RejectReason.KEY_INVALID: (b"\xff", None),
     RejectReason.KEY_MISMATCH: (b"eve", action("dan", 1)[1]),
@@ -222,17 +207,17 @@ REFUSALS: dict[RejectReason, Sent] = {
 
 def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
     """One record of each reason, the largest as large as the broker takes, costs itself alone: untouched, explained."""
-    assert set(REFUSALS) == set(RejectReason)
-    poison = [record for number, bad in enumerate(REFUSALS.values(), 2) for record in (bad, action("dan", number))]
+    assert set(REJECTED) == set(RejectReason)
+    poison = [record for number, bad in enumerate(REJECTED.values(), 2) for record in (bad, action("dan", number))]
     send(run.deployment.settings, [action("dan", 1), *poison])
     run.supervisor.scale(1)
-    assert judged(run).counts["rejected"] == len(REFUSALS)
+    assert judged(run).counts["rejected"] == len(REJECTED)
     assert not [each for each in run.supervisor.exits if not each.expected]
     reasons = {
         (dict(letter.headers)["error-reason"].decode(), letter.value)
         for letter in run.reader.read_all(run.deployment.settings.topics.dead_letter)
     }
-    assert reasons == {(reason.value, value) for reason, (_, value) in REFUSALS.items()}
+    assert reasons == {(reason.value, value) for reason, (_, value) in REJECTED.items()}
 
 
 def test_a_forgotten_user_comes_back_only_by_younger_events(run: Run) -> None:
@@ -283,7 +268,7 @@ def test_a_timer_fires_with_no_further_event(timed: Run, how: str) -> None:
     wait_published(timed)
     send(timed.deployment.settings, [action("ida", 1), action("ida", 2)])
     if how == "killed before":
-        wait(timed, 1)
+        timed.wait(1)
         timed.supervisor.kill(0)
     judged(timed)
     (last,) = outputs_of(timed, "ida")
@@ -317,18 +302,16 @@ def test_more_timers_fall_due_than_users_fit_into_memory(crowded: Run) -> None:
 
 
 def ends_with_one_line(run: Run) -> str:
-    """What a worker says that cannot start: its last line, the exit code not 0, no traceback."""
+    """Return the error line of a worker that cannot start; its exit code is not 0 and its log has no traceback."""
     run.supervisor.scale(1)
     run.supervisor.workers[0].wanted = False
-    until_s = time.monotonic() + 60
-    while not run.supervisor.exits:
-        assert time.monotonic() < until_s, "the worker neither works nor ends"
-        wait(run, 0.2)
+    run.wait_until(lambda: bool(run.supervisor.exits))
     (end,) = run.supervisor.exits
     assert end.code not in (STOPPED, ABORTED)
     assert end.code > 0
     assert "Traceback" not in run.supervisor.log(0)
-    return end.last_words
+    assert end.last_line.startswith("error:")
+    return end.last_line
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])

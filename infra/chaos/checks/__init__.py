@@ -1,1 +1,1 @@
-"""The checker: what the topics of a run hold against what the input topic demands."""
+"""Checks of a run: its topics, compared with what the input topic demands."""

@@ -1,14 +1,19 @@
-"""Judges a run by its topics: what the changelog and the output topic hold against what the input topic demands.
+"""Judge a run by its topics: compare the changelog and the output topic with what the input topic demands.
 
     checker = Checker(rules, encoder)
-    checker.feed(history)            # what the topics hold since the last call, at a moment of rest or not
-    verdict = checker.judge(committed)   # only at rest: no event unprocessed, no worker writing
+    checker.feed(history)                # records appended since the last call, at rest or not
+    verdict = checker.judge(committed)   # only at rest: every event is processed, and no worker writes
 
-Held against the model are: every checkpoint (the state of each user it touched, as of the offset its mark names), the
-final state (no action lost, doubled or swapped), every output record (it must say of itself what was true at its
-source offset), the last embedding of each user (that of the full history, recomputed), the dead letters and the
-committed offsets. Stale and repeated outputs are violations unless they fall into a time at which a fault explains
-them; then they are counted. A violation names what, who and where.
+The model recomputes every user from the input topic. Compared with it are:
+
+- every checkpoint: the state of each user it touched, as of the source offset that its mark names;
+- the final state: no action is lost, doubled or swapped;
+- every output record: its headers must have been true at its source offset;
+- the last embedding of each user: it must equal the one computed from the full history;
+- the dead letters and the committed offsets.
+
+Stale and repeated outputs are violations unless they fall into a time in which a fault explains them; those are only
+counted. A violation names what is wrong, whose record it is, and where.
 """
 
 from __future__ import annotations
@@ -21,47 +26,39 @@ from encoder.inference import EncoderRuntime
 from infra.chaos.checks.outputs import OutputChecks
 from infra.chaos.checks.state import StateChecks
 from infra.chaos.checks.violations import Explained, Kind, Violation
-from infra.harness.model import LogRecord, Model
+from infra.harness.history import History, LogRecord
+from infra.harness.model import Model
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the run was set up with."""
+    """Settings of the run that the checks depend on."""
 
     sequence_length: int
     chunk_length: int
     encoder_version: str
     source_topic: str
     explained: Sequence[Explained] = ()
-    """When stale or repeated outputs are expected: a stopped worker woke up, or acknowledgements were lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """Records of each topic, those of one partition in order of offset; of transactions the committed ones only."""
-
-    inputs: Sequence[LogRecord] = ()
-    changelog: Sequence[LogRecord] = ()
-    outputs: Sequence[LogRecord] = ()
-    dead_letters: Sequence[LogRecord] = ()
+    """Times in which outputs may be stale or repeated: a frozen worker woke up, or acknowledgements were lost."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found; `violations` is empty when every law held."""
+    """Result of a judgement; `violations` is empty when every invariant held."""
 
     violations: list[Violation]
     counts: Counter[str] = field(default_factory=Counter)
-    """events, users, checkpoints, embeddings, explained stale and repeated outputs, ..."""
+    """Totals: events, users, checkpoints, embeddings, explained stale and repeated outputs, ..."""
     freshness_ms: Sequence[float] = ()
-    """For each applied action, from its arrival in the log to the first embedding that contains it."""
+    """Time from the arrival of each applied action in the log to the first embedding that contains it."""
 
     def kinds(self) -> Counter[Kind]:
+        """Count the violations by kind."""
         return Counter(violation.kind for violation in self.violations)
 
 
 class Checker:
-    """Holds the model, and everything found so far."""
+    """Compares topics with the model, as they grow."""
 
     def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
         self.model = Model(rules.sequence_length)
@@ -72,10 +69,10 @@ class Checker:
         self._records: Counter[str] = Counter()
         self._violations: list[Violation] = []
         self._settled: dict[int, int] = {}
-        """Partition -> up to where the input has been judged and forgotten."""
+        """Offset up to which the input has been judged and dropped, by partition."""
 
     def feed(self, history: History) -> None:
-        """Take in more of each topic; `inputs` must reach at least as far as the other topics do."""
+        """Add records of each topic; `inputs` must reach at least as far as the topics derived from it."""
         self.model.feed(history.inputs)
         self._violations += self._state.feed(history.changelog)
         self._violations += self._outputs.feed(history.outputs)
@@ -88,11 +85,11 @@ class Checker:
         )
 
     def is_behind(self) -> bool:
-        """Whether some user's last change is not in the output topic yet."""
+        """Return whether some user's last change is not in the output topic yet."""
         return next(self._outputs.behind(), None) is not None
 
     def judge(self, committed: Mapping[int, int]) -> Verdict:
-        """Compare everything as it stands at rest; `committed` holds the group's offset of each partition."""
+        """Compare everything at rest; `committed` is the group's offset by partition."""
         violations = [
             *self._violations,
             *self._state.at_rest(),
@@ -113,7 +110,7 @@ class Checker:
         return Verdict(violations, counts, self._outputs.freshness_ms())
 
     def settle(self) -> None:
-        """After a judgement at rest: keep what users must be now, and forget how they came to it."""
+        """Keep the present state of every user and drop the history that led to it; after a judgement at rest."""
         self._settled = dict(self.model.ends)
         self._state.settle()
         self._outputs.settle()
@@ -122,16 +119,16 @@ class Checker:
         self._violations.clear()
 
     def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
-        """Committed is never ahead of processed, and at rest not behind the log either."""
+        """Committed offsets are never ahead of the state, and at rest not behind the log either."""
         found = []
         for partition, end in self.model.ends.items():
             offset = committed.get(partition, 0)
             marked = self._state.marks.get(partition, 0)
             if offset != marked:
                 kind = Kind.COMMITTED_AHEAD if offset > marked else Kind.COMMITTED_BEHIND
-                found.append(Violation(kind, None, partition, offset, f"the last checkpoint's mark says {marked}"))
+                found.append(Violation(kind, None, partition, offset, f"the last mark names {marked}"))
             if offset < end:
-                found.append(Violation(Kind.UNPROCESSED, None, partition, offset, f"the log has records up to {end}"))
+                found.append(Violation(Kind.UNPROCESSED, None, partition, offset, f"the log ends at {end}"))
         return found
 
     def _feed_dead_letter(self, record: LogRecord) -> None:
@@ -158,10 +155,10 @@ class Checker:
 
 
 def _difference(letter: LogRecord, record: LogRecord, reason: str) -> str:
-    """How a dead letter differs from what it should be; empty when it does not."""
+    """Describe how a dead letter differs from what it must be; empty if it does not."""
     if (letter.key, letter.value) != (record.key, record.value):
-        return "its bytes are not those received"
-    told = dict(letter.headers).get("error-reason", b"").decode()
-    if told != reason:
-        return f"it says {told!r} where the reason is {reason!r}"
-    return "" if set(record.headers) <= set(letter.headers) else "headers of the record are missing"
+        return "key or value differ from the received bytes"
+    reported = dict(letter.headers).get("error-reason", b"").decode()
+    if reported != reason:
+        return f"error-reason is {reported!r}, must be {reason!r}"
+    return "" if set(record.headers) <= set(letter.headers) else "headers of the rejected record are missing"

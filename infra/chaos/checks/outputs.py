@@ -1,4 +1,4 @@
-"""The output topic held against the model: each record when it was published, each user's last one at rest."""
+"""Compare the output topic with the model: each record as it is published, and each user's last record at rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from infra.chaos.checks.violations import Explained, Kind, Violation, is_explained
-from infra.harness.model import LogRecord, Model
+from infra.harness.history import LogRecord
+from infra.harness.model import Model
 
 COSINE_MIN = 0.9999
 USERS_AT_ONCE = 64
@@ -21,17 +22,17 @@ USERS_AT_ONCE = 64
 
 @dataclass(slots=True)
 class _Published:
-    """What the output topic holds of one user, stale records dropped as a reader drops them."""
+    """Outputs of one user; stale records are dropped, as a subscriber drops them."""
 
     source_offset: int = -1
     vector: F32 | None = None
-    """None: a tombstone."""
+    """Last embedding; None after a tombstone."""
     firsts: list[tuple[int, int]] = field(default_factory=list)
-    """(source offset, when published) of each record that was not stale, ascending in both."""
+    """Source offset and publish time of each record that was not stale, ascending in both."""
 
 
 class OutputChecks:
-    """Follows the output topic; `encoder` recomputes embeddings, None leaves vectors unchecked."""
+    """Follows the output topic; `encoder` recomputes embeddings, and without one vectors are not checked."""
 
     def __init__(
         self, model: Model, encoder_version: str, encoder: EncoderRuntime | None, explained: Sequence[Explained]
@@ -41,7 +42,7 @@ class OutputChecks:
         self.counts: Counter[str] = Counter()
 
     def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
-        """Take in output records in order and check each one."""
+        """Check output records, in order."""
         found: list[Violation] = []
         for record in records:
             found += self._record(record)
@@ -50,7 +51,7 @@ class OutputChecks:
     def _record(self, record: LogRecord) -> Iterator[Violation]:
         headers = dict(record.headers)
         name, offset = record.key or b"", int(headers.get("source-offset", b"-1"))
-        if problem := self._untrue(name, offset, record.value, headers):
+        if problem := self._untruth(name, offset, record.value, headers):
             yield Violation(Kind.WRONG_OUTPUT, name, record.partition, offset, problem)
             return
         self.counts["tombstones" if record.value is None else "embeddings"] += 1
@@ -63,20 +64,21 @@ class OutputChecks:
             published.source_offset = offset
             published.firsts.append((offset, record.timestamp_ms))
 
-    def _untrue(self, name: bytes, offset: int, value: bytes | None, headers: dict[str, bytes]) -> str:
-        """What an output says that was not so at its source offset; empty when it is true."""
+    def _untruth(self, name: bytes, offset: int, value: bytes | None, headers: dict[str, bytes]) -> str:
+        """Describe a header that was not true at the record's source offset; empty if all were true."""
         user = self._model.users.get(name)
         if user is None:
-            return "nobody sent an action of this user"
+            return "the input has no action of this user"
         if value is None:
             return "" if offset in user.tombstones else "no tombstone has this source offset"
-        stand = user.versions.get(offset)
-        if stand is None or offset in user.tombstones:
-            return "no action of the user that was applied has this source offset"
+        version = user.versions.get(offset)
+        if version is None or offset in user.tombstones:
+            return "no applied action of the user has this source offset"
         if headers.get("encoder-version") != self._version.encode():
-            return f"encoder version {headers.get('encoder-version')!r} is not the one that runs"
-        told = int(headers["event-time-ms"]), int(headers["sequence-length"])
-        return "" if told == (stand.newest_ms, stand.length) else f"says {told} where {stand} is true"
+            return f"encoder version {headers.get('encoder-version')!r} is not the loaded one"
+        found = int(headers["event-time-ms"]), int(headers["sequence-length"])
+        must = version.newest_ms, version.length
+        return "" if found == must else f"event-time-ms and sequence-length are {found}, must be {must}"
 
     def _again(self, record: LogRecord, name: bytes, offset: int, newest: int) -> Iterator[Violation]:
         kind = Kind.REPEATED if offset == newest else Kind.STALE
@@ -87,16 +89,16 @@ class OutputChecks:
         yield Violation(kind, name, record.partition, offset, detail)
 
     def behind(self) -> Iterator[Violation]:
-        """Users whose last output does not contain their last change, or that are forgotten and still have one."""
+        """Yield users whose last output lacks their last change, and forgotten users that still have an output."""
         for name, user in self._model.users.items():
             newest = self._users[name].source_offset if name in self._users else -1
             if newest < user.applied_offset:
                 kind = Kind.UNPUBLISHED if user.rows else Kind.RESURRECTED
-                detail = f"the last output is of source offset {newest}"
+                detail = f"the last output has source offset {newest}"
                 yield Violation(kind, name, user.partition, user.applied_offset, detail)
 
     def at_rest(self) -> Iterator[Violation]:
-        """Each user's last output: of its last change, and equal to what the full history gives."""
+        """Each user's last output contains the last change, and equals the embedding of the full history."""
         behind = list(self.behind())
         yield from behind
         late = {violation.user for violation in behind}
@@ -127,12 +129,12 @@ class OutputChecks:
         )
 
     def settle(self) -> None:
-        """Forget every output but each user's last."""
+        """Drop every output but each user's last."""
         for published in self._users.values():
             del published.firsts[:-1]
 
     def freshness_ms(self) -> list[float]:
-        """For each applied action of the log: from its arrival to the first output that contains it."""
+        """Return, for each applied action, the time from its arrival to the first output that contains it."""
         ages: list[float] = []
         for name, published in self._users.items():
             user = self._model.users[name]

@@ -1,4 +1,4 @@
-"""The changelog held against the model: each checkpoint as it was written, and what a restore would read at rest."""
+"""Compare the changelog with the model: each checkpoint as it was written, and at rest what a restore would read."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import numpy as np
 
 from encoder.actions.columns import Actions
 from infra.chaos.checks.violations import Kind, Violation
-from infra.harness.model import LogRecord, Model, ModelUser
+from infra.harness.history import LogRecord
+from infra.harness.model import Model, ModelUser
 from streams.core.layout import StateLimits
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
 
 
 @dataclass(slots=True)
 class _Partition:
-    """What the changelog of one partition says."""
+    """Changelog of one partition, compacted."""
 
     values: dict[bytes, bytes] = field(default_factory=dict)
-    """The last value of each key."""
+    """Last value of each key."""
     checked: int = 0
-    """Changes of the model that a checkpoint has been held against."""
+    """Number of the model's changes that a checkpoint has been compared with."""
 
 
 class StateChecks:
-    """Reads the documented byte layout; decides by the model."""
+    """Follows the changelog, of which it knows the documented byte layout."""
 
     def __init__(self, model: Model, *, sequence_length: int, chunk_length: int) -> None:
         self._model = model
         self._limits = StateLimits(sequence_length=sequence_length, chunk_length=chunk_length)
         self._partitions: dict[int, _Partition] = defaultdict(_Partition)
         self.marks: dict[int, int] = {}
-        """Source offset that the last mark of each partition names."""
+        """Source offset in the last mark, by partition."""
         self.checkpoints = 0
 
     def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
-        """Apply changelog records in order, and check at each mark what it completes."""
+        """Apply changelog records in order, and check the checkpoint that each mark completes."""
         found: list[Violation] = []
         for record in records:
             assert record.key is not None
@@ -51,14 +52,13 @@ class StateChecks:
         return found
 
     def _at_mark(self, record: LogRecord) -> Iterator[Violation]:
-        """The users changed up to the mark's source offset must stand exactly there."""
+        """Every user that changed before the mark's source offset must be in the state of that offset."""
         assert record.value is not None
         partition, offset = record.partition, decode_mark(record.value).source_offset
         self.checkpoints += 1
         if offset < self.marks.get(partition, 0):
-            yield Violation(
-                Kind.WRONG_CHECKPOINT, None, partition, offset, f"a mark before it was {self.marks[partition]}"
-            )
+            detail = f"the mark before it names {self.marks[partition]}"
+            yield Violation(Kind.WRONG_CHECKPOINT, None, partition, offset, detail)
         self.marks[partition] = offset
         part, changes = self._partitions[partition], self._model.changes.get(partition, [])
         last: dict[bytes, int] = {}
@@ -67,10 +67,10 @@ class StateChecks:
             last[user] = changed_at
             part.checked += 1
         for user, changed_at in last.items():
-            yield from self._stands(partition, user, changed_at)
+            yield from self._head(partition, user, changed_at)
 
-    def _stands(self, partition: int, name: bytes, offset: int) -> Iterator[Violation]:
-        """Whether a user's head is that of right after `offset`."""
+    def _head(self, partition: int, name: bytes, offset: int) -> Iterator[Violation]:
+        """A user's head must be the one right after `offset`."""
         value = self._partitions[partition].values.get(HEAD_PREFIX + name)
         if value is None:
             yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, "the user has no head")
@@ -80,23 +80,21 @@ class StateChecks:
         except CorruptValue as error:
             yield Violation(Kind.WRONG_STATE, name, partition, offset, str(error))
             return
-        is_, must = (
-            (int(header["applied_offset"][0]), int(header["count"][0])),
-            self._model.users[name].versions[offset],
-        )
-        if is_ != (offset, must.count):
-            detail = f"applied offset {is_[0]} and count {is_[1]} where {offset} and {must.count} are true"
+        found = int(header["applied_offset"][0]), int(header["count"][0])
+        must = self._model.users[name].versions[offset]
+        if found != (offset, must.count):
+            detail = f"applied offset {found[0]}, must be {offset}; count {found[1]}, must be {must.count}"
             yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, detail)
 
     def at_rest(self) -> Iterator[Violation]:
-        """Compare what a restore would read with the model, user by user and action by action."""
+        """Compare what a restore would read with the model, per user and action."""
         for name, user in self._model.users.items():
             if user.applied_offset >= 0:
                 yield from self._user_at_rest(name, user)
         yield from self._unknown_users()
 
     def settle(self) -> None:
-        """The changes that the model is about to forget have been checked."""
+        """Start to count changes at 0 again, because the model is about to drop them."""
         for part in self._partitions.values():
             part.checked = 0
 
@@ -115,13 +113,13 @@ class StateChecks:
         yield from compare(*where, kept, user.actions())
         if int(header["count"][0]) != user.count or int(header["applied_offset"][0]) != user.applied_offset:
             detail = (
-                f"count {header['count'][0]} and applied offset {header['applied_offset'][0]} where {user.count} and "
-                f"{user.applied_offset} are true"
+                f"count {header['count'][0]}, must be {user.count}; "
+                f"applied offset {header['applied_offset'][0]}, must be {user.applied_offset}"
             )
             yield Violation(Kind.WRONG_STATE, *where, detail)
 
     def _kept(self, name: bytes, partition: int, count: int, tail: Actions) -> Actions:
-        """Kept actions, oldest first: chunks by number, then the tail. Raises `CorruptValue`."""
+        """Return the kept actions, oldest first: chunks by number, then the tail. Raises `CorruptValue`."""
         length, values = self._limits.chunk_length, self._partitions[partition].values
         first = max(0, count - self._limits.sequence_length)
         numbers = range(first // length, count // length)
@@ -135,25 +133,25 @@ class StateChecks:
         for number, part in self._partitions.items():
             for key in part.values:
                 if key[:1] == HEAD_PREFIX and key[1:] not in self._model.users:
-                    yield Violation(Kind.FOREIGN, key[1:], number, -1, "nobody sent an action of this user")
+                    yield Violation(Kind.FOREIGN, key[1:], number, -1, "the input has no action of this user")
 
 
-def compare(name: bytes, partition: int, offset: int, found: Actions, true: Actions) -> Iterator[Violation]:
-    """Name every action that is lost, doubled or foreign, and whether the order is wrong."""
-    rows, must = found.tolist(), true.tolist()
+def compare(name: bytes, partition: int, offset: int, found: Actions, expected: Actions) -> Iterator[Violation]:
+    """Yield every lost, doubled and foreign action, or the place from which the order is wrong."""
+    rows, must = found.tolist(), expected.tolist()
     if rows == must:
         return
     surplus, missing = Counter(rows) - Counter(must), Counter(must) - Counter(rows)
     for row in missing:
-        yield Violation(Kind.LOST, name, partition, offset, f"action {_told(row)} is missing")
+        yield Violation(Kind.LOST, name, partition, offset, f"action {_name(row)} is missing")
     for row in surplus:
         kind = Kind.DOUBLED if row in must else Kind.FOREIGN
-        yield Violation(kind, name, partition, offset, f"action {_told(row)} is one too many")
+        yield Violation(kind, name, partition, offset, f"action {_name(row)} is there once too often")
     if not surplus and not missing:
         at = next(i for i, (a, b) in enumerate(zip(rows, must, strict=True)) if a != b)
-        yield Violation(Kind.SWAPPED, name, partition, offset, f"from action {at} of {len(must)} on the order is wrong")
+        yield Violation(Kind.SWAPPED, name, partition, offset, f"the order is wrong from action {at} of {len(must)}")
 
 
-def _told(row: tuple[int, ...]) -> str:
-    """An action for a person: its number (sent as the duration) and event time."""
+def _name(row: tuple[int, ...]) -> str:
+    """Return the action's number, which was sent as its duration, and its event time."""
     return f"number {row[4]} of {row[3]} ms"

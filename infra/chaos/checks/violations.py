@@ -1,4 +1,4 @@
-"""What can be wrong with a run."""
+"""Violations: the ways in which a run can break an invariant."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """The ways in which a law can be broken; a closed set, printed in results."""
+    """Kind of a violation; a closed set, printed in results."""
 
     LOST = "lost"
-    """An action that a sequence must hold is missing."""
+    """A sequence lacks an action."""
     DOUBLED = "doubled"
-    """An action stands twice in a sequence."""
+    """A sequence holds an action twice."""
     SWAPPED = "swapped"
-    """The right actions in the wrong order."""
+    """A sequence holds the right actions in the wrong order."""
     FOREIGN = "foreign"
-    """An action that must not be in a sequence: deduplicated, too old, forgotten, or never sent."""
+    """A sequence holds an action that is a duplicate, too old, forgotten, or was never sent."""
     WRONG_STATE = "wrong-state"
-    """Counters or bytes of a stored user are not what they must be."""
+    """A stored user has wrong counters, or bytes that cannot be read."""
     WRONG_CHECKPOINT = "wrong-checkpoint"
-    """A checkpoint's state is not that of the source offset its mark names."""
+    """The state in a checkpoint is not that of the source offset its mark names."""
     COMMITTED_AHEAD = "committed-ahead"
+    """The committed offset is after the one in the last mark."""
     COMMITTED_BEHIND = "committed-behind"
+    """The committed offset is before the one in the last mark."""
     UNPROCESSED = "unprocessed"
+    """The log has records after the committed offset."""
     STALE = "stale"
-    """An older embedding after a newer one, and no fault explains it."""
+    """An older embedding followed a newer one, and no fault explains it."""
     REPEATED = "repeated"
-    """Published twice for the same source offset, and no fault explains it."""
+    """An embedding was published twice for the same source offset, and no fault explains it."""
     WRONG_OUTPUT = "wrong-output"
-    """An output that does not say what was true at its source offset."""
+    """An output has headers that were not true at its source offset."""
     WRONG_EMBEDDING = "wrong-embedding"
     """The last embedding is not that of the full history."""
     UNPUBLISHED = "unpublished"
@@ -38,18 +41,20 @@ class Kind(StrEnum):
     RESURRECTED = "resurrected"
     """A forgotten user still has an embedding."""
     DEAD_LETTER_MISSING = "dead-letter-missing"
+    """A rejected record has no dead letter."""
     DEAD_LETTER_WRONG = "dead-letter-wrong"
+    """A dead letter differs from the rejected record, gives another reason, or is of a valid action."""
     SLOW_RESUME = "slow-resume"
     """Progress did not resume in time after a fault was healed."""
     UNSEEN_STALL = "unseen-stall"
-    """Nothing moved for longer than the watchdog allows, and no worker ended itself."""
+    """A partition did not move for longer than the watchdog allows, and no worker noticed."""
     UNEXPECTED_EXIT = "unexpected-exit"
-    """A worker ended in a way that is none of the documented ones."""
+    """A worker ended in an undocumented way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken law: what, of whom, where, and the detail."""
+    """One broken invariant."""
 
     kind: Kind
     user: bytes | None
@@ -58,17 +63,19 @@ class Violation:
     detail: str
 
     def __str__(self) -> str:
+        """Return the violation on one line."""
         who = "" if self.user is None else f" user {self.user.decode(errors='replace')}"
         return f"{self.kind}:{who} partition {self.partition} offset {self.offset}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A span of processing time in which outputs may be stale or repeated, because of a fault."""
+    """Span of processing time in which outputs may be stale or repeated because of a fault."""
 
     begin_ms: int
     end_ms: int
 
 
 def is_explained(at_ms: int, spans: Sequence[Explained]) -> bool:
+    """Return whether some span contains the time."""
     return any(span.begin_ms <= at_ms <= span.end_ms for span in spans)

@@ -10,19 +10,19 @@ from infra.kafka.topics import ensure_topics
 
 
 def killed(context: FaultContext) -> Steps:
-    """kill -9, and a start on the same data after a moment."""
+    """Kill the broker with SIGKILL, and restart it on the same data after a moment."""
     context.broker.kill()
     yield context.rng.uniform(0.2, 4.0)
     yield from context.restart_broker()
 
 
 def bounced(context: FaultContext) -> Steps:
-    """An orderly restart."""
+    """Restart the broker in order."""
     yield from context.restart_broker()
 
 
 def frozen(context: FaultContext) -> Steps:
-    """SIGSTOP for 30 s: connections stand, nothing answers."""
+    """Freeze the broker with SIGSTOP for 30 s: connections stay open and nothing answers."""
     os.kill(context.broker.pid, signal.SIGSTOP)
     try:
         yield 30.0
@@ -30,8 +30,8 @@ def frozen(context: FaultContext) -> Steps:
         os.kill(context.broker.pid, signal.SIGCONT)
 
 
-def output_refused(context: FaultContext) -> Steps:
-    """The output topic takes no record for some seconds: its limit is below any record's size."""
+def output_rejected(context: FaultContext) -> Steps:
+    """Make the output topic reject every record for some seconds, by a size limit below that of any record."""
     servers, topic = context.broker.bootstrap_servers, context.deployment.settings.topics.embeddings
     set_topic_config(servers, topic, {"max.message.bytes": "20"})
     try:
@@ -41,7 +41,7 @@ def output_refused(context: FaultContext) -> Steps:
 
 
 def output_recreated(context: FaultContext) -> Steps:
-    """The output topic is deleted at a moment of rest, and created again some seconds later, empty."""
+    """Delete the output topic at rest, and create it again some seconds later, empty."""
     servers, topic = context.broker.bootstrap_servers, context.deployment.settings.topics.embeddings
     options = context.workload.options
     context.workload.calm(20)

@@ -1,4 +1,4 @@
-"""Every fault under its name, with what may follow from it; which two may strike together."""
+"""Name every fault, with the consequences it may have, and define which two may strike together."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 
 from infra.chaos.fault_context import FaultContext, Steps
 from infra.chaos.faults import broker, changelog, disk, encoder, input, workers
-from infra.harness.supervisor import ABORTED, REFUSED
+from infra.harness.supervisor import ABORTED, CANNOT_START
 
 
 class Group(Enum):
-    """Faults of one group never strike together: they would undo each other."""
+    """Group of faults that never strike together, because they would undo each other."""
 
     WORKERS = "workers"
     SCALE = "scale"
@@ -26,23 +26,23 @@ class Group(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault."""
+    """One fault and its possible consequences."""
 
     name: str
     group: Group
     steps: Callable[[FaultContext], Steps]
     exits: frozenset[int] = frozenset()
-    """Codes with which a worker may end by itself because of it."""
+    """Exit codes with which a worker may end by itself because of it."""
     explains: bool = False
-    """Whether outputs may be stale or repeated because of it: a stopped worker wakes, acknowledgements are lost."""
+    """True if outputs may be stale or repeated: a frozen worker wakes, or acknowledgements are lost."""
     once: bool = False
-    """Long, so it is not drawn again after its turn."""
+    """True for a long fault, which is not drawn again after its turn."""
     rest_s: float = 60.0
-    """How long the workers may take to come to rest after it."""
+    """Time that the workers may take to come to rest after it."""
 
 
 _ABORTED = frozenset({ABORTED})
-_EITHER = frozenset({ABORTED, REFUSED})
+_EITHER = frozenset({ABORTED, CANNOT_START})
 
 CATALOGUE: tuple[Fault, ...] = (
     Fault("worker-killed", Group.WORKERS, workers.killed),
@@ -60,7 +60,7 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("manifest-deleted", Group.DISK, disk.manifest_deleted),
     Fault("lock-held", Group.DISK, disk.lock_held, _ABORTED),
     Fault("disk-full", Group.DISK, disk.disk_full, _ABORTED),
-    Fault("output-refused", Group.OUTPUT, broker.output_refused, _ABORTED, explains=True),
+    Fault("output-refused", Group.OUTPUT, broker.output_rejected, _ABORTED, explains=True),
     Fault("output-recreated", Group.OUTPUT, broker.output_recreated, _EITHER, explains=True, once=True),
     Fault("encoder-missing", Group.ENCODER, encoder.missing, _EITHER),
     Fault("encoder-corrupt", Group.ENCODER, encoder.corrupt, _EITHER),
@@ -99,7 +99,7 @@ PAIRED: frozenset[frozenset[Group]] = frozenset(
 
 
 def pairs() -> list[tuple[Fault, Fault]]:
-    """Every two faults that may strike together."""
+    """Return every pair of faults that may strike together."""
     drawn = [fault for fault in CATALOGUE if not fault.once]
     return [
         (one, other)

@@ -1,8 +1,8 @@
-"""Damage to the changelog, tried on an application of its own: there is no going on from it for the whole run.
+"""Damage the changelog of an application of its own, because the main run could not continue after it.
 
-A small application is fed and stopped; its changelog is cut, emptied or created anew; then it starts again, with its
-disk kept and with an empty one. Two ends are right: it goes on and every law holds, or it refuses, says so in a line
-that names the changelog, and leaves the committed offset where it was. Going on from less than all is the violation.
+A small application is fed and stopped; its changelog is truncated, emptied or recreated; then the worker starts again,
+with its disk kept or empty. Two outcomes are right: every invariant still holds; or the worker ends itself with a line
+that names the changelog, and leaves the committed offset where it was. Continuing from partial state is a violation.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ DISKS = ("kept", "empty")
 
 
 def truncated(context: FaultContext) -> Steps:
-    """The first half of the changelog's records is deleted."""
-    yield from _tried(context, "truncated", lambda run: _cut(run, 0.5))
+    """Delete the first half of the changelog's records."""
+    yield from _try(context, "truncated", lambda run: _cut(run, 0.5))
 
 
 def emptied(context: FaultContext) -> Steps:
-    """All records of the changelog are deleted."""
-    yield from _tried(context, "emptied", lambda run: _cut(run, 1.0))
+    """Delete all records of the changelog."""
+    yield from _try(context, "emptied", lambda run: _cut(run, 1.0))
 
 
 def recreated(context: FaultContext) -> Steps:
-    """The changelog is deleted and created again."""
-    yield from _tried(context, "recreated", _recreate)
+    """Delete the changelog and create it again."""
+    yield from _try(context, "recreated", _recreate)
 
 
-def _tried(context: FaultContext, name: str, harm: Harm) -> Steps:
+def _try(context: FaultContext, name: str, harm: Harm) -> Steps:
     for disk in DISKS:
         app = f"{context.deployment.settings.app_id}-{name}-{disk}-{context.rng.randrange(10**6)}"
         deployment = deploy(context.folder / app, context.broker.bootstrap_servers, app)
@@ -51,14 +51,14 @@ def _tried(context: FaultContext, name: str, harm: Harm) -> Steps:
         with Run(deployment) as run:
             workload.start()
             try:
-                yield from _one(context, run, workload, f"changelog {name}, disk {disk}", harm, cold=disk == "empty")
+                yield from _damage(context, run, workload, f"changelog {name}, disk {disk}", harm, cold=disk == "empty")
             finally:
                 workload.stop()
 
 
-def _one(context: FaultContext, run: Run, workload: Workload, what: str, harm: Harm, *, cold: bool) -> Steps:
+def _damage(context: FaultContext, run: Run, workload: Workload, what: str, harm: Harm, *, cold: bool) -> Steps:
     run.supervisor.scale(1)
-    yield from _passing(run, FEED_S)
+    yield from _wait(run, FEED_S)
     workload.calm(10)
     run.rest(30)
     run.supervisor.stop()
@@ -68,12 +68,12 @@ def _one(context: FaultContext, run: Run, workload: Workload, what: str, harm: H
     committed = run.reader.committed()
     workload.options = replace(workload.options, rate=200.0)
     run.supervisor.scale(1)
-    yield from _passing(run, 3.0)
+    yield from _wait(run, 3.0)
     workload.calm(10)
     yield from _outcome(context, run, what, committed)
 
 
-def _passing(run: Run, seconds: float) -> Steps:
+def _wait(run: Run, seconds: float) -> Steps:
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         run.supervisor.tick()
@@ -81,31 +81,32 @@ def _passing(run: Run, seconds: float) -> Steps:
 
 
 def _outcome(context: FaultContext, run: Run, what: str, committed: dict[int, int]) -> Steps:
-    """Whether it refused, or went on with every law kept."""
+    """Wait until the worker has rejected the changelog twice, or is at rest with every invariant kept."""
     until_s = time.monotonic() + OUTCOME_S
     while time.monotonic() < until_s:
-        refusals = [each for each in run.supervisor.exits if each.code == ABORTED and "changelog" in each.last_words]
-        if len(refusals) >= 2:
-            context.say(f"{what}: refused, {refusals[-1].last_words.split('stopping: ')[-1][:150]}")
+        rejections = [each for each in run.supervisor.exits if each.code == ABORTED and "changelog" in each.last_line]
+        if len(rejections) >= 2:
+            context.progress(f"{what}: rejected: {rejections[-1].last_line.split('stopping: ')[-1][:150]}")
             if run.reader.committed() != committed:
                 context.found.append(
-                    Violation(Kind.COMMITTED_AHEAD, None, -1, -1, f"{what}: refused, yet it committed")
+                    Violation(Kind.COMMITTED_AHEAD, None, -1, -1, f"{what}: rejected, but it committed")
                 )
             return
         if run.rest(2.0):
             violations = run.judge().violations
-            context.say(f"{what}: went on, {len(violations)} violations")
+            context.progress(f"{what}: continued with {len(violations)} violations")
             context.found += [replace(each, detail=f"{what}: {each.detail}") for each in violations]
             return
         yield LOOK_S
-    words = run.supervisor.exits[-1].last_words if run.supervisor.exits else "it said nothing"
-    context.found.append(Violation(Kind.UNSEEN_STALL, None, -1, -1, f"{what}: neither refused nor went on: {words}"))
+    last_line = run.supervisor.exits[-1].last_line if run.supervisor.exits else "no output"
+    detail = f"{what}: neither rejected nor continued: {last_line}"
+    context.found.append(Violation(Kind.UNSEEN_STALL, None, -1, -1, detail))
 
 
 def _cut(run: Run, fraction: float) -> None:
-    """Delete records from the beginning of each partition on, up to a fraction of its length.
+    """Delete records from the beginning of each partition, up to a fraction of its length.
 
-    Kafka refuses that for a compacted topic, so somebody must have changed its policy: here, for a moment.
+    Kafka rejects this for a compacted topic, so the cleanup policy is changed for a moment, as an operator would have.
     """
     topic, servers = run.deployment.settings.changelog_topic, run.deployment.settings.kafka.bootstrap_servers
     ends = run.reader.ends(topic)

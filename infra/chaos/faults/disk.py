@@ -1,4 +1,4 @@
-"""Faults of a worker's disk: files cut short or gone, a lock that somebody holds, no space left."""
+"""Damage a worker's disk: truncated, altered and missing files, a lock held by another process, no space left."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ CHUNK = b"\0" * (1 << 20)
 
 
 def sst_truncated(context: FaultContext) -> Steps:
-    """A data file loses its second half while the worker is down."""
-    yield from _stopped(context)
+    """Truncate a data file to half its size while the worker is down."""
+    yield from _stop(context)
     files = sorted(_databases(context).glob("*/*.sst"), key=lambda file: file.stat().st_size)
     if files:
         os.truncate(files[-1], files[-1].stat().st_size // 2)
-    context.run.supervisor.release(NUMBER)
+    context.run.supervisor.start(NUMBER)
 
 
 def sst_altered(context: FaultContext) -> Steps:
-    """Bytes in the middle of a data file are changed while the worker is down: it opens, and cannot be read."""
-    yield from _stopped(context)
+    """Change bytes in the middle of each data file while the worker is down: it opens and cannot be read."""
+    yield from _stop(context)
     alter_data_files(_databases(context))
-    context.run.supervisor.release(NUMBER)
+    context.run.supervisor.start(NUMBER)
 
 
 def alter_data_files(databases: Path) -> int:
-    """Invert 64 bytes in each data file of a worker's databases; returns how many files there were."""
+    """Invert 64 bytes in each data file of a worker's databases; return the number of files."""
     files = list(databases.glob("*/*.sst"))
     for file in files:
         content = bytearray(file.read_bytes())
@@ -43,21 +43,21 @@ def alter_data_files(databases: Path) -> int:
 
 
 def manifest_deleted(context: FaultContext) -> Steps:
-    """The list of data files is deleted while the worker is down."""
-    yield from _stopped(context)
+    """Delete the list of data files while the worker is down."""
+    yield from _stop(context)
     for file in context.rng.sample(sorted(_databases(context).glob("*/MANIFEST-*")), 1):
         file.unlink()
-    context.run.supervisor.release(NUMBER)
+    context.run.supervisor.start(NUMBER)
 
 
 def lock_held(context: FaultContext) -> Steps:
-    """Another process holds the databases while the worker starts, and lets go some seconds later."""
-    yield from _stopped(context)
+    """Lock the databases from another process while the worker starts, and release them some seconds later."""
+    yield from _stop(context)
     locks = [file.open("r+b") for file in _databases(context).glob("*/LOCK")]
     try:
         for lock in locks:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        context.run.supervisor.release(NUMBER)
+        context.run.supervisor.start(NUMBER)
         yield context.rng.uniform(7.0, 11.0)
     finally:
         for lock in locks:
@@ -65,13 +65,13 @@ def lock_held(context: FaultContext) -> Steps:
 
 
 def disk_full(context: FaultContext) -> Steps:
-    """A worker starts on a small empty disk, which fills up; it is killed, cannot start, and space is freed."""
+    """Fill a small disk under a worker, kill the worker, which then cannot start, and free the space."""
     supervisor, folder = context.run.supervisor, context.deployment.data_dir(NUMBER)
     supervisor.hold(NUMBER)
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)
     try:
-        supervisor.release(NUMBER)
+        supervisor.start(NUMBER)
         yield from context.until_ready(NUMBER)
         yield 1.0
         _fill(folder / "filler")
@@ -83,11 +83,11 @@ def disk_full(context: FaultContext) -> Steps:
     finally:
         supervisor.hold(NUMBER)
         subprocess.run(["umount", "-l", str(folder)], check=True)
-        supervisor.release(NUMBER)
+        supervisor.start(NUMBER)
 
 
 def can_mount() -> bool:
-    """Whether this process may have a small disk of its own: `disk_full` needs it."""
+    """Return whether this process may mount a small disk, as `disk_full` needs."""
     return os.geteuid() == 0
 
 
@@ -101,8 +101,8 @@ def _databases(context: FaultContext) -> Path:
     return context.deployment.data_dir(NUMBER)
 
 
-def _stopped(context: FaultContext) -> Steps:
-    """SIGTERM, and wait until the process has ended: what it knew is in files now."""
+def _stop(context: FaultContext) -> Steps:
+    """Terminate the worker and wait until it has ended, so that all its state is in files."""
     context.run.supervisor.retire(NUMBER)
     while not context.run.supervisor.is_down(NUMBER):
         yield TICK_S

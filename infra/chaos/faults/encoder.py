@@ -1,4 +1,4 @@
-"""Faults of the encoder: its release gone or altered, its answers no numbers, its speed a tenth."""
+"""Break the encoder: a missing or altered release, NaN embeddings, a tenth of the speed."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ import time
 
 from infra.chaos.fault_context import FaultContext, Steps
 from infra.chaos.faults.workers import FAULTY_WORKER
-from infra.harness.supervisor import REFUSED, WORKER
+from infra.harness.supervisor import CANNOT_START
+from infra.harness.worker_process import WORKER
 
-LOOK_S, REFUSED_MAX_S = 0.2, 60.0
+LOOK_S, FAILED_MAX_S = 0.2, 60.0
 
 
 def missing(context: FaultContext) -> Steps:
-    """The release is not there when the workers start."""
+    """Remove the release while the workers start."""
     folder = context.deployment.release_dir
     away = folder.with_name("release-away")
     folder.rename(away)
     try:
-        yield from _refused(context)
+        yield from _fail_to_start(context)
     finally:
         away.rename(folder)
 
 
 def corrupt(context: FaultContext) -> Steps:
-    """One bit of the weights is another when the workers start."""
+    """Flip one bit of the weights while the workers start."""
     weights = context.deployment.release_dir / "weights.safetensors"
     whole = weights.read_bytes()
     altered = bytearray(whole)
     altered[context.rng.randrange(len(whole) // 2, len(whole))] ^= 1
     weights.write_bytes(altered)
     try:
-        yield from _refused(context)
+        yield from _fail_to_start(context)
     finally:
         weights.write_bytes(whole)
 
 
 def nan(context: FaultContext) -> Steps:
-    """Every embedding is NaN for some seconds: users wait, nothing wrong is published."""
-    yield from _launched(context, "nan", 8.0)
+    """Make every embedding NaN for some seconds: users wait, and nothing wrong is published."""
+    yield from _run_faulty(context, "nan", 8.0)
 
 
 def slow(context: FaultContext) -> Steps:
-    """The encoder takes ten times as long."""
-    yield from _launched(context, "slow", 12.0)
+    """Make the encoder take ten times as long."""
+    yield from _run_faulty(context, "slow", 12.0)
 
 
-def _launched(context: FaultContext, fault: str, seconds: float) -> Steps:
+def _run_faulty(context: FaultContext, fault: str, seconds: float) -> Steps:
     context.run.supervisor.command = (*FAULTY_WORKER, fault, *WORKER[3:])
     try:
         _kill_all(context)
@@ -56,12 +57,12 @@ def _launched(context: FaultContext, fault: str, seconds: float) -> Steps:
         _kill_all(context)
 
 
-def _refused(context: FaultContext) -> Steps:
-    """Kill all, and wait until one that was started again has refused to begin twice, or had the time to."""
+def _fail_to_start(context: FaultContext) -> Steps:
+    """Kill all workers, and wait until restarted ones have failed to start twice, or the time is up."""
     exits = context.run.supervisor.exits
-    before, until_s = len(exits), time.monotonic() + REFUSED_MAX_S
+    before, until_s = len(exits), time.monotonic() + FAILED_MAX_S
     _kill_all(context)
-    while time.monotonic() < until_s and sum(each.code == REFUSED for each in exits[before:]) < 2:
+    while time.monotonic() < until_s and sum(each.code == CANNOT_START for each in exits[before:]) < 2:
         yield LOOK_S
 
 

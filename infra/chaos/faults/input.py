@@ -1,4 +1,4 @@
-"""Trouble in the input: records that are no actions, huge ones, duplicates, disorder, a transactional producer."""
+"""Send difficult input: records that are no actions, huge ones, duplicates, disorder, transactions."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ SECONDS = (8.0, 12.0)
 
 
 def poison(context: FaultContext) -> Steps:
-    """One record in ten is no action, in every way that has a reason."""
+    """Make one record in ten no action, for each reason that exists."""
     yield from _with(context, poison=0.1)
 
 
 def oversized(context: FaultContext) -> Steps:
-    """Some records are larger than a value may be, up to nearly what the broker takes (above 1 MB)."""
+    """Send some records above the limit of a value, up to almost the limit of the broker (over 1 MB)."""
     yield from _with(context, oversized=0.003)
 
 
 def disordered(context: FaultContext) -> Steps:
-    """One event in five comes twice, one in three behind younger ones; users are forgotten meanwhile."""
+    """Send one event in five twice and one in three late, with tombstones in between."""
     yield from _with(context, duplicates=0.2, disorder=0.33, tombstones=0.01)
 
 
 def transactional(context: FaultContext) -> Steps:
-    """The producer writes in transactions and aborts one in five: control records leave gaps between offsets."""
+    """Produce in transactions and abort one in five: control records leave gaps between offsets."""
     yield from _with(context, transactional=True)
 
 

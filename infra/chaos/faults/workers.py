@@ -1,4 +1,4 @@
-"""Faults of worker processes: killed, told to stop, frozen, joined by others, rebalanced."""
+"""Disturb worker processes: kill, terminate, freeze, scale and rebalance them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import shutil
 import sys
 
 from infra.chaos.fault_context import FaultContext, Steps
-from infra.harness.supervisor import READY, WORKER
+from infra.harness.supervisor import READY
+from infra.harness.worker_process import WORKER
 
 FAULTY_WORKER = (sys.executable, "-m", "infra.harness.faulty_worker")
 HELPERS_FROM = 10
-"""Numbers of workers that come and go only to cause rebalances."""
+"""First number of the workers that exist only to cause rebalances."""
 
 
 def killed(context: FaultContext) -> Steps:
-    """kill -9 several times, of one worker or of all: at work, while it starts, while it restores."""
+    """Kill one worker or all several times with SIGKILL: at work, while they start, while they restore."""
     for number in range(context.rng.randint(4, 6)):
         if number:
             yield context.rng.uniform(2.0, 6.0)
@@ -25,7 +26,7 @@ def killed(context: FaultContext) -> Steps:
 
 
 def terminated(context: FaultContext) -> Steps:
-    """SIGTERM, twice; the supervisor starts the worker again."""
+    """Terminate a worker twice; the supervisor restarts it."""
     for number in range(2):
         if number:
             yield context.rng.uniform(4.0, 8.0)
@@ -35,16 +36,16 @@ def terminated(context: FaultContext) -> Steps:
 
 
 def frozen_10(context: FaultContext) -> Steps:
-    """SIGSTOP for 10 s: past the session."""
-    yield from _frozen(context, 10.0)
+    """Freeze a worker with SIGSTOP for 10 s, longer than its session."""
+    yield from _freeze(context, 10.0)
 
 
 def frozen_70(context: FaultContext) -> Steps:
-    """SIGSTOP for 70 s: past the session, the transaction's time and the watchdog's."""
-    yield from _frozen(context, 70.0)
+    """Freeze a worker with SIGSTOP for 70 s, longer than session, transaction and watchdog timeouts."""
+    yield from _freeze(context, 70.0)
 
 
-def _frozen(context: FaultContext, seconds: float) -> Steps:
+def _freeze(context: FaultContext, seconds: float) -> Steps:
     worker = context.some_worker()
     if worker is None:
         return
@@ -56,16 +57,16 @@ def _frozen(context: FaultContext, seconds: float) -> Steps:
 
 
 def scaled_to_3(context: FaultContext) -> Steps:
-    """1 worker, then 3, then 1, disks kept."""
-    yield from _scaled(context, 3, cold=False)
+    """Scale from 1 worker to 3 and back to 1, with disks kept."""
+    yield from _scale(context, 3, cold=False)
 
 
 def scaled_to_4_cold(context: FaultContext) -> Steps:
-    """1 worker, then 4 whose new disks are empty, then 1."""
-    yield from _scaled(context, 4, cold=True)
+    """Scale from 1 worker to 4, whose new disks are empty, and back to 1."""
+    yield from _scale(context, 4, cold=True)
 
 
-def _scaled(context: FaultContext, count: int, *, cold: bool) -> Steps:
+def _scale(context: FaultContext, count: int, *, cold: bool) -> Steps:
     supervisor = context.run.supervisor
     supervisor.scale(1)
     try:
@@ -78,7 +79,7 @@ def _scaled(context: FaultContext, count: int, *, cold: bool) -> Steps:
 
 
 def rebalanced_in_restore(context: FaultContext) -> Steps:
-    """Workers with empty disks join one after another, each while the one before it restores; one is killed in it."""
+    """Add workers with empty disks, each while the one before it restores, and kill one while it restores."""
     supervisor = context.run.supervisor
     try:
         for count in (2, 3, 4):
@@ -92,7 +93,7 @@ def rebalanced_in_restore(context: FaultContext) -> Steps:
 
 
 def rebalanced_in_inference(context: FaultContext) -> Steps:
-    """A worker joins and leaves while the encoders, ten times slower, always have users in hand."""
+    """Add and remove a worker while the encoders, made ten times slower, always have users in progress."""
     supervisor = context.run.supervisor
     supervisor.command = (*FAULTY_WORKER, "slow", *WORKER[3:])
     try:
@@ -112,28 +113,28 @@ def rebalanced_in_inference(context: FaultContext) -> Steps:
 
 
 def rebalanced_often(context: FaultContext) -> Steps:
-    """Helpers join and die until one worker has seen the wanted number of rebalances; its memory is measured."""
+    """Add and kill helpers until one worker has seen the wanted number of rebalances, and measure its memory."""
     supervisor = context.run.supervisor
     supervisor.scale(1)
     yield 6.0
     seen, helper, spared = 0, HELPERS_FROM, 3
     try:
         while seen < context.rebalances_wanted and helper - HELPERS_FROM < context.rebalances_wanted:
-            supervisor.release(helper)
+            supervisor.start(helper)
             yield from context.until_ready(helper)
-            seen = rebalances_seen(supervisor.said(0))
+            seen = rebalances_seen(supervisor.output(0))
             if seen >= spared:
                 context.memory_mb.append(supervisor.memory_mb(0))
-            context.say(f"{seen} of {context.rebalances_wanted} rebalances, {supervisor.memory_mb(0):.0f} MB")
-            _let_go(context, helper)
+            context.progress(f"{seen} of {context.rebalances_wanted} rebalances, {supervisor.memory_mb(0):.0f} MB")
+            _remove(context, helper)
             helper += 1
     finally:
         context.rebalances = max(context.rebalances, seen)
         if helper in supervisor.workers:
-            _let_go(context, helper)
+            _remove(context, helper)
 
 
-def _let_go(context: FaultContext, helper: int) -> None:
+def _remove(context: FaultContext, helper: int) -> None:
     supervisor = context.run.supervisor
     supervisor.hold(helper)
     del supervisor.workers[helper]
@@ -141,7 +142,7 @@ def _let_go(context: FaultContext, helper: int) -> None:
 
 
 def rebalances_seen(log: str) -> int:
-    """How often a worker got partitions, at least: a partition that is ready again began a new assignment."""
+    """Count the assignments in a worker's log, at least: a partition that is ready again began a new one."""
     count, ready = 0, set[str]()
     for line in log.splitlines():
         if READY not in line:
