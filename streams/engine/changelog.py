@@ -12,9 +12,8 @@ would succeed without it (so every batch is awaited); offsets sent while batches
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,13 @@ from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
 from streams.engine.compat import as_parsed
+from streams.engine.packing import BATCH_BYTES_MAX, send_packed
 from streams.errors import LosesPartition
 from streams.storage.store import Record
+from streams.wire.embeddings import Message
 
 logger = logging.getLogger(__name__)
 
-BATCH_BYTES_MAX = 900_000
-"""Below the broker's default `message.max.bytes` of 1,048,588."""
 POLL_MS = 20
 """How soon a reader sees that its position has passed trailing markers, which bring no record to wake it."""
 
@@ -86,13 +85,11 @@ class ChangelogProducer:
 
     async def append(self, records: Sequence[Record]) -> int:
         """Write `records` (at least one) and wait until the broker has all; return the offset of the last one."""
-        topic, partition = self._names.changelog
-        batches = list(self._batches(records))
+        messages: list[Message] = [(key, value, []) for key, value in records]
         with self._fenced():
-            pending = [await self._producer.send_batch(batch, topic, partition=partition) for batch in batches]
-            results = await asyncio.gather(*pending)
+            end = await (await send_packed(self._producer, self._names.changelog, messages))
         self.bytes_written += sum(len(key) + len(value or b"") for key, value in records)
-        return int(results[-1].offset) + int(batches[-1].record_count()) - 1
+        return end - 1
 
     async def send_source_offset(self, source_offset: int) -> None:
         with self._fenced():
@@ -108,17 +105,6 @@ class ChangelogProducer:
             yield
         except ProducerFenced as error:
             raise Fenced(f"partition {self._names.source.partition} has a new owner") from error
-
-    def _batches(self, records: Sequence[Record]) -> Iterable[Any]:
-        batch = self._producer.create_batch()
-        for key, value in records:
-            if batch.append(timestamp=None, key=key, value=value) is None:
-                batch.close()
-                yield batch
-                batch = self._producer.create_batch()
-                batch.append(timestamp=None, key=key, value=value)
-        batch.close()
-        yield batch
 
 
 class LogReader:

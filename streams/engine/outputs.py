@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
 from encoder.arrays import I64
-from streams.engine.changelog import BATCH_BYTES_MAX, LogReader
+from streams.engine.changelog import LogReader
+from streams.engine.packing import BATCH_BYTES_MAX, send_packed
 from streams.wire.embeddings import (
     EmbeddingBatch,
     EmbeddingCodec,
@@ -93,7 +94,7 @@ class Outputs:
 
     async def publish_tombstones(self, partition: int, messages: Iterable[Message]) -> int:
         """Append tombstones of forgotten users; returns the offset behind them once they are acknowledged."""
-        return await self._append(partition, iter(messages))
+        return await self._append(partition, messages)
 
     async def dead_letter(
         self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
@@ -119,25 +120,13 @@ class Outputs:
             self._config.dead_letter_topic, key=key, value=value, headers=list(headers), partition=partition
         )
 
-    async def _append(self, partition: int, messages: Iterator[Message]) -> int:
+    async def _append(self, partition: int, messages: Iterable[Message]) -> int:
         assert self._producer is not None
         async with self._turns[partition]:
-            batches = list(self._batches(messages))
-            topic = self._config.embeddings_topic
-            pending = [await self._producer.send_batch(batch, topic, partition=partition) for batch in batches]
-        results = await asyncio.gather(*pending)
-        return int(results[-1].offset) + int(batches[-1].record_count())
-
-    def _batches(self, messages: Iterator[Message]) -> Iterator[Any]:
-        assert self._producer is not None
-        batch = self._producer.create_batch()
-        for key, value, headers in messages:
-            if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:
-                yield batch
-                batch = self._producer.create_batch()
-                batch.append(timestamp=None, key=key, value=value, headers=headers)
-        batch.close()
-        yield batch
+            acknowledged = await send_packed(
+                self._producer, TopicPartition(self._config.embeddings_topic, partition), messages
+            )
+        return await acknowledged
 
     async def published_since(self, partition: int, offset: int, encoder_version: str) -> Published:
         """Read the output topic from `offset` to its present end: what has been published by this encoder version."""

@@ -11,8 +11,9 @@ import pytest
 from aiokafka.structs import TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
 
-from streams.engine.changelog import BATCH_BYTES_MAX, ChangelogNames, ChangelogProducer, Fenced, LogReader
+from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.compat import install_overrides
+from streams.engine.packing import BATCH_BYTES_MAX
 
 pytestmark = pytest.mark.broker
 
