@@ -1,1 +1,1 @@
-"""Pure, columnar core: sequences, triggers, pipeline. Takes `now_ms`; knows no Faust, Kafka, torch or clock."""
+"""The pure, columnar core: sequences, triggers, partition state. No framework, I/O or clock: `now_ms` is passed in."""

@@ -1,4 +1,4 @@
-"""What comes out of the core after a batch or fired timers: data that others act on."""
+"""Effects: the core's decisions after a batch or fired timers, as data that the ingest loop acts on."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from streams.core.merge import Outcome
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What is to be done after a batch or a wake-up."""
+    """Work that a batch or fired timers leave for the ingest loop."""
 
     due: list[bytes]
-    """Users to hand over to the encode queue."""
+    """Users to put into the encode queue."""
     reasons: U8
     """[len(due)] of `Reason`."""
     priorities: I64
-    """[len(due)], 1 and up; a higher one is encoded first and shed last."""
+    """[len(due)], from 1; users of a higher priority are encoded first and shed last."""
     forgotten: list[bytes]
-    """Users whose tombstone goes to every compacted output, acknowledged before the next checkpoint."""
+    """Users whose tombstone must be published, and acknowledged before the next checkpoint commits."""
     forgotten_offsets: I64
-    """[len(forgotten)], source offsets of their tombstones."""
+    """[len(forgotten)], source offsets of the tombstones."""
     to_load: list[bytes]
-    """Cold users whose deadline has come: load them and wake again."""
+    """Cold users whose deadline has come: load them and fire the timers again."""
     outcomes: U8
     """[N] of `Outcome`, one per event of the batch."""
 
     def count(self, outcome: Outcome) -> int:
-        """Events of the batch with this outcome."""
+        """Return how many events of the batch had this outcome."""
         return int(np.count_nonzero(self.outcomes == outcome))

@@ -14,11 +14,11 @@ from streams.core.columns import spans, starts_of
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """Users to embed, with their sequences as of one moment; row i of each column is user i of `sequences`."""
+    """Users to embed, with their sequences as of one moment; row i of each column belongs to user i of `sequences`."""
 
     sequences: SequenceBatch
     offsets: I64
-    """[U], source offset that the embedding will contain."""
+    """[U], source offset of the newest event that the embedding will contain."""
     newest_event_ms: I64
     """[U], event time of the newest action."""
     reasons: U8
@@ -28,7 +28,7 @@ class EncodeJob:
         return len(self.sequences)
 
     def select(self, rows: I64) -> EncodeJob:
-        """The job of some of its users."""
+        """Return a job of only the users in `rows`."""
         batch = self.sequences
         lengths = np.diff(batch.starts)[rows]
         _, kept = spans(batch.starts[rows], lengths)
@@ -43,7 +43,7 @@ class EncodeJob:
 
 
 def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
-    """One job of all users of some jobs, in order; no user is in two of them."""
+    """Return one job of all users of several jobs, in order; no user may be in two of them."""
     if len(jobs) == 1:
         return jobs[0]
     batches = [job.sequences for job in jobs]

@@ -1,10 +1,15 @@
-"""What the stream core keeps of a user, as columns, and what it exchanges with the codec.
+"""The state of a user: its columns in memory, and the types exchanged with the codec.
 
-Persisted per user: one header (`HEADER_DTYPE`) and the kept actions. An action's *position* is its index, in
-event-time order, among all actions ever applied for the user; position p lives in ring cell `p mod M` of the user's
-slot, so the kept actions are the positions `count - min(count, M)` to `count - 1`. For durable storage positions are
-cut into chunks of C: chunk k holds positions kC to kC + C - 1 and is written once it is complete; what follows the
-last complete chunk is the *tail* and travels with the header.
+Per user, one header (`HEADER_DTYPE`) and the kept actions are persisted. An action's *position* is its index, in
+event-time order, among all actions ever applied for the user, so the kept actions are the positions
+`count - min(count, M)` to `count - 1`. In memory, position p is in ring cell `p mod M` of the user's row (see
+`streams.core.sequences`). In durable storage positions are cut into chunks of C: chunk k holds positions kC to
+kC + C - 1 and is written once it is complete. The actions after the last complete chunk are the *tail*, which is
+stored with the header. For M = 8, C = 4 and count = 14:
+
+    position    ... 4   5   6   7 | 8   9  10  11 | 12  13
+                    chunk 1       | chunk 2       | tail
+                            ^ oldest kept               ^ newest
 """
 
 from __future__ import annotations
@@ -19,25 +24,25 @@ from encoder.arrays import I64, Bool
 from streams.core.columns import Columns
 
 NEVER = 2**63 - 1
-"""`due_ms` of a user for whom no deadline is pending."""
+"""`due_ms` of a user without a pending deadline."""
 LONG_AGO = -(2**62)
-"""Before every event and every processing time."""
+"""A time before every event time and processing time."""
 
 HEADER_DTYPE = np.dtype(
     [
         ("version", "u1"),
         ("flags", "u1"),  # HAD_DEADLINE
-        ("reason", "u1"),  # Reason for which the user is due, 0 when not due
+        ("reason", "u1"),  # Reason for which the user is due, 0 when it is not
         ("tail", "u1"),  # actions after the last complete chunk
-        ("revision", "<u4"),  # changes at anything but an append, never reset
+        ("revision", "<u4"),  # changes with anything but an append, never reset
         ("count", "<i8"),  # actions ever applied (since the user was last forgotten)
         ("applied_offset", "<i8"),  # source offset of the last event that changed this user, -1 before the first
-        ("encoded_offset", "<i8"),  # the output topic holds an embedding (or tombstone) of at least this source offset
+        ("encoded_offset", "<i8"),  # the output topic holds an embedding or tombstone of this source offset
         ("due_offset", "<i8"),  # source offset that the wanted embedding must contain
         ("forgotten_ms", "<i8"),  # record time of the last tombstone, LONG_AGO without one
         ("first_unencoded_ms", "<i8"),  # processing time of the oldest unencoded action
-        ("due_ms", "<i8"),  # processing time at which the user must be looked at, NEVER when there is nothing to do
-        ("last_encoded_ms", "<i8"),  # processing time of the last hand-over to the encode queue or acknowledgement
+        ("due_ms", "<i8"),  # processing time at which to look at the user, NEVER when there is nothing to do
+        ("last_encoded_ms", "<i8"),  # processing time of the last hand-over to the encode queue, or acknowledgement
         ("unencoded", "<u4"),  # applied actions that no acknowledged embedding contains
         ("chunk_length", "<u2"),  # C
         ("chunks", "<u2"),  # M / C
@@ -48,21 +53,21 @@ assert HEADER_DTYPE.itemsize == 80
 
 STATE_VERSION = 1
 HAD_DEADLINE = 1
-"""Flag: the header written before this one had a deadline, so an index entry may exist that must go."""
+"""Flag: the header written before this one had a deadline, so the index may have an entry that must be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateLimits:
-    """The sizes of one partition's state. `sequence_length` and `chunk_length` are fixed for the life of the state."""
+    """The sizes of one partition's state; `sequence_length` and `chunk_length` cannot change once state is written."""
 
     sequence_length: int = 256
-    """M, kept actions of a user."""
+    """M, actions kept per user."""
     chunk_length: int = 16
-    """C, divides M."""
+    """C, actions per chunk; divides M."""
     hot_users_max: int = 65_536
-    """Users of one partition in memory; at 8.8 kB each when their sequences are full."""
+    """Users of one partition in memory, 8.8 kB each when their sequences are full."""
     wake_users_max: int = 10_000
-    """Users that one wake-up may load or evaluate."""
+    """Users whose timers are fired, or who are loaded for it, at a time."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -77,16 +82,16 @@ class StateLimits:
 
     @property
     def chunk_keys(self) -> int:
-        """Chunk records a user can have: one more than are kept, so that a new chunk never replaces a needed one."""
+        """Chunk records per user: one more than are kept, so that a new chunk never replaces one still needed."""
         return self.sequence_length // self.chunk_length + 1
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSequences:
-    """The durable state of some users, whole: row i of `headers` and actions starts[i] to starts[i + 1]."""
+    """The durable state of some users; user i has row i of `headers` and the actions starts[i] to starts[i + 1] - 1."""
 
     headers: Columns
-    """[U] of HEADER_DTYPE; `new_headers` for a user that nothing is stored of."""
+    """[U] of HEADER_DTYPE; that of `new_headers` for users without stored state."""
     actions: Actions
     """[N], per user oldest first."""
     starts: I64
@@ -95,37 +100,38 @@ class StoredSequences:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that must be written for the users that changed since the last checkpoint."""
+    """Everything that a checkpoint must write: the users that changed since the last one."""
 
     users: Sequence[bytes]
     headers: Columns
     """[U] of HEADER_DTYPE."""
     tails: Actions
+    """Actions after the last complete chunk, user by user."""
     tail_starts: I64
-    """[U + 1]: user u owns tails[tail_starts[u]:tail_starts[u + 1]]."""
+    """[U + 1]; the tail of user u is tails[tail_starts[u]:tail_starts[u + 1]]."""
     chunk_users: I64
     """[K], index into `users`."""
     chunk_numbers: I64
-    """[K], absolute."""
+    """[K], number of each chunk: its first position divided by C."""
     chunks: Columns
-    """[K, C] of ACTION_DTYPE; cells older than the kept sequence hold newer actions and are never read."""
+    """[K, C] of ACTION_DTYPE; places older than the kept sequence contain newer actions and are never read."""
     deleted_users: I64
     """[D], index into `users`."""
     deleted_keys: I64
-    """[D], chunk keys that a forgotten user no longer has."""
+    """[D], chunk keys to delete, of users that were forgotten."""
     dirty_from: I64
     """[U], first position that was not durable before this snapshot."""
     stored_keys: I64
-    """[U], chunk keys that were stored before this snapshot."""
+    """[U], number of chunk keys that were stored before this snapshot."""
     emptied: Bool
-    """[U], forgotten since the snapshot before this one."""
+    """[U], whether the user was forgotten since the last snapshot."""
 
     def __len__(self) -> int:
         return len(self.users)
 
 
 def new_headers(users: int, limits: StateLimits) -> Columns:
-    """Headers of users that nothing is known of."""
+    """Return headers of unknown users."""
     headers = np.zeros(users, HEADER_DTYPE)
     headers["version"] = STATE_VERSION
     headers["chunk_length"] = limits.chunk_length
@@ -138,5 +144,5 @@ def new_headers(users: int, limits: StateLimits) -> Columns:
 
 
 def nothing_stored(users: int, limits: StateLimits) -> StoredSequences:
-    """The stored state of users that were never seen."""
+    """Return the stored state of users of which nothing is stored."""
     return StoredSequences(new_headers(users, limits), np.zeros(0, ACTION_DTYPE), np.zeros(users + 1, np.int64))

@@ -1,6 +1,6 @@
-"""The rules of a sequence, one event at a time: for the few users whose events are not plain appends.
+"""The rules of a sequence, event by event: for the few users whose events are not plain appends.
 
-This is also the definition that the vectorised path in `streams.core.sequences` is tested against.
+This is also the definition against which the vectorised path in `streams.core.sequences` is tested.
 """
 
 from __future__ import annotations
@@ -15,47 +15,55 @@ from encoder.actions.columns import Actions
 
 
 class Outcome(IntEnum):
-    """What became of an event."""
+    """The outcome of applying one event."""
 
     APPLIED = 0
+    """Applied as the user's newest action."""
     LATE = 1
-    """Applied, but not as the newest."""
+    """Applied, but not as the newest action."""
     TOMBSTONE = 2
+    """The user was forgotten."""
     DUPLICATE = 3
+    """Dropped, because it was applied before."""
     TOO_OLD = 4
+    """Dropped, because the sequence is full of newer actions."""
     FORGOTTEN = 5
-    """Not younger than the tombstone of its user: dropped, so that no deleted user comes back."""
+    """Dropped, because it is not newer than its user's tombstone; applied, it would bring a deleted user back."""
 
 
 @dataclass
 class Merging:
-    """One user's sequence while events are merged into it, one after another."""
+    """The sequence of one user while events are merged into it one after another.
 
-    rows: Actions
-    """Kept actions before the merge, oldest first."""
+    `times`, `ids` and `order` are parallel lists of the sequence as it will be, oldest first. An entry of `order` is an
+    index into the actions kept before the merge followed by the new actions, so no action is copied until the end.
+    """
+
+    kept: Actions
+    """Actions kept before the merge, oldest first."""
     count: int
     applied_offset: int
     forgotten_ms: int
     length_max: int
 
     def __post_init__(self) -> None:
-        self.times: list[int] = self.rows["timestamp_ms"].tolist()
-        self.ids: list[int] = self.rows["event_id"].tolist()
-        self.order = list(range(len(self.rows)))
+        self.times: list[int] = self.kept["timestamp_ms"].tolist()
+        self.ids: list[int] = self.kept["event_id"].tolist()
+        self.order = list(range(len(self.kept)))
         self.revisions = 0
         self.changed_from = self.count
-        """First position that changed otherwise than by an append."""
+        """First position that changed other than by an append."""
         self.emptied = False
 
     def event(self, index: int, timestamp_ms: int, event_id: int, offset: int) -> Outcome:
-        """Merge the event whose action is row `index` of kept and new actions put together."""
+        """Merge an event; `index` is that of its action among the kept and the new actions together."""
         if offset <= self.applied_offset:
             return Outcome.DUPLICATE
         if timestamp_ms <= self.forgotten_ms:
             return Outcome.FORGOTTEN
         if event_id and event_id in self.ids:
             return Outcome.DUPLICATE
-        place = bisect_right(self.times, timestamp_ms)
+        place = bisect_right(self.times, timestamp_ms)  # after actions of equal event time
         if place == 0 and len(self.times) == self.length_max:
             return Outcome.TOO_OLD
         is_late = place < len(self.times)
@@ -67,7 +75,7 @@ class Merging:
         return Outcome.LATE if is_late else Outcome.APPLIED
 
     def tombstone(self, timestamp_ms: int, offset: int) -> Outcome:
-        """Forget the user: the sequence is empty, its past does not come back."""
+        """Forget the user: empty the sequence, and bar events up to the tombstone's time."""
         if offset <= self.applied_offset:
             return Outcome.DUPLICATE
         self.times, self.ids, self.order = [], [], []
@@ -87,12 +95,12 @@ class Merging:
 
 
 def merge(user: Merging, actions: Actions, offsets: list[int], tombstones: list[bool]) -> tuple[Actions, list[Outcome]]:
-    """Merge the events into `user`, in order; return its kept actions, oldest first, and each event's outcome."""
+    """Merge events into `user`, in order; return its kept actions, oldest first, and the outcome of each event."""
     outcomes = []
-    times, ids, kept = actions["timestamp_ms"].tolist(), actions["event_id"].tolist(), len(user.rows)
+    times, ids, kept = actions["timestamp_ms"].tolist(), actions["event_id"].tolist(), len(user.kept)
     for i, (offset, is_tombstone) in enumerate(zip(offsets, tombstones, strict=True)):
         if is_tombstone:
             outcomes.append(user.tombstone(times[i], offset))
         else:
             outcomes.append(user.event(kept + i, times[i], ids[i], offset))
-    return np.concatenate((user.rows, actions))[user.order], outcomes
+    return np.concatenate((user.kept, actions))[user.order], outcomes

@@ -59,8 +59,9 @@ from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Touched, Triggers
 
 SEED_USERS_PER_STEP = 100_000
+"""Deadlines entered into the wheel at a time by `seed_deadlines`."""
 _LATE, _TOMBSTONE = int(Outcome.LATE), int(Outcome.TOMBSTONE)
-"""As plain numbers: a look-up in an enum takes as long as a step of a small batch."""
+"""Plain ints: an enum lookup costs as much as one step of a small batch."""
 
 
 class PartitionState:
@@ -72,64 +73,65 @@ class PartitionState:
         self._triggers = Triggers(policy)
         self._deadlines = Deadlines()
         self._published: dict[bytes, int] = {}
-        """Source offsets that the output topic holds of cold users, beyond what their state knows."""
+        """Source offsets that the output topic has reached for cold users, beyond what their state records."""
 
     # -- who is in memory
 
     @property
     def hot_users(self) -> int:
-        return len(self._sequences.slot_of)
+        """Number of users in memory."""
+        return len(self._sequences.row_of)
 
     @property
     def room(self) -> int:
-        """How many more users may be loaded."""
+        """Number of users that may still be loaded."""
         return self._sequences.room
 
     def missing(self, users: Sequence[bytes]) -> list[bytes]:
         """Return those of `users` that are not in memory, each once, in order of appearance."""
-        cold = set(users).difference(self._sequences.slot_of)
+        cold = set(users).difference(self._sequences.row_of)
         return [user for user in dict.fromkeys(users) if user in cold] if cold else []
 
     def load(self, users: Sequence[bytes], stored: StoredSequences) -> None:
-        """Take cold users into memory with their stored state, aligned; raises `StateFull` beyond `room`."""
+        """Take cold users into memory, `stored` being aligned with `users`; raise `StateFull` beyond `room`."""
         if not users:
             return
-        slots = self._sequences.load(users, stored, self._phases_ms(users))
-        self._enter(slots)
-        for row, user in enumerate(users if self._published else ()):
+        rows = self._sequences.load(users, stored, self._phases_ms(users))
+        self._enter(rows)
+        for index, user in enumerate(users if self._published else ()):
             if user in self._published:
-                self._note(slots[row : row + 1], self._published.pop(user))
+                self._mark_published(rows[index : index + 1], self._published.pop(user))
 
     def evict(self, room: int, *, spare: Sequence[bytes] = ()) -> int:
         """Make room for at least `room` users, as far as clean, idle users allow; return how many were evicted.
 
-        Users in `spare`, those of the batch at hand, stay. At least an eighth of all slots is freed at a time, so
+        The users in `spare`, those of the current batch, stay. At least an eighth of all rows is freed at a time, so
         that choosing them costs little per user.
         """
         sequences = self._sequences
         if sequences.room >= room:
             return 0
-        slots = sequences.hot_slots()
-        live = sequences.live.take(slots)
-        slots = slots[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
-        slots = np.setdiff1d(slots, sequences.slots([user for user in spare if user in sequences.slot_of]))
+        rows = sequences.hot_rows()
+        live = sequences.live.take(rows)
+        rows = rows[~(live["dirty"] | live["queued"] | live["in_job"] | live["in_snapshot"])]
+        rows = np.setdiff1d(rows, sequences.rows_of([user for user in spare if user in sequences.row_of]))
         wanted = max(room, self.limits.hot_users_max // 8) - sequences.room
-        slots = sequences.least_recently_used(slots, wanted)
-        due_ms = sequences.headers["due_ms"][slots]
-        users = sequences.drop(slots)
+        rows = sequences.least_recently_used(rows, wanted)
+        due_ms = sequences.headers["due_ms"][rows]
+        users = sequences.drop(rows)
         waiting = rows_where(due_ms != NEVER)
-        self._deadlines.add_cold([users[row] for row in waiting.tolist()], due_ms[waiting])
+        self._deadlines.add_cold([users[index] for index in waiting.tolist()], due_ms[waiting])
         return len(users)
 
     # -- events and deadlines
 
     def apply(self, batch: ActionBatch, now_ms: int) -> Effects:
-        """Apply a batch, all of whose users are in memory (KeyError otherwise), and fire triggers."""
+        """Apply a batch and fire triggers; raise KeyError if a user of the batch is not in memory."""
         applied = self._sequences.apply(batch)
         forgotten, forgotten_offsets = self._forget(batch, applied)
-        rows = rows_where(applied.outcomes <= _LATE)
-        rows = rows[np.argsort(applied.slots[rows], kind="stable")]
-        due = self._fire(batch, applied.slots[rows], rows, now_ms) if len(rows) else rows
+        events = rows_where(applied.outcomes <= _LATE)  # APPLIED or LATE
+        events = events[np.argsort(applied.rows[events], kind="stable")]
+        due = self._fire(batch, applied.rows[events], events, now_ms) if len(events) else events
         return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes)
 
     def fire_timers(self, now_ms: int) -> Effects:
@@ -137,14 +139,14 @@ class PartitionState:
         popped, cold = self._deadlines.pop(now_ms, self.limits.wake_users_max)
         self._sequences.live["wheel_ms"][popped] = NEVER
         headers, live = self._sequences.columns(popped)
-        slots = popped[(headers["due_ms"] <= now_ms) & ~live["queued"] & ~live["in_job"]]
-        headers, live = self._sequences.columns(slots)
+        rows = popped[(headers["due_ms"] <= now_ms) & ~live["queued"] & ~live["in_job"]]
+        headers, live = self._sequences.columns(rows)
         go = self._triggers.on_deadline(headers, live, now_ms)
         live["dirty"] = True
-        self._sequences.put(slots, headers, live)
+        self._sequences.put(rows, headers, live)
         self._enter(popped)
         none = np.zeros(0, np.int64)
-        return self._effects(slots[go], [], none, self.missing(cold), np.zeros(0, np.uint8))
+        return self._effects(rows[go], [], none, self.missing(cold), np.zeros(0, np.uint8))
 
     @property
     def next_deadline_ms(self) -> int | None:
@@ -163,18 +165,18 @@ class PartitionState:
     def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
         """Start encoding those of `users` that are still due; return them with their kept sequences."""
         sequences = self._sequences
-        slots = sequences.slots([user for user in users if user in sequences.slot_of])
-        sequences.live["queued"][slots] = False
-        is_due = sequences.headers["reason"][slots] != 0
-        self._enter(slots[~is_due])
-        slots = slots[is_due]
-        headers, live = sequences.columns(slots)
+        rows = sequences.rows_of([user for user in users if user in sequences.row_of])
+        sequences.live["queued"][rows] = False
+        is_due = sequences.headers["reason"][rows] != 0
+        self._enter(rows[~is_due])
+        rows = rows[is_due]
+        headers, live = sequences.columns(rows)
         live["in_job"] = True
         live["job_offset"], live["since_job"] = headers["applied_offset"], 0
-        sequences.put(slots, headers, live)
-        actions, starts = sequences.kept(slots)
+        sequences.put(rows, headers, live)
+        actions, starts = sequences.kept(rows)
         batch = SequenceBatch(
-            users=sequences.users_of(slots),
+            users=sequences.users_of(rows),
             actions=actions,
             starts=starts,
             counts=headers["count"].copy(),
@@ -183,36 +185,37 @@ class PartitionState:
         return EncodeJob(batch, headers["applied_offset"].copy(), live["newest_ms"].copy(), headers["reason"].copy())
 
     def drop_outdated(self, job: EncodeJob) -> I64:
-        """End the job of users forgotten or published since it began; return the rows that may still be published."""
-        rows = self._hot_rows(job.sequences.users)
-        slots, offsets = self._sequences.slots([job.sequences.users[row] for row in rows.tolist()]), job.offsets[rows]
-        is_outdated = offsets <= self._sequences.headers["encoded_offset"][slots]
-        self._end_job(slots[is_outdated], offsets[is_outdated])
-        self._enter(slots[is_outdated])
-        return rows[~is_outdated]
+        """End the job of users forgotten or published since it began; return the rows of `job` to publish."""
+        users = job.sequences.users
+        hot = self._hot(users)
+        rows, offsets = self._sequences.rows_of([users[index] for index in hot.tolist()]), job.offsets[hot]
+        is_outdated = offsets <= self._sequences.headers["encoded_offset"][rows]
+        self._end_job(rows[is_outdated], offsets[is_outdated])
+        self._enter(rows[is_outdated])
+        return hot[~is_outdated]
 
     def finish_job(self, users: Sequence[bytes], offsets: I64, now_ms: int) -> None:
         """Record that the output topic acknowledged embeddings of distinct `users` that contain these source offsets.
 
         Users evicted in the meantime (because a later job of theirs ended first) are recorded as by `seed_published`.
         """
-        rows = self._hot_rows(users)
-        if len(rows) < len(users):
-            cold = np.delete(np.arange(len(users)), rows)
-            self.seed_published([users[row] for row in cold.tolist()], offsets[cold])
-            users, offsets = [users[row] for row in rows.tolist()], offsets[rows]
-        slots = self._sequences.slots(users)
-        self._end_job(slots, offsets)
-        headers, live = self._sequences.columns(slots)
+        hot = self._hot(users)
+        if len(hot) < len(users):
+            cold = np.delete(np.arange(len(users)), hot)
+            self.seed_published([users[index] for index in cold.tolist()], offsets[cold])
+            users, offsets = [users[index] for index in hot.tolist()], offsets[hot]
+        rows = self._sequences.rows_of(users)
+        self._end_job(rows, offsets)
+        headers, live = self._sequences.columns(rows)
         is_latest = live["job_offset"] == offsets
         headers["unencoded"] = np.where(is_latest, live["since_job"], headers["unencoded"])
         headers["first_unencoded_ms"] = np.where(is_latest, live["since_job_ms"], headers["first_unencoded_ms"])
         headers["last_encoded_ms"] = now_ms
-        self._covered(headers, offsets)
+        self._cover(headers, offsets)
         self._triggers.set_timers(headers, live)
         live["dirty"] = True
-        self._sequences.put(slots, headers, live)
-        self._enter(slots)
+        self._sequences.put(rows, headers, live)
+        self._enter(rows)
 
     def requeue(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
         """Put back distinct `users` that the encode queue shed: those still due are due again after the delay."""
@@ -232,22 +235,22 @@ class PartitionState:
         cold = self.missing(users)
         self._deadlines.add_cold(cold, np.zeros(len(cold), np.int64))
         for user, offset in zip(users, offsets.tolist(), strict=True):
-            slot = self._sequences.slot_of.get(user)
-            if slot is None:
+            row = self._sequences.row_of.get(user)
+            if row is None:
                 self._published[user] = max(offset, self._published.get(user, -1))
             else:
-                self._note(np.array([slot]), offset)
+                self._mark_published(np.array([row]), offset)
 
     # -- checkpoints
 
     @property
     def has_unseen_outputs(self) -> bool:
-        """Whether `seed_published` recorded outputs that the state of their users does not contain yet."""
+        """True while `seed_published` has recorded outputs that the state of their users does not contain yet."""
         return bool(self._published)
 
     @property
     def is_dirty(self) -> bool:
-        """Whether anything has changed since the last snapshot."""
+        """True when anything has changed since the last snapshot."""
         return bool(self._sequences.live["dirty"].any())
 
     def begin_checkpoint(self) -> Snapshot:
@@ -264,17 +267,20 @@ class PartitionState:
 
     # -- inside
 
-    def _fire(self, batch: ActionBatch, slots: I64, rows: I64, now_ms: int) -> I64:
-        """Fire the triggers of applied `rows`, which are grouped by slot; return the slots to hand over."""
-        starts = run_starts(slots)
-        users, events = slots[starts], run_lengths(starts, len(rows))
+    def _fire(self, batch: ActionBatch, rows: I64, events: I64, now_ms: int) -> I64:
+        """Fire the triggers of applied `events`, grouped by user; return the rows of the users to hand over.
+
+        `rows` [E] is the user's row of each event.
+        """
+        starts = run_starts(rows)  # [U]
+        users, lengths = rows[starts], run_lengths(starts, len(events))  # [U], rows of the users and their events
         headers, live = self._sequences.columns(users)
-        fresh = batch.offsets[rows] > np.repeat(headers["encoded_offset"], events)
-        strong = fresh & self._triggers.strong_codes[batch.actions["action"][rows]]
+        fresh = batch.offsets[events] > np.repeat(headers["encoded_offset"], lengths)  # [E], not yet published
+        strong = fresh & self._triggers.strong_codes[batch.actions["action"][events]]
         touched = Touched(
             fresh=np.add.reduceat(fresh.astype(np.int64), starts),
             strong=np.logical_or.reduceat(strong, starts),
-            first=headers["count"] - events < self.policy.first_n,
+            first=headers["count"] - lengths < self.policy.first_n,
         )
         go = self._triggers.on_actions(headers, live, touched, now_ms)
         self._sequences.put(users, headers, live)
@@ -282,76 +288,85 @@ class PartitionState:
         return users[go]
 
     def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], I64]:
-        """Reset triggers of forgotten users; return whose tombstone must be published (once, also in a replay)."""
-        rows = rows_where(applied.outcomes == _TOMBSTONE)
-        if not len(rows):
-            return [], rows
-        last = {batch.users[row]: row for row in rows.tolist()}
-        rows = np.array(list(last.values()), np.int64)
-        slots, offsets = applied.slots[rows], batch.offsets[rows]
-        headers, live = self._sequences.columns(slots)
-        unknown = offsets > headers["encoded_offset"]
+        """Reset the triggers of forgotten users; return the users and offsets of the tombstones to publish.
+
+        A tombstone that the output topic already holds is not returned, so a replay does not publish it again.
+        """
+        events = rows_where(applied.outcomes == _TOMBSTONE)
+        if not len(events):
+            return [], events
+        last = {batch.users[event]: event for event in events.tolist()}  # one per user: the last
+        events = np.array(list(last.values()), np.int64)
+        rows, offsets = applied.rows[events], batch.offsets[events]
+        headers, live = self._sequences.columns(rows)
+        is_new = offsets > headers["encoded_offset"]
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
         for column in ("reason", "unencoded", "first_unencoded_ms"):
             headers[column] = 0
         headers["due_ms"] = NEVER
         live["since_job"] = 0
-        self._sequences.put(slots, headers, live)
-        return [batch.users[row] for row in rows[unknown].tolist()], offsets[unknown]
+        self._sequences.put(rows, headers, live)
+        return [batch.users[event] for event in events[is_new].tolist()], offsets[is_new]
 
-    def _covered(self, headers: Columns, offsets: I64) -> None:
-        """An embedding that contains `offsets` is in the output topic."""
+    def _cover(self, headers: Columns, offsets: I64) -> None:
+        """Record that the output topic holds embeddings that contain `offsets`; users that wanted no more are done."""
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
         done = headers["due_offset"] <= headers["encoded_offset"]
         headers["reason"] = np.where(done, 0, headers["reason"])
         headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
 
     def _put_off(self, users: Sequence[bytes], ended: str, due_ms: int) -> None:
-        slots = self._sequences.slots([users[row] for row in self._hot_rows(users).tolist()])
-        headers, live = self._sequences.columns(slots)
+        """End the live flag `ended` of users, and set their deadline unless they are queued again."""
+        rows = self._sequences.rows_of([users[index] for index in self._hot(users).tolist()])
+        headers, live = self._sequences.columns(rows)
         live[ended], live["dirty"] = False, True
         waits = (headers["reason"] != 0) & ~live["queued"]
         headers["due_ms"] = np.where(waits, due_ms, headers["due_ms"])
-        self._sequences.put(slots, headers, live)
-        self._enter(slots)
+        self._sequences.put(rows, headers, live)
+        self._enter(rows)
 
-    def _hot_rows(self, users: Sequence[bytes]) -> I64:
-        return np.array([row for row, user in enumerate(users) if user in self._sequences.slot_of], np.int64)
+    def _hot(self, users: Sequence[bytes]) -> I64:
+        """Return the indices of those of `users` that are in memory."""
+        return np.array([index for index, user in enumerate(users) if user in self._sequences.row_of], np.int64)
 
-    def _note(self, slot: I64, offset: int) -> None:
-        headers, live = self._sequences.columns(slot)
+    def _mark_published(self, row: I64, offset: int) -> None:
+        """Record in the state of one user, `row` [1], that an embedding up to `offset` is in the output topic."""
+        headers, live = self._sequences.columns(row)
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offset)
         if headers["due_offset"] <= offset:
             headers["reason"] = 0
         if headers["applied_offset"] <= offset:
             headers["unencoded"] = 0
-        # With actions left over, a deadline stays as it was: it may fire early, never late.
+        # While unencoded actions remain, the deadline stays as it was: it may fire early, never late.
         if not headers["reason"] and not (headers["unencoded"] and self.policy.has_timers):
             headers["due_ms"] = NEVER
         live["dirty"] = True
-        self._sequences.put(slot, headers, live)
+        self._sequences.put(row, headers, live)
 
-    def _end_job(self, slots: I64, offsets: I64) -> None:
-        latest = slots[self._sequences.live["job_offset"][slots] == offsets]
+    def _end_job(self, rows: I64, offsets: I64) -> None:
+        """Clear `in_job`, except of users whose latest job is a later one."""
+        latest = rows[self._sequences.live["job_offset"][rows] == offsets]
         self._sequences.live["in_job"][latest] = False
 
-    def _enter(self, slots: I64) -> None:
-        """Put users into the wheel whose deadline is before their earliest entry there."""
-        if not len(slots):
+    def _enter(self, rows: I64) -> None:
+        """Enter users into the wheel whose deadline is before their earliest entry there."""
+        if not len(rows):
             return
-        due_ms, live = self._sequences.headers["due_ms"][slots], self._sequences.live
-        rows = rows_where((due_ms < live["wheel_ms"][slots]) & ~live["queued"][slots] & ~live["in_job"][slots])
-        if len(rows):
-            live["wheel_ms"][slots[rows]] = due_ms[rows]
-            self._deadlines.add(slots[rows], due_ms[rows])
+        due_ms, live = self._sequences.headers["due_ms"][rows], self._sequences.live
+        sooner = rows_where((due_ms < live["wheel_ms"][rows]) & ~live["queued"][rows] & ~live["in_job"][rows])
+        if len(sooner):
+            live["wheel_ms"][rows[sooner]] = due_ms[sooner]
+            self._deadlines.add(rows[sooner], due_ms[sooner])
 
     def _phases_ms(self, users: Sequence[bytes]) -> I64:
+        """Return a fixed shift per user, 0 to `spread_ms`, so that deadlines do not fall due all at once."""
         spread_ms = self.policy.spread_ms
         if not spread_ms:
             return np.zeros(len(users), np.int64)
         return np.fromiter(map(zlib.crc32, users), np.int64, len(users)) % spread_ms
 
     def _effects(self, due: I64, forgotten: list[bytes], offsets: I64, to_load: list[bytes], outcomes: U8) -> Effects:
+        """Build the effects; `due` are rows of users to hand over."""
         reasons = self._sequences.headers["reason"][due]
         priorities = self._triggers.priorities[reasons]
         users = self._sequences.users_of(due)

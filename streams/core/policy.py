@@ -29,7 +29,7 @@ from streams.errors import CannotStart
 
 
 class Reason(IntEnum):
-    """Why a user is due. Stored in state: numbers are never reused."""
+    """Why a user is due; the numbers are stored in state and never reused."""
 
     EVERY_N = 1
     STRONG = 2
@@ -39,7 +39,7 @@ class Reason(IntEnum):
 
     @property
     def label(self) -> str:
-        """As it stands in policies, headers and metric labels."""
+        """Name in policies, headers and metric labels."""
         return self.name.lower()
 
 
@@ -50,7 +50,7 @@ COUNT_MAX = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TriggerPolicy:
-    """When users are due; the default encodes every action."""
+    """The rules by which users become due; the default encodes every action."""
 
     every_n: int = 1
     strong: frozenset[str] = frozenset()
@@ -66,27 +66,28 @@ class TriggerPolicy:
         Reason.MAX_STALENESS,
         Reason.EVERY_N,
     )
-    """Most valuable first; the last are shed first, and a user due for two reasons keeps the more valuable one."""
+    """Reasons, most valuable first: the last are shed first, and of two reasons a user keeps the more valuable one."""
 
     @property
     def has_timers(self) -> bool:
+        """True when an action that fires nothing still gets a deadline."""
         return bool(self.max_staleness_ms or self.session_gap_ms)
 
     def ranks(self) -> U8:
-        """[len(Reason) + 1]: place of each reason in `priorities`; "not due" comes last."""
+        """Return the place of each reason in `priorities` [len(Reason) + 1]; reason 0, "not due", comes last."""
         ranks = np.full(len(Reason) + 1, len(Reason), np.uint8)
         ranks[list(self.priorities)] = np.arange(len(self.priorities))
         return ranks
 
     def strong_codes(self) -> Bool:
-        """[65536]: whether an action code is strong."""
+        """Return whether each action code is strong [65536]."""
         table = np.zeros(65_536, np.bool_)
         table[[name_code(name) for name in self.strong]] = True
         return table
 
 
 class PolicyError(CannotStart):
-    """A trigger policy is not valid; `problems` lists every fault with its key path."""
+    """A trigger policy is not valid; `problems` lists every problem with the path of its key."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -104,13 +105,13 @@ _LIMITS = {
 
 
 def parse_policy(toml_text: str) -> TriggerPolicy:
-    """Read the `[triggers]` table; other tables are left to others. Raises `PolicyError` with every problem at once."""
+    """Read the `[triggers]` table and ignore other tables; raise `PolicyError` with every problem at once."""
     try:
         document = tomllib.loads(toml_text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError([f"not TOML: {error}"]) from error
     problems = [
-        f"{key}: stands outside every table; write it below [triggers]"
+        f"{key}: is outside every table; write it below [triggers]"
         for key, value in document.items()
         if not isinstance(value, dict)
     ]
@@ -164,9 +165,11 @@ def _read_priorities(path: str, value: object, problems: list[str]) -> tuple[Rea
 def _contradictions(policy: TriggerPolicy) -> list[str]:
     problems = []
     if not (policy.every_n or policy.strong or policy.first_n or policy.has_timers):
-        problems.append("triggers: nothing ever fires; set every_n or a timer")
+        problems.append("triggers: no trigger ever fires; set every_n or a timer")
     if 0 < policy.max_staleness_ms < policy.cooldown_ms:
-        problems.append("triggers.cooldown_ms: must not exceed max_staleness_ms, or the staleness bound cannot hold")
+        problems.append(
+            "triggers.cooldown_ms: must not exceed max_staleness_ms, because the staleness bound could not hold"
+        )
     if 0 < policy.max_staleness_ms <= policy.spread_ms:
-        problems.append("triggers.spread_ms: must be below max_staleness_ms, whose deadlines it brings forward")
+        problems.append("triggers.spread_ms: must be below max_staleness_ms, because it moves those deadlines forward")
     return problems

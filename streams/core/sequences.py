@@ -1,17 +1,19 @@
 """The sequences of one partition's hot users, in columns: exact order, no duplicates, the last M actions.
 
-Events are applied in offset order with one of these outcomes:
+Events are applied in offset order, each with one of these outcomes:
 
-- an event whose source offset is not beyond the user's last applied one, or whose `event_id` is among the kept
-  actions, is a *duplicate*;
-- an event not younger than the user's last tombstone is *forgotten* with the user it belonged to;
-- an event older than everything kept in a full sequence is *too old*;
-- all others are *applied*: by event time, after those of equal event time. One that is not the newest is *late*:
-  later positions move up by one and the user's revision changes;
-- a *tombstone* empties the sequence, and the user's revision changes.
+- *duplicate*: its source offset is not beyond the user's last applied one, or its `event_id` is among the kept actions;
+- *forgotten*: it is not newer than the user's last tombstone;
+- *too old*: the sequence is full, and everything kept is newer;
+- *applied*: it is inserted by event time, after actions of equal event time;
+- *late*: applied, but not as the newest; later positions move up by one, and the user's revision changes;
+- *tombstone*: the sequence is emptied, and the user's revision changes.
 
-Users whose events are plain appends, nearly all, are handled together in a few numpy calls (`_append`); the others
-one by one in `streams.core.merge`, which is also the readable definition of the rules above.
+Users whose events are plain appends, which is nearly all of them, are handled together in a few numpy calls
+(`_append`). The others are handled event by event in `streams.core.merge`, the readable definition of these rules.
+
+Shapes: N events of a batch, U users, M kept actions per user (`sequence_length`). A *row* is a user's place in the hot
+table; `events` are indices into the batch.
 """
 
 from __future__ import annotations
@@ -37,22 +39,22 @@ LIVE_DTYPE = np.dtype(
         ("since_job_ms", "<i8"),  # processing time of the first action since that job
         ("last_applied_ms", "<i8"),  # processing time of the last action
         ("wheel_ms", "<i8"),  # deadline of the user's earliest entry in the wheel, NEVER without one
-        ("phase_ms", "<i8"),  # by which the user's deadlines are moved
+        ("phase_ms", "<i8"),  # shift of the user's deadlines
         ("since_job", "<u4"),  # actions since that job
         ("used", "<u4"),  # number of the batch that last touched the user
         ("stored_keys", "<u2"),  # chunk keys that are stored
         ("dirty", "?"),  # differs from what is stored
-        ("queued", "?"),  # handed over for encoding, not yet taken
+        ("queued", "?"),  # handed over for encoding, no job has taken it yet
         ("in_job", "?"),  # being encoded
         ("in_snapshot", "?"),  # being written by a checkpoint
         ("emptied", "?"),  # forgotten since the last checkpoint
     ],
     align=True,
 )
-"""What memory alone holds of a hot user."""
+"""Columns of a hot user that are kept in memory only."""
 
 _APPLIED, _DUPLICATE, _FORGOTTEN = int(Outcome.APPLIED), int(Outcome.DUPLICATE), int(Outcome.FORGOTTEN)
-"""As plain numbers: a look-up in an enum takes as long as a step of a small batch."""
+"""Plain ints: an enum lookup costs as much as one step of a small batch."""
 _ACTION_BYTES = np.dtype("V32")
 Outcomes = U8
 _HEADER_BYTES = np.dtype(f"V{HEADER_DTYPE.itemsize}")
@@ -60,79 +62,84 @@ _LIVE_BYTES = np.dtype(f"V{LIVE_DTYPE.itemsize}")
 
 
 class StateFull(StopsWorker):
-    """More users would be hot than the limit allows; checkpoint and evict, then try again."""
+    """Loading would exceed the limit of hot users; checkpoint and evict, then try again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a batch did."""
+    """The outcome of a batch."""
 
-    slots: I64
-    """[N], slot of each event's user."""
+    rows: I64
+    """[N], row of each event's user in the hot table."""
     outcomes: Outcomes
     """[N] of `Outcome`."""
 
 
 class SequenceState:
-    """Slots of hot users: a header, what memory alone holds, a ring of M actions and their event-id fingerprints.
+    """The hot table: per user a header, memory-only columns, a ring of M actions and their event-id fingerprints.
 
-    All columns are allocated at their limit at once; the system backs them with memory only where slots are used.
+    All columns are allocated at their limit at once; the operating system backs only the rows in use with memory.
+
+    Position p of the user in row r is in ring cell `r * M + p % M`. For M = 8 and count = 11:
+
+        cell - r * M    0   1   2   3   4   5   6   7
+        position        8   9  10   3   4   5   6   7     kept: 3 (oldest) to 10 (newest)
     """
 
     def __init__(self, limits: StateLimits) -> None:
         self.limits = limits
-        slots, length = limits.hot_users_max, limits.sequence_length
-        self.headers = np.zeros(slots, HEADER_DTYPE)
-        self.live = np.zeros(slots, LIVE_DTYPE)
+        rows, length = limits.hot_users_max, limits.sequence_length
+        self.headers = np.zeros(rows, HEADER_DTYPE)
+        self.live = np.zeros(rows, LIVE_DTYPE)
         self._header_bytes, self._live_bytes = self.headers.view(_HEADER_BYTES), self.live.view(_LIVE_BYTES)
-        self._users = [b""] * slots
-        self.slot_of: dict[bytes, int] = {}
-        self._free = list(range(slots - 1, -1, -1))
-        self._ring = np.zeros(slots * length, ACTION_DTYPE)
+        self._users = [b""] * rows
+        self.row_of: dict[bytes, int] = {}
+        self._free = list(range(rows - 1, -1, -1))
+        self._ring = np.zeros(rows * length, ACTION_DTYPE)
         self._ring_bytes = self._ring.view(_ACTION_BYTES)
-        self._fingerprints = np.zeros((slots, length), np.uint16)
-        self._marked = np.zeros(slots, np.bool_)
+        self._fingerprints = np.zeros((rows, length), np.uint16)
+        self._marked = np.zeros(rows, np.bool_)
         self._batch = 0
 
-    # -- slots
+    # -- rows
 
     @property
     def room(self) -> int:
-        """How many more users may become hot."""
+        """Number of users that may still become hot."""
         return len(self._free)
 
-    def slots(self, users: Sequence[bytes]) -> I64:
-        """Slots of hot users; KeyError for one that was not loaded."""
-        return np.fromiter(map(self.slot_of.__getitem__, users), np.int64, len(users))
+    def rows_of(self, users: Sequence[bytes]) -> I64:
+        """Return the rows of hot users; raise KeyError for a user that was not loaded."""
+        return np.fromiter(map(self.row_of.__getitem__, users), np.int64, len(users))
 
-    def users_of(self, slots: I64) -> list[bytes]:
-        """Whose `slots` are; all must be in use."""
-        return [self._users[slot] for slot in slots.tolist()]
+    def users_of(self, rows: I64) -> list[bytes]:
+        """Return the users in `rows`, all of which must be in use."""
+        return [self._users[row] for row in rows.tolist()]
 
-    def hot_slots(self) -> I64:
-        """Every slot in use."""
-        return np.fromiter(self.slot_of.values(), np.int64, len(self.slot_of))
+    def hot_rows(self) -> I64:
+        """Return every row in use."""
+        return np.fromiter(self.row_of.values(), np.int64, len(self.row_of))
 
-    def columns(self, slots: I64) -> tuple[Columns, Columns]:
-        """Copies of the headers and live columns of distinct `slots`; `put` writes them back."""
-        return self.headers.take(slots), self.live.take(slots)
+    def columns(self, rows: I64) -> tuple[Columns, Columns]:
+        """Return copies of the headers and live columns of distinct `rows`; `put` writes them back."""
+        return self.headers.take(rows), self.live.take(rows)
 
-    def put(self, slots: I64, headers: Columns, live: Columns) -> None:
-        """Write columns back. Rows are copied as plain bytes, which is five times faster than field by field."""
-        self._header_bytes[slots] = headers.view(_HEADER_BYTES)
-        self._live_bytes[slots] = live.view(_LIVE_BYTES)
+    def put(self, rows: I64, headers: Columns, live: Columns) -> None:
+        """Write columns back, as plain bytes per row, which is five times faster than field by field."""
+        self._header_bytes[rows] = headers.view(_HEADER_BYTES)
+        self._live_bytes[rows] = live.view(_LIVE_BYTES)
 
     def load(self, users: Sequence[bytes], stored: StoredSequences, phases_ms: I64) -> I64:
-        """Make cold users hot; return their slots. Raises `StateFull`."""
+        """Make cold users hot and return their rows; raise `StateFull` when they do not fit."""
         if len(users) > self.room:
             raise StateFull(
-                f"{len(users)} users more would be hot than hot_users_max = {self.limits.hot_users_max} allows: "
+                f"loading {len(users)} users would exceed hot_users_max = {self.limits.hot_users_max}: "
                 "checkpoint and evict first, or raise the limit"
             )
-        slots = np.array([self._free.pop() for _ in users], np.int64)
-        for user, slot in zip(users, slots.tolist(), strict=True):
-            self.slot_of[user] = slot
-            self._users[slot] = user
+        rows = np.array([self._free.pop() for _ in users], np.int64)
+        for user, row in zip(users, rows.tolist(), strict=True):
+            self.row_of[user] = row
+            self._users[row] = user
         live = np.zeros(len(users), LIVE_DTYPE)
         headers = stored.headers.copy()
         headers["flags"] = np.where(headers["due_ms"] != NEVER, HAD_DEADLINE, 0)
@@ -144,131 +151,136 @@ class SequenceState:
         kept = np.diff(stored.starts)
         has_actions = kept > 0
         live["newest_ms"][has_actions] = stored.actions["timestamp_ms"][stored.starts[1:][has_actions] - 1]
-        self.put(slots, headers, live)
-        self._fingerprints[slots] = 0
-        self._write_rows(slots, count - kept, kept, stored.actions)
-        return slots
+        self.put(rows, headers, live)
+        self._fingerprints[rows] = 0
+        self._write_actions(rows, count - kept, kept, stored.actions)
+        return rows
 
-    def drop(self, slots: I64) -> list[bytes]:
-        """Free slots; return whose they were."""
-        users = self.users_of(slots)
+    def drop(self, rows: I64) -> list[bytes]:
+        """Free rows and return the users that were in them."""
+        users = self.users_of(rows)
         for user in users:
-            del self.slot_of[user]
-        self.headers["due_ms"][slots] = NEVER  # an entry in the wheel may still point to the slot
-        self._free.extend(slots[::-1].tolist())
+            del self.row_of[user]
+        self.headers["due_ms"][rows] = NEVER  # an entry in the wheel may still point to the row
+        self._free.extend(rows[::-1].tolist())
         return users
 
-    def least_recently_used(self, slots: I64, users_max: int) -> I64:
-        """At most `users_max` of `slots`, those untouched for longest."""
-        if len(slots) <= users_max:
-            return slots
-        return slots[np.argpartition(self.live["used"][slots], users_max)[:users_max]]
+    def least_recently_used(self, rows: I64, users_max: int) -> I64:
+        """Return at most `users_max` of `rows`, those untouched for longest."""
+        if len(rows) <= users_max:
+            return rows
+        return rows[np.argpartition(self.live["used"][rows], users_max)[:users_max]]
 
     # -- reading
 
-    def rows(self, slots: I64, first: I64, lengths: I64) -> Actions:
-        """Actions at the positions `first[i] ... first[i] + lengths[i] - 1` of each slot, one user after another."""
+    def actions_at(self, rows: I64, first: I64, lengths: I64) -> Actions:
+        """Return the actions at positions `first[i] ... first[i] + lengths[i] - 1` of each row, user by user."""
         owner, position = spans(first, lengths)
-        return self._ring.take(self._cells(slots[owner], position))
+        return self._ring.take(self._cells(rows[owner], position))
 
-    def kept(self, slots: I64) -> tuple[Actions, I64]:
-        """The kept sequences, oldest first, and where each starts [U + 1]."""
-        count = self.headers["count"][slots]
+    def kept(self, rows: I64) -> tuple[Actions, I64]:
+        """Return the kept sequences, oldest first, and where each starts [U + 1]."""
+        count = self.headers["count"][rows]
         lengths = np.minimum(count, self.limits.sequence_length)
-        return self.rows(slots, count - lengths, lengths), starts_of(lengths)
+        return self.actions_at(rows, count - lengths, lengths), starts_of(lengths)
 
     # -- applying
 
     def apply(self, batch: ActionBatch) -> Applied:
         """Apply a batch whose users are all hot."""
         self._batch += 1
-        slots = self.slots(batch.users)
-        outcomes = np.zeros(len(slots), np.uint8)
-        slow = self._judge(batch, slots, outcomes)
+        rows = self.rows_of(batch.users)  # [N]
+        outcomes = np.zeros(len(rows), np.uint8)
+        slow = self._judge(batch, rows, outcomes)
         fast = rows_where(~slow & (outcomes == _APPLIED))
-        self._append(batch, slots, fast[np.argsort(slots[fast], kind="stable")])
+        self._append(batch, rows, fast[np.argsort(rows[fast], kind="stable")])
         if slow.any():
-            self._merge(batch, slots, outcomes, rows_where(slow))
-        return Applied(slots, outcomes)
+            self._merge(batch, rows, outcomes, rows_where(slow))
+        return Applied(rows, outcomes)
 
-    def _judge(self, batch: ActionBatch, slots: I64, outcomes: Outcomes) -> Bool:
+    def _judge(self, batch: ActionBatch, rows: I64, outcomes: Outcomes) -> Bool:
         """Set the outcome of events that are certain to be dropped; return which events need the slow path [N]."""
         times, ids = batch.actions["timestamp_ms"], batch.actions["event_id"]
-        outcomes[(times <= self.headers["forgotten_ms"][slots]) & ~batch.is_tombstone] = _FORGOTTEN
-        outcomes[batch.offsets <= self.headers["applied_offset"][slots]] = _DUPLICATE
+        outcomes[(times <= self.headers["forgotten_ms"][rows]) & ~batch.is_tombstone] = _FORGOTTEN
+        outcomes[batch.offsets <= self.headers["applied_offset"][rows]] = _DUPLICATE
         suspect: Bool = batch.is_tombstone & (outcomes == _APPLIED)
         has_id = rows_where((ids != 0) & (outcomes == _APPLIED))
         if len(has_id):
             suspect[self._repeated_in_batch(ids, has_id)] = True
-            suspect[self._repeated_in_kept(slots, ids, has_id, outcomes)] = True
-        suspect[self._out_of_order(slots, times, rows_where(outcomes == _APPLIED))] = True
+            suspect[self._repeated_in_kept(rows, ids, has_id, outcomes)] = True
+        suspect[self._out_of_order(rows, times, rows_where(outcomes == _APPLIED))] = True
         if not suspect.any():
             return suspect
-        # A user with one such event takes the slow path with all of them: only there is their order kept.
-        self._marked[slots[suspect]] = True
-        slow: Bool = self._marked[slots]
-        self._marked[slots[suspect]] = False
+        # All events of a user with one suspect event take the slow path, because only there is their order kept.
+        self._marked[rows[suspect]] = True
+        slow: Bool = self._marked[rows]
+        self._marked[rows[suspect]] = False
         outcomes[slow] = _APPLIED
         return slow
 
-    def _out_of_order(self, slots: I64, times: I64, rows: I64) -> I64:
-        """Those of `rows` that are older than the newest action of their user before them."""
-        by_user = rows[np.argsort(slots[rows], kind="stable")]
-        before = np.empty(len(by_user), np.int64)
+    def _out_of_order(self, rows: I64, times: I64, events: I64) -> I64:
+        """Return those of `events` that are older than the newest earlier action of their user."""
+        by_user = events[np.argsort(rows[events], kind="stable")]
+        before = np.empty(len(by_user), np.int64)  # event time just before each event, of the same user
         before[1:] = times[by_user[:-1]]
-        first = run_starts(slots[by_user])
-        before[first] = self.live["newest_ms"][slots[by_user[first]]]
+        first = run_starts(rows[by_user])  # each user's first event follows what is kept, not its neighbour
+        before[first] = self.live["newest_ms"][rows[by_user[first]]]
         late: I64 = by_user[times[by_user] < before]
         return late
 
-    def _repeated_in_batch(self, ids: U64, rows: I64) -> I64:
-        """Those of `rows` whose event id stands in the batch more than once."""
-        in_order = np.sort(ids[rows])
+    def _repeated_in_batch(self, ids: U64, events: I64) -> I64:
+        """Return those of `events` whose event id occurs in the batch more than once."""
+        in_order = np.sort(ids[events])
         twice = in_order[1:][in_order[1:] == in_order[:-1]]
-        repeated: I64 = rows[np.isin(ids[rows], twice)] if len(twice) else rows[:0]
+        repeated: I64 = events[np.isin(ids[events], twice)] if len(twice) else events[:0]
         return repeated
 
-    def _repeated_in_kept(self, slots: I64, ids: U64, rows: I64, outcomes: Outcomes) -> I64:
-        """Set the outcome of `rows` that repeat a kept event id; return those whose twin may go during the batch."""
-        found: I64 = rows[(self._fingerprints[slots[rows]] == _fingerprint(ids[rows])[:, None]).any(axis=1)]
+    def _repeated_in_kept(self, rows: I64, ids: U64, events: I64, outcomes: Outcomes) -> I64:
+        """Set the outcome of `events` that repeat a kept event id; return those whose original may leave the ring.
+
+        An original that this batch may push out of the ring is a duplicate or not depending on the order of events,
+        which only the slow path knows.
+        """
+        # [E, M] fingerprints against [E, 1]: cheap, and for nearly all batches the end of the search
+        found: I64 = events[(self._fingerprints[rows[events]] == _fingerprint(ids[events])[:, None]).any(axis=1)]
         if not len(found):
             return found
-        at, column = np.nonzero(self._fingerprints[slots[found]] == _fingerprint(ids[found])[:, None])
-        twin = found[at]
+        at, cell = np.nonzero(self._fingerprints[rows[found]] == _fingerprint(ids[found])[:, None])
+        repeat = found[at]
         length = self.limits.sequence_length
-        is_twin = self._ring["event_id"][slots[twin] * length + column] == ids[twin]
-        twin, column = twin[is_twin], column[is_twin]
-        count, events = self.headers["count"][slots[twin]], np.bincount(slots)[slots[twin]]
-        position = count - 1 - (count - 1 - column) % length
-        stays = position >= count + events - length
-        outcomes[twin[stays]] = _DUPLICATE
-        leaving: I64 = twin[~stays]
+        is_equal = self._ring["event_id"][rows[repeat] * length + cell] == ids[repeat]  # fingerprints can collide
+        repeat, cell = repeat[is_equal], cell[is_equal]
+        count, pushing = self.headers["count"][rows[repeat]], np.bincount(rows)[rows[repeat]]
+        position = count - 1 - (count - 1 - cell) % length  # the newest position p < count with p % M == cell
+        stays = position >= count + pushing - length  # still kept after all events of the user have been appended
+        outcomes[repeat[stays]] = _DUPLICATE
+        leaving: I64 = repeat[~stays]
         return leaving
 
-    def _append(self, batch: ActionBatch, slots: I64, rows: I64) -> None:
-        """Append events, grouped by user and in order within each."""
-        if not len(rows):
+    def _append(self, batch: ActionBatch, rows: I64, events: I64) -> None:
+        """Append `events`, which are grouped by user and in order within each."""
+        if not len(events):
             return
-        starts = run_starts(slots[rows])
-        users = slots[rows[starts]]
-        lengths = run_lengths(starts, len(rows))
-        newest = rows[starts + lengths - 1]
+        starts = run_starts(rows[events])  # [U]
+        users = rows[events[starts]]  # [U], rows of the users
+        lengths = run_lengths(starts, len(events))  # [U]
+        newest = events[starts + lengths - 1]  # [U], each user's last event
         headers, live = self.columns(users)
-        self._write_rows(users, headers["count"], lengths, batch.actions.take(rows))
+        self._write_actions(users, headers["count"], lengths, batch.actions.take(events))
         headers["count"] += lengths
         headers["applied_offset"] = batch.offsets[newest]
         live["newest_ms"] = batch.actions["timestamp_ms"][newest]
         live["dirty"], live["used"] = True, self._batch
         self.put(users, headers, live)
 
-    def _merge(self, batch: ActionBatch, slots: I64, outcomes: Outcomes, rows: I64) -> None:
-        """Apply the events of each user one by one."""
-        by_user = rows[np.argsort(slots[rows], kind="stable")]
-        for events in np.split(by_user, run_starts(slots[by_user])[1:]):
-            outcomes[events] = self._merge_user(int(slots[events[0]]), batch, events)
+    def _merge(self, batch: ActionBatch, rows: I64, outcomes: Outcomes, events: I64) -> None:
+        """Apply `events` user by user, and each user's events one by one."""
+        by_user = events[np.argsort(rows[events], kind="stable")]
+        for of_user in np.split(by_user, run_starts(rows[by_user])[1:]):
+            outcomes[of_user] = self._merge_user(int(rows[of_user[0]]), batch, of_user)
 
-    def _merge_user(self, slot: int, batch: ActionBatch, events: I64) -> list[Outcome]:
-        one = np.array([slot])
+    def _merge_user(self, row: int, batch: ActionBatch, events: I64) -> list[Outcome]:
+        one = np.array([row])
         headers, live = self.columns(one)
         kept, _ = self.kept(one)
         merging = Merging(
@@ -279,41 +291,46 @@ class SequenceState:
             self.limits.sequence_length,
         )
         offsets, tombstones = batch.offsets[events].tolist(), batch.is_tombstone[events].tolist()
-        rows, outcomes = merge(merging, batch.actions[events], offsets, tombstones)
+        actions, outcomes = merge(merging, batch.actions[events], offsets, tombstones)
         live["used"] = self._batch
         if merging.applied_offset != headers["applied_offset"][0]:
             live["dirty"] = True
             live["dirty_from"] = min(int(live["dirty_from"][0]), merging.changed_from)
-            live["newest_ms"] = rows["timestamp_ms"][-1] if len(rows) else LONG_AGO
+            live["newest_ms"] = actions["timestamp_ms"][-1] if len(actions) else LONG_AGO
             headers["revision"] += np.uint32(merging.revisions)
             headers["count"], headers["applied_offset"] = merging.count, merging.applied_offset
             headers["forgotten_ms"] = merging.forgotten_ms
             if merging.emptied:
-                self._empty(slot, live)
-            self._write_rows(one, np.array([merging.count - len(rows)]), np.array([len(rows)]), rows)
+                self._empty(row, live)
+            self._write_actions(one, np.array([merging.count - len(actions)]), np.array([len(actions)]), actions)
         self.put(one, headers, live)
         return outcomes
 
-    def _empty(self, slot: int, live: Columns) -> None:
-        """Leave nothing of a forgotten user's actions in memory."""
+    def _empty(self, row: int, live: Columns) -> None:
+        """Erase a forgotten user's actions from memory."""
         live["emptied"] = True
         length = self.limits.sequence_length
-        self._ring[slot * length : (slot + 1) * length] = np.zeros(1, ACTION_DTYPE)
-        self._fingerprints[slot] = 0
+        self._ring[row * length : (row + 1) * length] = np.zeros(1, ACTION_DTYPE)
+        self._fingerprints[row] = 0
 
-    def _write_rows(self, slots: I64, first: I64, lengths: I64, actions: Actions) -> None:
-        """Put actions, one user after another, at the positions from `first` on; a repeated cell keeps the last."""
+    def _write_actions(self, rows: I64, first: I64, lengths: I64, actions: Actions) -> None:
+        """Write actions, user by user, at the positions from `first` on.
+
+        More than M actions of a user wrap around the ring, so a cell occurs twice; numpy keeps the last value, which
+        is the newest action.
+        """
         owner, position = spans(first, lengths)
-        cells = self._cells(slots[owner], position)
+        cells = self._cells(rows[owner], position)
         self._ring_bytes[cells] = actions.view(_ACTION_BYTES)
         self._fingerprints.reshape(-1)[cells] = _fingerprint(actions["event_id"])
 
-    def _cells(self, slots: I64, positions: I64) -> I64:
+    def _cells(self, rows: I64, positions: I64) -> I64:
+        """Return the ring cells of positions; see the map above."""
         length = self.limits.sequence_length
-        cells: I64 = slots * length + positions % length
+        cells: I64 = rows * length + positions % length
         return cells
 
 
 def _fingerprint(ids: U64) -> npt.NDArray[np.uint16]:
-    """16 bits of an event id, 0 only for "none": they sort out the ids that cannot be among the kept ones."""
+    """Return 16 bits of each event id, 0 only for "no id"; unequal fingerprints prove unequal ids."""
     return np.where(ids == 0, 0, (ids & np.uint64(0xFFFF)) | np.uint64(1)).astype(np.uint16)

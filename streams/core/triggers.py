@@ -21,25 +21,27 @@ from streams.core.policy import Reason, TriggerPolicy
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What a batch did to each of the users it changed."""
+    """Changes that a batch made, per user."""
 
     fresh: I64
     """[U], applied actions that no published embedding contains."""
     strong: Bool
-    """[U], whether one of them is strong."""
+    """[U], whether one of these actions is strong."""
     first: Bool
-    """[U], whether one of them is among the user's first `first_n`."""
+    """[U], whether one of the actions is among the user's first `first_n`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Triggers:
-    """A policy made ready for columns."""
+    """A policy, prepared for decisions on columns of U users."""
 
     policy: TriggerPolicy
     ranks: U8 = field(init=False)
+    """[len(Reason) + 1], see `TriggerPolicy.ranks`."""
     priorities: I64 = field(init=False)
-    """[len(Reason) + 1]: priority of each reason in the encode queue, 1 and up; a higher one goes first."""
+    """[len(Reason) + 1], priority of each reason in the encode queue, from 1; a higher one is taken first."""
     strong_codes: Bool = field(init=False)
+    """[65536], see `TriggerPolicy.strong_codes`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", self.policy.ranks())
@@ -47,13 +49,13 @@ class Triggers:
         object.__setattr__(self, "strong_codes", self.policy.strong_codes())
 
     def on_actions(self, headers: Columns, live: Columns, touched: Touched, now_ms: int) -> Bool:
-        """Count the fresh actions, fire, and return who is to be handed over for encoding now.
+        """Count the fresh actions, fire triggers, and return which users are to be handed over now [U].
 
-        `headers` and `live` are the columns of the U touched users and are changed in place; a user that must wait
-        has its deadline in `due_ms`.
+        The columns of the U touched users, `headers` and `live`, are changed in place. A user that must wait gets a
+        deadline in `due_ms`.
         """
         is_fresh = touched.fresh > 0
-        # Never in the future: a clock that was set back must not make anyone wait longer.
+        # Not in the future: a clock that was set back must not make a user wait longer.
         since_ms = np.where(headers["unencoded"] == 0, now_ms, np.minimum(headers["first_unencoded_ms"], now_ms))
         headers["first_unencoded_ms"] = np.where(is_fresh, since_ms, headers["first_unencoded_ms"])
         headers["unencoded"] += touched.fresh.astype(np.uint32)
@@ -66,7 +68,7 @@ class Triggers:
         return self._hand_over(headers, live, fired, now_ms)
 
     def on_deadline(self, headers: Columns, live: Columns, now_ms: int) -> Bool:
-        """Fire the timers of users whose `due_ms` has come; return who is to be handed over for encoding now."""
+        """Fire the timers of users whose `due_ms` has come; return which users are to be handed over now [U]."""
         waiting = headers["reason"] == 0
         stale_ms = self._stale_ms(headers, live)
         reasons = np.where(stale_ms <= now_ms, Reason.MAX_STALENESS, Reason.SESSION_END).astype(np.uint8)
@@ -76,7 +78,7 @@ class Triggers:
         return self._hand_over(headers, live, headers["reason"] != 0, now_ms)
 
     def set_timers(self, headers: Columns, live: Columns) -> None:
-        """Put the deadline of users that are not due, as their unencoded actions and last action say."""
+        """Set the deadline of users that are not due, from the times of their unencoded actions and last action."""
         is_due = headers["reason"] != 0
         deadline: I64 | int = NEVER
         if self.policy.has_timers:
@@ -85,12 +87,13 @@ class Triggers:
         headers["due_ms"] = np.where(is_due, headers["due_ms"], deadline)
 
     def _count_since_job(self, live: Columns, fresh: I64, is_fresh: Bool, now_ms: int) -> None:
+        """Count the fresh actions since the last job began, and note the time of the first."""
         live["since_job_ms"][is_fresh & (live["since_job"] == 0)] = now_ms
         live["since_job"] += fresh.astype(np.uint32)
         live["last_applied_ms"] = now_ms
 
     def _reasons(self, headers: Columns, live: Columns, touched: Touched) -> U8:
-        """[U]: the most valuable reason that fires, 0 for none. What is being encoded does not count any more."""
+        """Return the most valuable reason that fires [U], 0 for none; actions that are being encoded do not count."""
         policy, reasons = self.policy, np.zeros(len(headers), np.uint8)
         waiting = np.where(live["in_job"], live["since_job"], headers["unencoded"])
         for reason in reversed(policy.priorities):
@@ -103,15 +106,15 @@ class Triggers:
         return reasons
 
     def _want(self, headers: Columns, fired: Bool, reasons: U8) -> None:
-        """Note that an embedding of everything applied is wanted; the more valuable of two reasons stays."""
+        """Make users due for an embedding of all that is applied; of two reasons the more valuable one is kept."""
         better = fired & (self.ranks[reasons] < self.ranks[headers["reason"]])
         headers["reason"] = np.where(better, reasons, headers["reason"])
         headers["due_offset"] = np.where(fired, headers["applied_offset"], headers["due_offset"])
 
     def _hand_over(self, headers: Columns, live: Columns, due: Bool, now_ms: int) -> Bool:
-        """Of the `due` users, those out of cooldown and not yet queued; the others get the end of it as deadline.
+        """Return the `due` users that are not cooling down and not queued [U]; delay the others until they have cooled.
 
-        Whoever is due has a deadline, also while queued or in work: it is what a restart finds them by.
+        Every due user has a deadline, even while it is queued or in a job, because a restart finds it by its deadline.
         """
         ready_ms = np.minimum(headers["last_encoded_ms"], now_ms) + self.policy.cooldown_ms
         cooling = due & (ready_ms > now_ms) & ~live["queued"]
@@ -123,14 +126,14 @@ class Triggers:
         return go
 
     def _stale_ms(self, headers: Columns, live: Columns) -> I64:
-        """[U]: when the oldest unencoded action becomes too stale, earlier by the user's phase; never later."""
+        """Return when the oldest unencoded action becomes too stale [U], earlier by the user's phase, so never late."""
         if not self.policy.max_staleness_ms:
             return np.full(len(headers), NEVER)
         stale: I64 = headers["first_unencoded_ms"] + (self.policy.max_staleness_ms - live["phase_ms"])
         return stale
 
     def _session_ms(self, live: Columns) -> I64:
-        """[U]: when the session of the last action has ended, later by the user's phase; never earlier."""
+        """Return when the session of the last action has ended [U], later by the user's phase, so never early."""
         if not self.policy.session_gap_ms:
             return np.full(len(live), NEVER)
         ended: I64 = live["last_applied_ms"] + (self.policy.session_gap_ms + live["phase_ms"])

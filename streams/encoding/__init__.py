@@ -1,1 +1,1 @@
-"""From due users to published embeddings: the encode queue, and the jobs of each partition."""
+"""The encode queue, and the jobs that take a partition's due users to published embeddings."""

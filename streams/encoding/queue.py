@@ -80,7 +80,7 @@ class JobOwner(Protocol):
 Entry = tuple[JobOwner, int]
 """A waiting user's partition, and the `Reason` for which the user is due."""
 PartitionJob = tuple[JobOwner, EncodeJob]
-"""One partition's part of a micro-batch."""
+"""A job of a micro-batch, and the partition that it belongs to."""
 
 
 class EncodeQueue:
@@ -107,7 +107,7 @@ class EncodeQueue:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a user waits or is being encoded, so that `encoded_users` must rise."""
+        """True while a user waits or is being encoded, so that `encoded_users` must rise."""
         return bool(self._priority_of) or self._encoding_since_s is not None
 
     @property
@@ -133,7 +133,7 @@ class EncodeQueue:
 
     @property
     def has_room(self) -> bool:
-        """Whether fewer users wait than the limit allows; ingestion pauses while there is no room."""
+        """True while fewer users wait than the limit allows; ingestion pauses otherwise."""
         return len(self) < self._policy.users_max
 
     def drop(self, owner: JobOwner) -> None:

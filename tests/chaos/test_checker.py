@@ -156,9 +156,9 @@ def rewritten(run: RecordedRun, user: bytes, change: Callable[[PartitionState, n
     headers = stored.headers.copy()
     headers["count"] += len(actions) - len(stored.actions)
     state.load([user], replace(stored, headers=headers, actions=actions, starts=np.array([0, len(actions)])))
-    slot = state._sequences.slots([user])
-    state._sequences.live["dirty"][slot] = True
-    state._sequences.live["dirty_from"][slot] = 0
+    row = state._sequences.rows_of([user])
+    state._sequences.live["dirty"][row] = True
+    state._sequences.live["dirty_from"][row] = 0
     records = [*encode(state.begin_checkpoint(), LIMITS), encode_mark(CheckpointMark(run.committed, 0))]
     base = len(run.history.changelog)
     more = [LogRecord(0, base + i, NOW_MS, key, value) for i, (key, value) in enumerate(records)]

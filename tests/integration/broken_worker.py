@@ -96,7 +96,7 @@ def no_dedupe_by_offset() -> None:
     apply = SequenceState.apply
 
     def forgetful(self: SequenceState, batch: ActionBatch) -> Applied:
-        self.headers["applied_offset"][self.slots(batch.users)] = -1
+        self.headers["applied_offset"][self.rows_of(batch.users)] = -1
         return apply(self, batch)
 
     SequenceState.apply = forgetful  # type: ignore[method-assign]

@@ -34,7 +34,7 @@ def no_dedupe_by_offset(patch: Patch) -> None:
     apply = SequenceState.apply
 
     def forgetful(self: SequenceState, batch: ActionBatch) -> Applied:
-        self.headers["applied_offset"][self.slots(batch.users)] = -1
+        self.headers["applied_offset"][self.rows_of(batch.users)] = -1
         return apply(self, batch)
 
     patch.setattr(SequenceState, "apply", forgetful)
@@ -49,7 +49,7 @@ def forgotten_users_come_back(patch: Patch) -> None:
     apply = SequenceState.apply
 
     def lenient(self: SequenceState, batch: ActionBatch) -> Applied:
-        self.headers["forgotten_ms"][self.slots(batch.users)] = LONG_AGO
+        self.headers["forgotten_ms"][self.rows_of(batch.users)] = LONG_AGO
         return apply(self, batch)
 
     patch.setattr(SequenceState, "apply", lenient)
@@ -59,9 +59,9 @@ def late_events_do_not_rewrite_chunks(patch: Patch) -> None:
     begin = snapshots.begin
 
     def lazy(state: SequenceState) -> Any:
-        slots = state.hot_slots()
-        stored = state.live["stored_keys"][slots].astype(np.int64) * state.limits.chunk_length
-        state.live["dirty_from"][slots] = np.maximum(state.live["dirty_from"][slots], stored)
+        rows = state.hot_rows()
+        stored = state.live["stored_keys"][rows].astype(np.int64) * state.limits.chunk_length
+        state.live["dirty_from"][rows] = np.maximum(state.live["dirty_from"][rows], stored)
         return begin(state)
 
     patch.setattr(snapshots, "begin", lazy)

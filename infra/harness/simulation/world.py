@@ -282,10 +282,10 @@ class World:
     def _compare(self, offset: int) -> None:
         """Every sequence, wherever it is, is the model's once all records before `offset` are applied."""
         state = self.worker.state._sequences
-        hot = [user for user in self.model.past if user in state.slot_of]
-        actions, starts = state.kept(state.slots(hot))
-        self._compare_all(hot, state.headers[state.slots(hot)], actions, starts, offset)
-        cold = [user for user in self.model.past if user not in state.slot_of]
+        hot = [user for user in self.model.past if user in state.row_of]
+        actions, starts = state.kept(state.rows_of(hot))
+        self._compare_all(hot, state.headers[state.rows_of(hot)], actions, starts, offset)
+        cold = [user for user in self.model.past if user not in state.row_of]
         stored = read_users(self.worker.disk, cold, LIMITS).stored
         self._compare_all(cold, stored.headers, stored.actions, stored.starts, offset)
 

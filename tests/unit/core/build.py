@@ -44,6 +44,6 @@ def state_of(policy: TriggerPolicy, users: Sequence[bytes], limits: StateLimits 
 def items_of(state: PartitionState, user: bytes) -> list[int]:
     """Items of a user in memory, oldest first."""
     sequences = state._sequences
-    actions, _ = sequences.kept(sequences.slots([user]))
+    actions, _ = sequences.kept(sequences.rows_of([user]))
     items: list[int] = actions["item"].tolist()
     return items

@@ -22,11 +22,11 @@ def test_every_entry_comes_when_it_should(due_ms: list[int], tick_ms: int, limit
     cold: list[int] = []
     for now_ms in range(0, 3_000 + BUCKET_MS + tick_ms, tick_ms):
         while wheel.next_ms is not None and wheel.next_ms <= now_ms:
-            slots, users = wheel.pop(now_ms, limit)
+            rows, users = wheel.pop(now_ms, limit)
             assert len(users) <= limit
-            hot += slots.tolist()
+            hot += rows.tolist()
             cold += map(int, users)
-            for index in [*slots.tolist(), *map(int, users)]:
+            for index in [*rows.tolist(), *map(int, users)]:
                 assert due_ms[index] <= now_ms < due_ms[index] + BUCKET_MS + tick_ms
     assert sorted(hot) == sorted(cold) == list(range(len(due_ms)))
     assert wheel.next_ms is None

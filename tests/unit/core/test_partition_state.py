@@ -69,7 +69,7 @@ def test_revision_changes_at_anything_but_an_append() -> None:
     revisions = []
     for offset, (time_ms, dead) in enumerate([(10, False), (20, False), (15, False), (30, True), (40, False)]):
         state.apply(batch([b"a"], [time_ms], offset=offset, tombstones=[dead]), NOW_MS)
-        revisions.append(int(state._sequences.headers["revision"][state._sequences.slot_of[b"a"]]))
+        revisions.append(int(state._sequences.headers["revision"][state._sequences.row_of[b"a"]]))
     assert revisions == [0, 0, 1, 2, 2]
 
 

@@ -41,9 +41,9 @@ def _apply(state: SequenceState, events: list[tuple[bytes, int, int, bool]], cut
 
 
 def _contents(state: SequenceState) -> list[object]:
-    slots = state.slots(USERS)
-    actions, starts = state.kept(slots)
-    headers = state.headers[slots]
+    rows = state.rows_of(USERS)
+    actions, starts = state.kept(rows)
+    headers = state.headers[rows]
     names = ("count", "applied_offset", "forgotten_ms", "revision")
     return [actions.tolist(), starts.tolist(), [headers[name].tolist() for name in names]]
 
@@ -74,7 +74,7 @@ def test_slow_path_gives_what_the_fast_path_gives(events: list[tuple[bytes, int,
     fast, slow = _fresh(), _fresh()
 
     def judge_all_slow(
-        batch: ActionBatch, slots: object, outcomes: object
+        batch: ActionBatch, rows: object, outcomes: object
     ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         return np.ones(len(batch), np.bool_)
 
@@ -87,9 +87,9 @@ def test_more_events_of_one_user_than_a_sequence_holds() -> None:
     """A batch with 3 M events of one user leaves the newest M, and counts them all."""
     state, length = _fresh(), LIMITS.sequence_length
     state.apply(batch([b"a"] * 3 * length, range(3 * length)))
-    actions, _ = state.kept(state.slots([b"a"]))
+    actions, _ = state.kept(state.rows_of([b"a"]))
     assert actions["item"].tolist() == list(range(2 * length + 1, 3 * length + 1))
-    assert state.headers["count"][state.slots([b"a"])] == 3 * length
+    assert state.headers["count"][state.rows_of([b"a"])] == 3 * length
 
 
 def test_twin_that_leaves_during_the_batch_is_no_duplicate() -> None:
@@ -124,9 +124,9 @@ def test_nothing_of_a_forgotten_user_stays_in_memory() -> None:
     state = _fresh()
     state.apply(batch([b"a"] * 5, range(5), event_ids=range(1, 6)))
     state.apply(batch([b"a"], [9], offset=5, tombstones=[True]))
-    slot, length = int(state.slots([b"a"])[0]), LIMITS.sequence_length
-    assert not state._ring[slot * length : (slot + 1) * length].view(np.uint8).any()
-    assert not state._fingerprints[slot].any()
+    row, length = int(state.rows_of([b"a"])[0]), LIMITS.sequence_length
+    assert not state._ring[row * length : (row + 1) * length].view(np.uint8).any()
+    assert not state._fingerprints[row].any()
 
 
 def test_no_more_users_than_the_limit() -> None:

@@ -46,13 +46,13 @@ def test_reading_gives_what_is_in_memory(rounds: list[list[tuple[bytes, int, int
             offset += len(events)
         _write(state, store)
         read = read_users(store, USERS, LIMITS)
-        slots = state._sequences.slots(USERS)
-        actions, starts = state._sequences.kept(slots)
+        rows = state._sequences.rows_of(USERS)
+        actions, starts = state._sequences.kept(rows)
         assert not read.corrupt
         assert read.stored.actions.tolist() == actions.tolist()
         assert read.stored.starts.tolist() == starts.tolist()
         for column in ("count", "revision", "applied_offset", "forgotten_ms", "due_ms", "unencoded"):
-            assert read.stored.headers[column].tolist() == state._sequences.headers[column][slots].tolist()
+            assert read.stored.headers[column].tolist() == state._sequences.headers[column][rows].tolist()
 
 
 def test_one_new_action_rewrites_the_head_alone() -> None:
