@@ -1,4 +1,4 @@
-"""The groups of settings: each key with its bounds, its default and what it means. `settings.py` gathers them."""
+"""The groups of settings: each key with its bounds, its default and its description; `settings.py` combines them."""
 
 from __future__ import annotations
 
@@ -25,65 +25,66 @@ def _servers(text: str) -> str:
 
 
 class Group(BaseModel):
-    """What the groups share: frozen, typos refused, the text under a key is its documentation."""
+    """Base of every group: frozen, unknown keys are rejected, and the string under a key is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class KafkaSettings(Group):
-    """How to reach Kafka, and how much is fetched at once."""
+    """Connection to Kafka, and how much is fetched at once."""
 
     bootstrap_servers: Annotated[str, AfterValidator(_servers)] = "127.0.0.1:9092"
-    """Addresses `host:port`, separated by commas."""
+    """Addresses of brokers, `host:port`, separated by commas."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """Encryption and authentication, in Kafka's words."""
+    """Encryption and authentication, by Kafka's names."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    """Read with a SASL protocol only."""
+    """SASL mechanism; used only with a SASL protocol."""
     sasl_username: str = ""
-    """Needed with a SASL protocol."""
+    """User name; required with a SASL protocol."""
     sasl_password: SecretStr = SecretStr("")
-    """Needed with a SASL protocol."""
+    """Password; required with a SASL protocol."""
     ssl_ca_file: FilePath | None = None
-    """PEM certificates to trust; the system's where absent."""
+    """PEM file of trusted certificates; default: those of the operating system."""
     ssl_cert_file: FilePath | None = None
-    """The client's PEM certificate, where the broker asks for one."""
+    """PEM file of the client's certificate, if the broker requires one."""
     ssl_key_file: FilePath | None = None
-    """Its private key."""
+    """PEM file of the private key of `ssl_cert_file`."""
     ssl_key_password: SecretStr = SecretStr("")
-    """Of the private key."""
+    """Password of the private key."""
     ssl_check_hostname: bool = True
-    """Whether the broker's certificate must name its host."""
+    """Require that the broker's certificate names its host."""
     poll_records_max: Positive = 4_000
-    """Records fetched from all partitions at once."""
+    """Maximum number of records per fetch, over all partitions."""
     fetch_bytes_max: Positive = 4_194_304
-    """Bytes fetched from one partition at once."""
+    """Maximum number of bytes per fetch and partition."""
     fetch_max_wait_ms: Positive = 20
-    """How long the broker may hold a fetch back while there is nothing to read. A partition that was being consumed
-    when the fetch was sent has to wait for its end, so this bounds freshness."""
+    """How long the broker may delay the answer to a fetch while there is nothing to read. A partition that was still
+    being processed when the fetch was sent waits for the next one, so this delay adds to freshness."""
     session_timeout_ms: Positive = 10_000
-    """Silence after which the group gives this worker's partitions to others."""
+    """Time without a heartbeat after which the group assigns this worker's partitions to others."""
     heartbeat_interval_ms: Positive = 2_000
-    """At most a third of `session_timeout_ms`."""
+    """Interval between heartbeats; at most a third of `session_timeout_ms`."""
     transaction_timeout_ms: Positive = 30_000
-    """After which the broker aborts the transaction of a worker that fell silent inside a checkpoint."""
+    """Time after which the broker aborts the transaction of a worker that stopped responding during a checkpoint."""
 
     @model_validator(mode="after")
-    def _fits(self) -> KafkaSettings:
+    def _check_combinations(self) -> KafkaSettings:
         if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.has_password()):
             raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
         if (self.ssl_cert_file is None) != (self.ssl_key_file is None):
-            raise ValueError("ssl_cert_file and ssl_key_file belong together")
+            raise ValueError("ssl_cert_file and ssl_key_file must be set together")
         if self.heartbeat_interval_ms * 3 > self.session_timeout_ms:
             raise ValueError("heartbeat_interval_ms must be at most a third of session_timeout_ms")
         return self
 
     def has_password(self) -> bool:
+        """Return whether a SASL password is set."""
         return bool(self.sasl_password.get_secret_value())
 
     def client_options(self) -> dict[str, Any]:
-        """Servers and security as the keyword arguments that aiokafka's and kafka-python's clients both take.
+        """Return servers and security as keyword arguments for clients of both aiokafka and kafka-python.
 
-        Raises `SettingsError` where the certificates cannot be read.
+        Raises `SettingsError` when a certificate cannot be read.
         """
         options: dict[str, Any] = {
             "bootstrap_servers": self.bootstrap_servers,
@@ -110,126 +111,129 @@ class KafkaSettings(Group):
 
 
 class TopicsSettings(Group):
-    """Which topics are read and written."""
+    """Topics that are read and written."""
 
     actions: Name = "user-actions"
-    """Read: actions keyed by user."""
+    """Input topic: actions, keyed by user."""
     embeddings: Name = "user-embeddings"
-    """Written: the newest embedding of each user; compacted."""
+    """Output topic: the newest embedding of each user; compacted."""
     dead_letter: Name = "user-actions.dead-letter"
-    """Written: refused records with their reason."""
+    """Output topic: rejected records, with the reason in a header."""
     partitions: Positive = 4
-    """Of each topic; they hold the same users by partition, so it is one number and fixed for life."""
+    """Number of partitions of every topic. It can never change: a user has the same partition in all of them."""
 
 
 class WorkerSettings(Group):
     """One worker process."""
 
     instance_id: Name = Field(default_factory=socket.gethostname)
-    """Names this worker in its group (static membership): a restart under the same name moves no partition. Give each
-    worker of a machine its own."""
+    """Name of this worker in its consumer group (static membership): after a restart under the same name it keeps its
+    partitions. Each worker on a machine needs its own name."""
     watchdog_timeout_ms: Positive = 30_000
-    """Without progress while there is something to read, for this long, the worker is not live and exits."""
+    """Time without progress, while there is something to read, after which the worker is not live and exits."""
     shutdown_timeout_ms: Positive = 20_000
-    """How long a stopped worker may take to finish what is in flight and to checkpoint."""
+    """Time that a worker has, once told to stop, to finish work in flight and write its last checkpoint."""
 
 
 class StateSettings(Group):
-    """Sequence state of one partition."""
+    """Sequences of one partition's users."""
 
     sequence_length: Positive = 256
-    """Actions kept of a user; fixed for the life of the state."""
+    """Number of actions kept per user; cannot change while the state exists."""
     chunk_length: Positive = 16
-    """Actions rewritten together; divides `sequence_length`; fixed for the life of the state."""
+    """Number of actions stored per record; divides `sequence_length` and cannot change while the state exists."""
     hot_users_max: Positive = 65_536
-    """Users of a partition in memory; the others are on disk."""
+    """Maximum number of users per partition in memory; the others are on disk."""
     wake_users_max: Positive = 10_000
-    """Users whose timers one wake-up may handle."""
+    """Maximum number of users whose timers fire in one step."""
 
 
 class CheckpointSettings(Group):
-    """When state becomes durable, and how it is restored."""
+    """Durability of the state, and its restore."""
 
     interval_ms: Positive = 1_000
-    """At most this long after an event its offset is committed."""
+    """Interval between checkpoints: how long after an event its offset is committed, at most."""
     events_max: Positive = 200_000
-    """A partition with this many events since its last checkpoint makes one at once."""
+    """Number of events since the last checkpoint of a partition that starts the next one at once."""
     restores_max: Positive = 2
-    """Partitions restored at the same time."""
+    """Maximum number of partitions restored at the same time."""
     store_cache_bytes: Positive = 67_108_864
-    """Block cache that the local databases of a worker share."""
+    """Size of the block cache that all local databases of a worker share."""
 
 
 class DecodeSettings(Group):
-    """What an action may be at most; anything beyond is a dead letter."""
+    """Limits of an action; a record beyond one of them becomes a dead letter."""
 
     value_bytes_max: Positive = 65_536
-    """Bytes of a record's value."""
+    """Maximum size of a record's value, in bytes."""
     id_chars_max: Positive = 256
-    """Characters of a user, item or event id."""
+    """Maximum length of a user, item or event id, in characters."""
     name_chars_max: Positive = 64
-    """Characters of an action type or surface."""
+    """Maximum length of an action type or surface, in characters."""
     timestamp_ahead_max_ms: Annotated[int, Field(ge=0)] = 600_000
-    """How far event time may be ahead of the clock."""
+    """How far event time may be ahead of the worker's clock."""
     timestamp_min_ms: Annotated[int, Field(ge=0)] = 315_532_800_000
-    """The oldest event time (1980): above every present time in seconds, which is how those are noticed."""
+    """Oldest accepted event time (the year 1980). It is above any current time in seconds, so a producer that sends
+    seconds instead of milliseconds is noticed."""
 
 
 class TriggersSettings(Group):
-    """When a user is due."""
+    """Conditions under which a user is due for a new embedding."""
 
     policy_file: FilePath | None = None
-    """TOML file with the trigger policy; without one every action is a trigger."""
+    """TOML file with the trigger policy; without it every action is a trigger."""
 
 
 class EncoderSettings(Group):
     """The encoder that the worker runs."""
 
     release_dir: Path | None = None
-    """Folder of the release; needed by `streamformer worker`."""
+    """Folder of the release; required by `streamformer worker`."""
     runtime: Literal["incremental", "full"] = "incremental"
-    """`full` recomputes the whole sequence for each embedding."""
+    """`incremental` reuses the keys and values of actions encoded before; `full` recomputes the whole sequence for each
+    embedding."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the matrix products; `auto` measures at start."""
+    """Precision of the matrix products; `auto` measures at start which one is faster."""
     cache_bytes_max: Positive = 1_073_741_824
-    """Keys and values kept for hot users."""
+    """Size of the cache of keys and values of hot users."""
 
 
 class QueueSettings(Group):
-    """The encode queue."""
+    """The queue of users that are due."""
 
     users_max: Positive = 100_000
-    """Users waiting; ingestion pauses at this limit, and whoever comes beyond it is shed, lowest priority first."""
+    """Maximum number of waiting users. At the limit ingestion pauses; users beyond it are shed, lowest priority first,
+    and stay due."""
     batch_users_max: Positive = 4_096
-    """Users encoded at once, however fast the encoder is."""
+    """Maximum number of users per batch, however fast the encoder is."""
     batch_ms: Annotated[float, Field(gt=0, le=1_000)] = 50.0
-    """How long the encoder may take at once; the number of users follows from that. The event loop stands still
-    meanwhile, at most this long."""
+    """Time that the encoder may take per batch; the number of users follows from it. The event loop is blocked while a
+    batch is encoded, for at most this time."""
     wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0
-    """How long a batch may gather after its first user; 0 takes whoever is there."""
+    """Time to wait for more users after the first one of a batch; 0 encodes at once those that are waiting."""
     publishing_max: Positive = 8
-    """Batches of embeddings that may be unacknowledged at once."""
+    """Maximum number of published batches that are not yet acknowledged."""
     attempts_max: Positive = 3
-    """Attempts to encode a batch before its users are tried one by one."""
+    """Number of attempts to encode a batch before its users are encoded one by one."""
     retry_backoff_ms: Positive = 200
-    """Between two attempts."""
+    """Time between two attempts."""
     stuck_after_ms: Positive = 5_000
-    """A batch that the encoder has not finished after this makes the worker unready."""
+    """Time after which a batch that the encoder has not finished makes the worker unready."""
 
 
 class OutputSettings(Group):
-    """What is published."""
+    """Format and delivery of what is published."""
 
     codec: Literal["float32", "float16", "json"] = "float32"
-    """How vectors are written."""
+    """Encoding of the vectors in record values."""
     request_timeout_ms: Positive = 10_000
-    """How long an output may wait for the broker before its users are encoded again."""
+    """Time that an embedding may wait for the broker's acknowledgement before its user is encoded again."""
 
 
 class WebSettings(Group):
-    """The worker's `/metrics`, `/livez` and `/readyz`."""
+    """HTTP server of the worker: `/metrics`, `/livez` and `/readyz`."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
+    """Address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: Port = 9_464
-    """0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""

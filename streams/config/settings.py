@@ -1,8 +1,9 @@
-"""Settings: one frozen object from `STREAMFORMER_*` environment variables over a TOML file over defaults.
+"""Settings: one frozen object, read from environment variables, then a TOML file, then defaults.
 
-A key of group `kafka` is `[kafka] poll_records_max = 500` in the file and `STREAMFORMER_KAFKA_POLL_RECORDS_MAX` in the
-environment. Secrets may also come from a file: `STREAMFORMER_KAFKA_SASL_PASSWORD_FILE` names it. All problems are
-reported at once; what is printed is redacted. docs/reference/settings.md lists every key.
+The key `kafka.poll_records_max` is written `[kafka] poll_records_max = 500` in the file, and its environment variable
+is `STREAMFORMER_KAFKA_POLL_RECORDS_MAX`. A secret may also be read from a file of its own, which a variable such as
+`STREAMFORMER_KAFKA_SASL_PASSWORD_FILE` names. All problems are reported at once, and secrets are never printed.
+docs/reference/settings.md lists every key.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CONFIG_VARIABLE = "STREAMFORMER_CONFIG"
 
 
 class Settings(BaseSettings):
-    """Everything a worker, a subscriber or a command reads. Keyword arguments are the TOML file's content."""
+    """All settings of workers, subscribers and commands. Keyword arguments are the content of the TOML file."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -51,11 +52,11 @@ class Settings(BaseSettings):
     )
 
     app_id: Name = "streamformer"
-    """Names the consumer group, the changelog topic and the transactions; one per independent application."""
+    """Name of the consumer group, the changelog topic and the transactions; one per independent application."""
     data_dir: Path = Path("streamformer-data")
-    """Where the local databases live; a cache of the changelog, quick restarts need it kept."""
+    """Folder of the local databases. They are a cache of the changelog: keep the folder for quick restarts."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Of the log on standard error."""
+    """Level of the log on standard error."""
     kafka: KafkaSettings = KafkaSettings()
     topics: TopicsSettings = TopicsSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -69,7 +70,7 @@ class Settings(BaseSettings):
     web: WebSettings = WebSettings()
 
     @model_validator(mode="after")
-    def _fits(self) -> Settings:
+    def _check_combinations(self) -> Settings:
         if self.kafka.poll_records_max > self.state.hot_users_max:
             raise ValueError("kafka.poll_records_max must be at most state.hot_users_max: a batch's users are all hot")
         if self.checkpoint.interval_ms >= self.worker.watchdog_timeout_ms:
@@ -78,6 +79,7 @@ class Settings(BaseSettings):
 
     @property
     def changelog_topic(self) -> str:
+        """Name of the changelog topic."""
         return f"{self.app_id}-user-sequences-changelog"
 
     @classmethod
@@ -89,14 +91,14 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment over the TOML file."""
+        """Return the environment, then the TOML file."""
         return _Environment(settings_cls), init_settings
 
 
 def load_settings(config_file: Path | None = None) -> Settings:
-    """Read the environment and `config_file` (or the file that `STREAMFORMER_CONFIG` names).
+    """Read the environment and `config_file`, or else the file that `STREAMFORMER_CONFIG` names.
 
-    Raises `SettingsError` with every problem, each with its key.
+    Raises `SettingsError`, which lists every problem with its key.
     """
     problems = [f"{name}: unknown variable" for name in _unknown_variables(os.environ)]
     content = _toml(config_file, problems)
@@ -112,7 +114,7 @@ def load_settings(config_file: Path | None = None) -> Settings:
 
 
 def printed(settings: Settings) -> str:
-    """One line `key = value` for each setting, secrets as asterisks."""
+    """Return one line `key = value` per setting, secrets as asterisks."""
     values = settings.model_dump(mode="json")
     lines = []
     for key in keys():
@@ -122,7 +124,7 @@ def printed(settings: Settings) -> str:
 
 
 def keys() -> Iterator[str]:
-    """Every key, `group.name` or `name`, in the order of this file."""
+    """Yield every key, `group.name` or `name`, in the order of this file."""
     for name, field in Settings.model_fields.items():
         group = field.annotation
         if isinstance(group, type) and issubclass(group, Group):
@@ -132,12 +134,12 @@ def keys() -> Iterator[str]:
 
 
 def variable(key: str) -> str:
-    """The environment variable of a key."""
+    """Return the environment variable of a key."""
     return PREFIX + key.replace(".", "_").upper()
 
 
 def secret_keys() -> list[str]:
-    """Keys that hold secrets; their variables have a twin that ends in `_FILE`."""
+    """Return the keys that hold secrets; each has a second variable that ends in `_FILE`."""
     return [key for key in keys() if _is_secret(key)]
 
 
@@ -153,7 +155,7 @@ class _SecretUnreadable(Exception):
 
 
 class _Environment(EnvSettingsSource):
-    """The environment; a secret is also read from the file that its `*_FILE` variable names, less the last newline."""
+    """The environment, with secrets read from the files that `*_FILE` variables name, less the final newline."""
 
     def __call__(self) -> dict[str, Any]:
         content = super().__call__()

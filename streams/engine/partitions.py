@@ -233,7 +233,7 @@ class Partitions(Service):
         if owned is None or (continuity := owned.continuity(batch)) is Continuity.STALE:
             return None
         if continuity is Continuity.GAP and not await self._expired(owned, batch):
-            self._metrics.position_holes.inc()
+            self._metrics.position_gaps.inc()
             await self._seek(owned)
             return None
         return owned

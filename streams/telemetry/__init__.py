@@ -1,1 +1,1 @@
-"""What a worker reports of itself: metrics, their Prometheus endpoint, the watchdog, and its log."""
+"""Telemetry: metrics, their Prometheus endpoint, the watchdog and the log filter."""

@@ -1,7 +1,8 @@
-"""Client libraries log the same line hundreds of times a second while a broker is away; one a second is enough.
+"""A log filter that limits repeated lines to one per second.
 
-A line is the same as another when logger, level and place in the code are: its arguments may differ. The first after
-a pause tells how many were left out.
+Client libraries log the same line hundreds of times per second while a broker is away. Two lines are the same when they
+have the same logger, level and place in the code; their arguments may differ. The first line after a pause ends with
+the number of lines that were left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ PER_MS = 1_000
 
 
 class RepeatFilter(logging.Filter):
-    """Lets each line through once in `PER_MS`, by the record's own clock; everything from `exempt` always."""
+    """Passes each line once per `PER_MS`, by the record's own time, and every line of the package `exempt`."""
 
     def __init__(self, exempt: str) -> None:
         super().__init__()
@@ -21,6 +22,7 @@ class RepeatFilter(logging.Filter):
         self._left_out: dict[tuple[str, int, str, int], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is logged."""
         if record.name.split(".", 1)[0] == self._exempt:
             return True
         place, at_ms = (record.name, record.levelno, record.pathname, record.lineno), record.created * 1_000

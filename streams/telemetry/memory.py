@@ -1,4 +1,4 @@
-"""What the process does with memory that numpy and torch give back."""
+"""Tuning of glibc's allocator for the temporary arrays of numpy and torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KEPT_BYTES = 64 << 20
 
 
 def keep_freed_memory() -> None:
-    """Keep what is freed, up to `KEPT_BYTES` at the end of the heap; without effect where there is no glibc.
+    """Let the process keep up to `KEPT_BYTES` of freed memory; without glibc this does nothing.
 
-    By default glibc gives the end of the heap back to the system whenever a temporary array of some hundred kilobytes
-    is freed, and the next one faults its pages in again: gathering 200 sequences of 90 actions took 1.6 ms, of which
-    1.5 were that.
+    By default glibc returns the end of the heap to the system whenever a temporary array of a few hundred kilobytes is
+    freed, and the next array causes page faults again: gathering 200 sequences of 90 actions took 1.6 ms, of which
+    1.5 ms were page faults.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

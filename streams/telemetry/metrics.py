@@ -1,8 +1,8 @@
 """The catalogue of metrics: every figure that a worker reports is one attribute of `Metrics`.
 
-Instruments hold their own numbers and know no monitoring system; `prometheus.py` serves them. They are updated
-once a batch, from any thread. Labels come from closed sets or are partition numbers, never user ids.
-docs/reference/metrics.md is made from this module.
+Instruments hold their own numbers and do not depend on a monitoring system; `prometheus.py` serves them. They are
+updated once per batch, from any thread. Labels come from closed sets or are partition numbers, never user ids.
+docs/reference/metrics.md is generated from this module.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from encoder.arrays import I64
 
 Label = str | int
 Labels = tuple[str, ...]
-"""Values of an instrument's labels, in their order."""
+"""Values of an instrument's labels, in the order of their names."""
 
 
 class Kind(StrEnum):
+    """Kind of an instrument, by Prometheus' names."""
+
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
@@ -31,14 +33,17 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """What a histogram holds of one set of labels: `counts[i]` observations at or below bound i, the last above all."""
+    """Observations of a histogram with one set of labels.
+
+    `counts[i]` is the number of observations above bound i - 1 and at or below bound i; the last count has no bound.
+    """
 
     counts: I64
     total: float
 
 
 class Instrument:
-    """One metric: `name` with its unit last, one line of `help`, the names of its labels."""
+    """One metric: its `name` with the unit last, one line of `help`, and the names of its labels."""
 
     kind: Kind
 
@@ -58,21 +63,22 @@ class _Number(Instrument):
         self._numbers: dict[Labels, float] = {} if labels else {(): 0.0}
 
     def value(self, **labels: Label) -> float:
-        """The present number; 0 for labels that were never touched."""
+        """Return the present number; 0 for labels that were never used."""
         return self._numbers.get(self._values(labels), 0.0)
 
     def samples(self) -> dict[Labels, float]:
-        """A copy of all numbers, by label values."""
+        """Return a copy of all numbers, by label values."""
         with self._lock:
             return dict(self._numbers)
 
 
 class Counter(_Number):
-    """Only rises."""
+    """A number that only increases."""
 
     kind = Kind.COUNTER
 
     def inc(self, amount: float = 1, **labels: Label) -> None:
+        """Add `amount`, which must not be negative."""
         if amount < 0:
             raise ValueError(f"{self.name} cannot fall by {-amount}")
         values = self._values(labels)
@@ -81,24 +87,25 @@ class Counter(_Number):
 
 
 class Gauge(_Number):
-    """A number as it stands."""
+    """A number that rises and falls."""
 
     kind = Kind.GAUGE
 
     def set(self, value: float, **labels: Label) -> None:
+        """Replace the number."""
         values = self._values(labels)
         with self._lock:
             self._numbers[values] = float(value)
 
     def remove(self, **labels: Label) -> None:
-        """Report these labels no longer: the partition has gone to another worker."""
+        """Stop reporting these labels, because the partition belongs to another worker now."""
         values = self._values(labels)
         with self._lock:
             self._numbers.pop(values, None)
 
 
 class Histogram(Instrument):
-    """Observations counted by `bounds`, ascending upper limits."""
+    """Counts of observations by `bounds`, which are ascending upper limits."""
 
     kind = Kind.HISTOGRAM
 
@@ -109,10 +116,11 @@ class Histogram(Instrument):
         self._held: dict[Labels, Distribution] = {} if labels else {(): self._empty()}
 
     def observe(self, value: float, **labels: Label) -> None:
+        """Count one observation."""
         self.observe_many(np.array([value], np.float64), **labels)
 
     def observe_many(self, values: npt.NDArray[Any], **labels: Label) -> None:
-        """Count a whole batch of observations; NaN is not counted."""
+        """Count a batch of observations, except those that are NaN."""
         known = values[~np.isnan(values)]
         counts = np.bincount(np.searchsorted(self._edges, known, side="left"), minlength=len(self.bounds) + 1)
         total, of = float(known.sum()), self._values(labels)
@@ -121,7 +129,7 @@ class Histogram(Instrument):
             self._held[of] = Distribution(held.counts + counts, held.total + total)
 
     def samples(self) -> dict[Labels, Distribution]:
-        """All distributions, by label values."""
+        """Return all distributions, by label values."""
         with self._lock:
             return dict(self._held)
 
@@ -130,14 +138,14 @@ class Histogram(Instrument):
 
 
 LATENCY_BOUNDS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-"""Around the objectives of freshness: p50 10 ms, p99 50 ms, 500 ms through a fault."""
+"""Bounds around the objectives of freshness: p50 10 ms, p99 50 ms, 500 ms during a fault."""
 WORK_BOUNDS_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 RESTORE_BOUNDS_SECONDS = (0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 BATCH_BOUNDS_USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:
-    """One worker's instruments."""
+    """All instruments of one worker."""
 
     def __init__(self) -> None:
         self._ingestion()
@@ -145,65 +153,74 @@ class Metrics:
         self._publishing()
         self._partitions()
         self.info = Gauge(
-            "streamformer_info", "Always 1; its labels say what runs.", "version", "encoder_version", "dtype"
+            "streamformer_info",
+            "Constant 1; the labels hold the versions that this worker runs.",
+            "version",
+            "encoder_version",
+            "dtype",
         )
 
     def _ingestion(self) -> None:
-        self.events = Counter("streamformer_events_total", "Records read from the action topic, good or bad.")
+        self.events = Counter("streamformer_events_total", "Records read from the action topic, valid or not.")
         self.rejected = Counter(
             "streamformer_refused_total", "Records sent to the dead-letter topic, by reason.", "reason"
         )
-        self.duplicates = Counter("streamformer_duplicates_total", "Events ignored because they were applied before.")
+        self.duplicates = Counter(
+            "streamformer_duplicates_total", "Events ignored because they had been applied before."
+        )
         self.late_inserted = Counter(
-            "streamformer_late_inserted_total", "Late events put where they belong in their sequence."
+            "streamformer_late_inserted_total", "Late events inserted at their place in the sequence."
         )
         self.late_dropped = Counter(
-            "streamformer_late_dropped_total", "Late events older than everything kept in a full sequence."
+            "streamformer_late_dropped_total",
+            "Late events dropped because they are older than every action of a full sequence.",
         )
         self.forgotten_dropped = Counter(
-            "streamformer_forgotten_dropped_total", "Events of a forgotten user from before the user was forgotten."
+            "streamformer_forgotten_dropped_total",
+            "Events dropped because their user was forgotten after they had happened.",
         )
-        self.tombstones = Counter("streamformer_tombstones_total", "Users forgotten on request.")
-        self.position_holes = Counter(
-            "streamformer_position_holes_total", "Batches sought back because records before them were missing."
+        self.tombstones = Counter("streamformer_tombstones_total", "Requests to forget a user that were carried out.")
+        self.position_gaps = Counter(
+            "streamformer_position_holes_total",
+            "Batches read again after a seek because records before them were missing.",
         )
         self.events_expired = Counter(
-            "streamformer_events_expired_total", "Records that retention deleted before they were read: lost."
+            "streamformer_events_expired_total", "Records lost because retention deleted them before they were read."
         )
         self.consumer_lag = Gauge(
-            "streamformer_consumer_lag_records", "Records in the action topic not yet processed.", "partition"
+            "streamformer_consumer_lag_records", "Records of the action topic that are not yet processed.", "partition"
         )
         self.processed_offset = Gauge(
-            "streamformer_processed_offset", "Offset behind the last processed record.", "partition"
+            "streamformer_processed_offset", "Offset after the last processed record.", "partition"
         )
         self.committed_offset = Gauge(
             "streamformer_committed_offset", "Offset committed by the last checkpoint.", "partition"
         )
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
         self.corrupt_users = Counter(
-            "streamformer_corrupt_users_total", "Users whose stored state failed its checksum: quarantined."
+            "streamformer_corrupt_users_total", "Users quarantined because their stored state is corrupt."
         )
 
     def _encoding(self) -> None:
         self.triggers = Counter("streamformer_triggers_total", "Users found due, by reason.", "reason")
         self.queue_users = Gauge("streamformer_queue_users", "Users waiting in the encode queue.")
         self.shed = Counter(
-            "streamformer_shed_total", "Due users left out for want of room, by reason; they stay due.", "reason"
+            "streamformer_shed_total", "Due users that a full queue did not take, by reason; they stay due.", "reason"
         )
-        self.encode_batches = Counter("streamformer_encode_batches_total", "Batches that the encoder ran.")
+        self.encode_batches = Counter("streamformer_encode_batches_total", "Batches encoded.")
         self.encoded_users = Counter("streamformer_encoded_users_total", "Embeddings computed.")
         self.encode_seconds = Histogram(
-            "streamformer_encode_seconds", "Time of the encoder for one batch.", bounds=WORK_BOUNDS_SECONDS
+            "streamformer_encode_seconds", "Time to encode one batch.", bounds=WORK_BOUNDS_SECONDS
         )
         self.encode_batch_users = Histogram(
-            "streamformer_encode_batch_users", "Users in one batch of the encoder.", bounds=BATCH_BOUNDS_USERS
+            "streamformer_encode_batch_users", "Number of users per encoded batch.", bounds=BATCH_BOUNDS_USERS
         )
-        self.encode_failures = Counter("streamformer_encode_failures_total", "Attempts of the encoder that failed.")
+        self.encode_failures = Counter("streamformer_encode_failures_total", "Attempts to encode a batch that failed.")
         self.cache_hits = Counter(
             "streamformer_cache_hits_total", "Embeddings computed from cached keys and values alone."
         )
         self.cache_prefills = Counter(
-            "streamformer_cache_prefills_total", "Embeddings for which a sequence was computed from its start."
+            "streamformer_cache_prefills_total", "Embeddings for which the whole sequence was computed."
         )
 
     def _publishing(self) -> None:
@@ -211,43 +228,48 @@ class Metrics:
             "streamformer_embeddings_published_total", "Embeddings acknowledged by the output topic."
         )
         self.publish_failures = Counter(
-            "streamformer_publish_failures_total", "Embeddings that could not be published and are encoded again."
+            "streamformer_publish_failures_total",
+            "Embeddings that were not acknowledged; their users are encoded again.",
         )
         self.freshness_seconds = Histogram(
             "streamformer_freshness_seconds",
-            "Publish time minus event time of the newest action inside.",
+            "Publish time minus event time of the newest action in the embedding.",
             bounds=LATENCY_BOUNDS_SECONDS,
         )
 
     def _partitions(self) -> None:
         self.checkpoint_seconds = Histogram(
-            "streamformer_checkpoint_seconds", "Time of one partition's checkpoint.", bounds=WORK_BOUNDS_SECONDS
+            "streamformer_checkpoint_seconds",
+            "Time to write one checkpoint of one partition.",
+            bounds=WORK_BOUNDS_SECONDS,
         )
         self.checkpoint_failures = Counter(
-            "streamformer_checkpoint_failures_total", "Checkpoints that were aborted and are made again."
+            "streamformer_checkpoint_failures_total", "Checkpoints that were aborted and will be repeated."
         )
         self.changelog_records = Counter("streamformer_changelog_records_total", "Records written to the changelog.")
-        self.changelog_bytes = Counter("streamformer_changelog_bytes_total", "Keys and values in the changelog.")
-        self.partitions = Gauge("streamformer_partitions", "Partitions of this worker, by state.", "state")
-        self.restored_records = Counter("streamformer_restored_records_total", "Changelog records restored.")
+        self.changelog_bytes = Counter(
+            "streamformer_changelog_bytes_total", "Bytes of keys and values written to the changelog."
+        )
+        self.partitions = Gauge("streamformer_partitions", "Partitions assigned to this worker, by state.", "state")
+        self.restored_records = Counter("streamformer_restored_records_total", "Changelog records read by restores.")
         self.restore_remaining = Gauge(
-            "streamformer_restore_remaining_records", "Changelog records still to be restored.", "partition"
+            "streamformer_restore_remaining_records", "Changelog offsets left to restore.", "partition"
         )
         self.restore_seconds = Histogram(
             "streamformer_restore_seconds",
-            "Time from fencing a partition to its first event.",
+            "Time from the start of acquiring a partition until it is ready.",
             bounds=RESTORE_BOUNDS_SECONDS,
         )
         self.fenced = Counter(
-            "streamformer_fenced_total", "Partitions lost because another worker fenced this one at the broker."
+            "streamformer_fenced_total", "Partitions lost because another worker fenced this worker at the broker."
         )
 
     def __iter__(self) -> Iterator[Counter | Gauge | Histogram]:
-        """Every instrument, in the order of the catalogue."""
+        """Yield every instrument, in the order of the catalogue."""
         return iter(vars(self).values())
 
     def keep_partitions(self, mine: Collection[int]) -> None:
-        """Report no gauges of other partitions than `mine`: the workers that have them now do."""
+        """Remove the gauges of all partitions except `mine`; the workers that own the others report them."""
         for gauge in self:
             if isinstance(gauge, Gauge) and gauge.labels == ("partition",):
                 for (number,) in gauge.samples():

@@ -1,7 +1,7 @@
-"""The one binding to Prometheus: serves the catalogue of metrics and the health of the worker over HTTP.
+"""The only binding to Prometheus: an HTTP server for the catalogue of metrics and the health of the worker.
 
-`/metrics` is the exposition; `/livez` and `/readyz` answer 200 or 503 with a line of text. The server has threads of
-its own, so it answers while the event loop is blocked: that is when liveness matters.
+`/metrics` returns the exposition format; `/livez` and `/readyz` return 200 or 503 with a line of text. The server has
+its own threads, so it responds while the event loop is blocked, which is when liveness matters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from streams.telemetry.metrics import Counter, Gauge, Histogram, Metrics
 logger = logging.getLogger(__name__)
 
 Check = Callable[[], str | None]
-"""None while all is well, else what is wrong, in a line; called in the server's threads."""
+"""Returns None while all is well, else one line that describes the problem; called from the server's threads."""
 
 REQUEST_TIMEOUT_S = 10.0
 
@@ -32,7 +32,7 @@ class HealthServer:
     """Serves `/metrics`, `/livez` and `/readyz` from construction until `close`."""
 
     def __init__(self, metrics: Metrics, *, host: str, port: int, livez: Check, readyz: Check) -> None:
-        """Listen at `host` and `port` (0: any free one). Raises `CannotStart` where that cannot be had."""
+        """Listen at `host` and `port` (0 picks a free one). Raises `CannotStart` when the address is not available."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Catalogue(metrics))
         handler = type("Handler", (_Handler,), {"registry": registry, "checks": {"/livez": livez, "/readyz": readyz}})
@@ -47,6 +47,7 @@ class HealthServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Stop listening and wait for the server's thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -56,7 +57,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Bind without the look-up of this host's name that http.server makes, which may take seconds."""
+        """Bind without http.server's lookup of this host's name, which may take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -92,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Catalogue:
-    """A collector of prometheus-client over the catalogue's own numbers."""
+    """A prometheus-client collector that reads the numbers of the catalogue."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

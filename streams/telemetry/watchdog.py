@@ -1,7 +1,7 @@
-"""The watchdog: notices that work which is there to be done is not being done.
+"""The watchdog: it detects that pending work is not progressing.
 
-Silent stalls are the worst fault of a stream processor: the process is up, the partitions stand still. Positions are
-compared with their own past, so the clock is a parameter and no stall can hide behind traffic in another partition.
+A silent stall is the worst fault of a stream processor: the process is up, but partitions do not advance. The watchdog
+compares each position with its own past, so traffic in one partition cannot hide a stall in another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where one thing stands: `done` must move while it is behind `wanted`."""
+    """Position of one activity: `done` must change while it is behind `wanted`."""
 
     done: int
     wanted: int
@@ -20,14 +20,14 @@ class Progress:
 
 @dataclass(slots=True)
 class Watchdog:
-    """Reports what has not moved for `timeout_ms` although it was behind all the time."""
+    """Reports activities that were behind for `timeout_ms` without moving."""
 
     timeout_ms: int
     _since: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What is behind -> (where it stood, since when)."""
+    """Activity that is behind -> (its position, the time at which it reached that position)."""
 
     def observe(self, progress: Mapping[str, Progress], now_ms: int) -> str | None:
-        """Take in the present progress by name; return what has stalled, in a line, or None."""
+        """Record the present progress by name; return one line that names what has stalled, or None."""
         self._since = {
             name: self._since_of(name, each, now_ms) for name, each in progress.items() if each.done < each.wanted
         }

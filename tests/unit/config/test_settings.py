@@ -140,7 +140,7 @@ def test_a_wrong_secret_is_not_echoed(tmp_path: Path) -> None:
     ("variables", "text"),
     [
         ({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}, "needs sasl_username and sasl_password"),
-        ({"KAFKA_SSL_CERT_FILE": __file__}, "belong together"),
+        ({"KAFKA_SSL_CERT_FILE": __file__}, "must be set together"),
         ({"KAFKA_HEARTBEAT_INTERVAL_MS": "9000"}, "a third of session_timeout_ms"),
         ({"KAFKA_SSL_CA_FILE": "/nowhere"}, "kafka.ssl_ca_file"),
     ],
