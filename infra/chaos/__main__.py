@@ -7,7 +7,6 @@ there were violations. The run stops at the first round with a violation, unless
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 from random import SystemRandom
 from typing import Annotated
@@ -18,6 +17,7 @@ from infra.chaos import report
 from infra.chaos.faults.catalogue import BY_NAME, PAIRED
 from infra.chaos.schedule import Outcome, Plan, run_schedule
 from infra.harness.reporting import console, print_result, run_command
+from infra.signals import interrupt_on_sigterm
 
 VIOLATIONS_SHOWN = 20
 
@@ -39,7 +39,7 @@ def chaos(
         logging.getLogger(library).setLevel(logging.CRITICAL)
     plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate)
     _progress(f"seed {plan.seed}, {minutes:g} minutes")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # leave no broker and no disk behind
+    interrupt_on_sigterm()  # leave no broker and no disk behind
     outcome = run_schedule(plan, _progress, _report_round)
     report.show(outcome)
     _progress(f"report: {report.write(out, outcome)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from infra.kafka.address import BrokerFailed
 from infra.kafka.broker import Broker, BrokerOptions
+from infra.signals import interrupt_on_sigterm
 
 app = typer.Typer()
 CHECK_S = 0.5
@@ -24,7 +24,7 @@ def broker(
     folder: Annotated[Path | None, typer.Option(help="Where the temporary data folder goes.")] = None,
 ) -> None:
     """Run Apache Kafka on loopback until Ctrl-C; its data goes with it. The address is the only line on stdout."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     with Broker.start(BrokerOptions(port=port, heap_mb=heap_mb, folder=folder)) as running:
         print(running.bootstrap_servers, flush=True)
         print("Ctrl-C stops it and removes its data", file=sys.stderr)
@@ -38,7 +38,3 @@ def _watch(running: Broker) -> NoReturn:
     while running.is_running():
         time.sleep(CHECK_S)
     raise BrokerFailed("the broker ended by itself", running.last_words(), "see memory and disk, and start it again")
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from infra.demo.live import Screen
 from infra.demo.plot import save_plot
 from infra.demo.report import TEXT_COLUMNS, as_json, print_report, save_text
 from infra.demo.run import DemoOptions, Outcome, open_stage, run
+from infra.signals import interrupt_on_sigterm
 
 app = typer.Typer()
 RECIPE = Path(__file__).parents[2] / "encoder" / "runs" / "demo.toml"
@@ -39,7 +39,7 @@ def demo(
 ) -> None:
     """Broker, training, worker, replay and a report; ends by itself, the last line is JSON."""
     started_s = time.monotonic() - (time.time() - psutil.Process().create_time())  # imports count too
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_sigterm()
     policy = GeneratorPolicy(users=max(20, generated // 150), events=generated) if generated else None
     options = DemoOptions(read_recipe(recipe), newer, rate, train_seconds, policy)
     screen = Screen(Console(stderr=True), started_s)

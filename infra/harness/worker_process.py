@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from infra.errors import InfraError
+from infra.signals import restore_default_signals
 from streams.config.settings import Settings, variable
 
 WORKER = (sys.executable, "-m", "infra.cli", "worker")
@@ -265,4 +266,5 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
+    restore_default_signals()
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -58,6 +58,7 @@ def test_stop_removes_data_and_is_idempotent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_broker_does_not_outlive_its_parent(number: signal.Signals) -> None:
     """However the parent dies, the broker is gone and its folder removed soon after."""

@@ -164,6 +164,7 @@ def test_tail_prints_plain_lines_without_a_terminal(publisher: Publisher) -> Non
     ]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_tail_ends_quietly(publisher: Publisher) -> None:
     """Ctrl-C ends it with exit code 0 and nothing on standard error."""
     publisher.embed("ann", 5)

@@ -92,6 +92,7 @@ def test_each_start_has_its_own_output(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().split() == ["first", "second"]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_an_interrupt_while_a_process_is_started_is_neither_lost_nor_leaves_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -106,13 +107,9 @@ def test_an_interrupt_while_a_process_is_started_is_neither_lost_nor_leaves_it(
         return process
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
-    try:
-        with pytest.raises(KeyboardInterrupt), running(worker_program({}, tmp_path / "log")):
-            pytest.fail("the interrupt was lost")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), running(worker_program({}, tmp_path / "log")):
+        pytest.fail("the interrupt was lost")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not psutil.pid_exists(pids[0])
 
 
