@@ -1,1 +1,1 @@
-"""State that survives: codec, RocksDB store, changelog, checkpoint, restore."""
+"""Durable state: codec, stores, reader and checkpoint."""

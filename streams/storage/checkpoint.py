@@ -1,10 +1,10 @@
 """A checkpoint of one partition: outputs, then changelog and source offset together, then the local store.
 
-The order is what makes a crash anywhere harmless:
+Because of this order, a crash at any point is harmless:
 
-1. everything published for the events in the snapshot is acknowledged, or it would be lost with the snapshot;
-2. changelog records, their mark and the source offset become visible in one transaction, or not at all;
-3. the store, a cache of the changelog, follows; it may always be behind, never ahead.
+1. all that was published for the events in the snapshot is acknowledged; otherwise a crash after step 2 would lose it;
+2. the changelog records, their mark and the source offset become visible in one transaction, or not at all;
+3. the store, a cache of the changelog, is written last; it may be behind the changelog, never ahead of it.
 """
 
 from __future__ import annotations
@@ -21,36 +21,42 @@ __all__ = ["ChangelogTransaction", "CheckpointMark", "Outputs", "checkpoint"]
 
 
 class Outputs(Protocol):
-    """What has been published for one source partition."""
+    """The outputs of one source partition."""
 
     async def acknowledged(self) -> None:
-        """Return when all that was published before this call is acknowledged; raises when it cannot be."""
+        """Wait until everything published before this call is acknowledged; raise if it cannot be."""
         ...
 
 
 class ChangelogTransaction(Protocol):
     """The changelog and the committed offset of one source partition, as one transaction at the broker."""
 
-    async def begin(self) -> None: ...
-
-    async def append(self, records: Sequence[Record]) -> int:
-        """Write the records; return the changelog offset of the last one."""
+    async def begin(self) -> None:
+        """Begin a transaction."""
         ...
 
-    async def send_source_offset(self, source_offset: int) -> None: ...
+    async def append(self, records: Sequence[Record]) -> int:
+        """Append the records; return the changelog offset of the last one."""
+        ...
 
-    async def commit(self) -> None: ...
+    async def send_source_offset(self, source_offset: int) -> None:
+        """Add the source offset to the transaction."""
+        ...
+
+    async def commit(self) -> None:
+        """Make records and source offset visible together."""
+        ...
 
 
 async def checkpoint(
     state: PartitionState, mark: CheckpointMark, outputs: Outputs, changelog: ChangelogTransaction, store: Store
 ) -> int:
-    """Make `state` durable as of `mark`, which describes it at the moment of the call; return the records written.
+    """Make `state` durable as of `mark`, its position at the moment of the call; return how many records were written.
 
-    Whatever a port raises passes through. Before the commit has returned, the state is dirty as before, and another
-    checkpoint may be tried (with a new transaction: the outcome of this one may be unknown). After it, only the local
-    store has failed: stop the worker. While the state has notes of outputs that it has not taken up, the mark stays
-    before these outputs, so that the next owner reads them again.
+    Errors of the ports pass through. If the commit has not returned, the state is dirty as before and another
+    checkpoint may be tried, with a new transaction, because the outcome of this one may be unknown. If it has returned,
+    only the local store failed: stop the worker. While the state has unseen outputs, the mark stays before them, so
+    that the next owner reads them again.
     """
     if state.has_unseen_outputs:
         known = store.mark()

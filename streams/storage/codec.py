@@ -1,19 +1,23 @@
 """The bytes of a user's state: what goes to the changelog topic and, unchanged, to RocksDB.
 
-Three kinds of records, told apart by the first byte of the key:
+Three kinds of records, distinguished by the first byte of the key:
 
-- `u` + user id: the *head*. 80 bytes of header (`streams.core.layout.HEADER_DTYPE`: version, flags, reason, number of
-  tail actions, then counts, offsets and times), 32 bytes for each tail action, 4 bytes of checksum. All a new or light
-  user needs.
-- `c` + user id + chunk key (one byte): a *chunk*. Version (1 byte), 0 (1), C (2), chunk number (8), C actions of 32
-  bytes, checksum (4). Chunk number k has key `k mod (M / C + 1)`, so a user never has more than M / C + 1 of them, and
-  the number inside tells an overwritten chunk from a missing one.
-- `m`: the checkpoint *mark*, last record of each checkpoint. Version (1), source offset the checkpoint commits (8),
-  offset in the output topic up to which every output is known (8), checksum (4).
+    record  key                        value, with the bytes of each part
+    head    `u`, user id               header (80), tail actions (32 each), checksum (4)
+    chunk   `c`, user id, chunk key    version (1), 0 (1), C (2), chunk number (8), C actions (32 each), checksum (4)
+    mark    `m`                        version (1), source offset (8), output offset (8), checksum (4)
 
-All numbers are little-endian. A checksum is CRC-32 over key and value, so a value under another key is found out as
-well. A deleted record has the value None. The version byte comes first in every value; each version ever written
-keeps its decoder, and what none of them reads is a `CorruptValue`: it is never guessed at.
+- The *head* holds a user's header (`streams.core.layout.HEADER_DTYPE`, which begins with version, flags, reason and the
+  number of tail actions) and the actions after the last complete chunk. A user with fewer than C actions has no other
+  record.
+- A *chunk* holds C actions. Chunk number k has the chunk key `k mod (M / C + 1)`, one byte, so a user never has more
+  than M / C + 1 chunk records. The number inside distinguishes the wanted chunk from another one under the same key.
+- The *mark* is the last record of each checkpoint. It contains the source offset that the checkpoint commits, and the
+  offset in the output topic before which the state accounts for every output.
+
+All numbers are little-endian. The checksum is CRC-32 over key and value, so a value under a wrong key is detected, too.
+A deleted record has the value None. The version is the first byte of every value. Each version ever written keeps its
+decoder, and a value of an unknown version raises `CorruptValue` instead of being guessed at.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ _DUE_MS_AT = HEADER_DTYPE.fields["due_ms"][1]
 
 
 class CorruptValue(RebuildsPartition):
-    """A stored value is not what was written; its user must be rebuilt or quarantined."""
+    """A stored value is not the one that was written; its user must be rebuilt or quarantined."""
 
     def __init__(self, key: bytes, detail: str) -> None:
         self.key = key
@@ -56,41 +60,41 @@ class CorruptValue(RebuildsPartition):
 
 
 class LayoutChanged(StopsWorker):
-    """State was written with another sequence or chunk length than the settings have; stops the worker."""
+    """The state was written with a sequence or chunk length other than that of the settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMark:
-    """Where a checkpoint stands in the source partition and in the output topic."""
+    """The position of a checkpoint in the source partition and in the output topic."""
 
     source_offset: int
-    """The next event to apply: what the checkpoint's transaction commits."""
+    """Offset of the next event to apply, which the checkpoint's transaction commits."""
     output_offset: int
-    """Every output before it is accounted for in the state."""
+    """Offset before which the state accounts for every output."""
 
 
 def head_key(user: bytes) -> bytes:
-    """Key of a user's head."""
+    """Return the key of a user's head."""
     return HEAD_PREFIX + user
 
 
 def chunk_key(user: bytes, number: int, limits: StateLimits) -> bytes:
-    """Key of a user's chunk number `number`."""
+    """Return the key of chunk number `number` of a user."""
     return CHUNK_PREFIX + user + bytes((number % limits.chunk_keys,))
 
 
 def encode(snapshot: Snapshot, limits: StateLimits) -> Records:
-    """The records of a snapshot; a user's chunks come before its head."""
+    """Return the records of a snapshot; the chunks of a user come before its head."""
     return [*_encode_chunks(snapshot, limits), *_encode_heads(snapshot)]
 
 
 def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
-    """The record that ends a checkpoint."""
+    """Return the record that ends a checkpoint."""
     return MARK_KEY, seal(MARK_KEY, _MARK.pack(STATE_VERSION, mark.source_offset, mark.output_offset))
 
 
 def decode_mark(value: bytes) -> CheckpointMark:
-    """Raises `CorruptValue`."""
+    """Decode a mark; raise `CorruptValue` if it is not one."""
     body = unseal(MARK_KEY, value)
     if len(body) != _MARK.size:
         raise CorruptValue(MARK_KEY, f"{len(value)} bytes")
@@ -99,63 +103,63 @@ def decode_mark(value: bytes) -> CheckpointMark:
 
 
 def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:
-    """(header [1] of HEADER_DTYPE, tail actions). Raises `CorruptValue`."""
+    """Return the header [1] of HEADER_DTYPE and the tail actions; raise `CorruptValue` if `value` is not a head."""
     key = head_key(user)
     body = unseal(key, value)
-    if len(body) < HEAD_BYTES or len(body) != HEAD_BYTES + ACTION_BYTES * body[3]:
-        raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
+    if len(body) < HEAD_BYTES or len(body) != HEAD_BYTES + ACTION_BYTES * body[3]:  # byte 3: number of tail actions
+        raise CorruptValue(key, f"its {len(value)} bytes do not match its number of actions")
     return np.frombuffer(body, HEADER_DTYPE, 1), np.frombuffer(body, ACTION_DTYPE, offset=HEAD_BYTES)
 
 
 def decode_chunk(user: bytes, number: int, value: bytes | None, limits: StateLimits) -> Actions:
-    """The C actions of chunk number `number`. Raises `CorruptValue`, also when it is missing or another chunk."""
+    """Return the C actions of chunk `number`; raise `CorruptValue`, also if it is missing or another chunk."""
     key = chunk_key(user, number, limits)
     if value is None:
         raise CorruptValue(key, f"chunk {number} is missing")
     body = unseal(key, value)
     head = np.frombuffer(body, _CHUNK_HEAD, 1)[0] if len(body) >= _CHUNK_HEAD_BYTES else None
     if head is None or len(body) != _CHUNK_HEAD_BYTES + ACTION_BYTES * int(head["chunk_length"]):
-        raise CorruptValue(key, f"{len(value)} bytes do not fit its number of actions")
+        raise CorruptValue(key, f"its {len(value)} bytes do not match its number of actions")
     if head["number"] != number or head["chunk_length"] != limits.chunk_length:
         raise CorruptValue(key, f"holds chunk {head['number']} instead of {number}")
     return np.frombuffer(body, ACTION_DTYPE, offset=_CHUNK_HEAD_BYTES)
 
 
 def deadline_of(head: bytes) -> int:
-    """`due_ms` of a head's value, without checking it: what the index of deadlines is made from."""
+    """Return `due_ms` of a head's value without checking the value; the index of deadlines is built from it."""
     return int.from_bytes(head[_DUE_MS_AT : _DUE_MS_AT + 8], "little", signed=True)
 
 
 def had_deadline(head: bytes) -> bool:
-    """Whether the head before this one had a deadline."""
+    """Return whether the head before this one had a deadline."""
     return bool(head[1] & HAD_DEADLINE)
 
 
 def check_layout(headers: Columns, limits: StateLimits) -> None:
-    """Raise `LayoutChanged` unless all headers were written with the sizes of `limits`."""
+    """Raise `LayoutChanged` unless all headers were written with the sizes in `limits`."""
     chunks = limits.sequence_length // limits.chunk_length
     other = headers[(headers["chunk_length"] != limits.chunk_length) | (headers["chunks"] != chunks)]
     if len(other):
         length = int(other["chunk_length"][0])
         raise LayoutChanged(
             f"state was written with sequence_length {length * int(other['chunks'][0])} and chunk_length {length}, the "
-            f"settings have {limits.sequence_length} and {limits.chunk_length}: set them"
-            " back, or start a new application id"
+            f"settings have {limits.sequence_length} and {limits.chunk_length}: restore the old settings, or start a "
+            "new application id"
         )
 
 
 def seal(key: bytes, body: bytes) -> bytes:
-    """Append the checksum."""
+    """Append the checksum to a value."""
     return body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def body_of(key: bytes, value: bytes) -> bytes | None:
-    """A value without its checksum, None unless checksum and version are right."""
+    """Return a value without its checksum, None unless checksum and version are right."""
     return value[:-_CHECKSUM_BYTES] if _is_whole(key, value) and value[:1] == _VERSION_BYTE else None
 
 
 def unseal(key: bytes, value: bytes) -> bytes:
-    """As `body_of`; raises `CorruptValue` with the reason."""
+    """Return a value without its checksum; raise `CorruptValue` with the reason if checksum or version is wrong."""
     body = body_of(key, value)
     if body is not None:
         return body
@@ -165,17 +169,18 @@ def unseal(key: bytes, value: bytes) -> bytes:
 
 
 def _is_whole(key: bytes, value: bytes) -> bool:
-    """Whether there is a body and the checksum is its own."""
+    """Return whether the value has a body and the right checksum."""
     body = value[:-_CHECKSUM_BYTES]
     return bool(body) and crc32(body, crc32(key)) == int.from_bytes(value[-_CHECKSUM_BYTES:], "little")
 
 
 def chunk_dtype(limits: StateLimits) -> np.dtype[np.void]:
-    """A chunk's value without its checksum, as one row."""
+    """Return the dtype of a chunk's value without its checksum."""
     return np.dtype([*_CHUNK_HEAD.descr, ("actions", ACTION_DTYPE, (limits.chunk_length,))])
 
 
 def _encode_heads(snapshot: Snapshot) -> Records:
+    """Return a head record per user, cut out of one block of headers and one of tails; `seal` is inlined for speed."""
     headers, tails = snapshot.headers.tobytes(), snapshot.tails.tobytes()
     cuts = (snapshot.tail_starts * ACTION_BYTES).tolist()
     records: Records = []
@@ -187,6 +192,7 @@ def _encode_heads(snapshot: Snapshot) -> Records:
 
 
 def _encode_chunks(snapshot: Snapshot, limits: StateLimits) -> Records:
+    """Return the deletions, then the chunk records, cut out of one block of chunk heads and one of actions."""
     users = snapshot.users
     records: Records = [
         (CHUNK_PREFIX + users[user] + bytes((key,)), None)

@@ -9,7 +9,7 @@ from streams.storage.store import DEADLINE_PREFIX, NUMBER, OFFSET_KEY, RECORDS_P
 
 
 class MemoryStore:
-    """A store in a dictionary, for simulations."""
+    """A store in a dictionary; implements `streams.storage.store.Store`."""
 
     def __init__(self, *, records_per_write: int = RECORDS_PER_WRITE) -> None:
         self.records: dict[bytes, bytes] = {}
@@ -17,21 +17,26 @@ class MemoryStore:
 
     @property
     def changelog_offset(self) -> int | None:
+        """Offset up to which every changelog record is in the store; None if nothing was ever written."""
         value = self.records.get(OFFSET_KEY)
         return None if value is None else int(NUMBER.unpack(value)[0])
 
     def mark(self) -> CheckpointMark | None:
+        """Return the mark of the last checkpoint in the store, None without one."""
         value = self.records.get(MARK_KEY)
         return None if value is None else decode_mark(value)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the value of each key, None for a missing one."""
         return [self.records.get(key) for key in keys]
 
     def write(self, records: Sequence[Record], changelog_offset: int) -> None:
+        """Write all records, and `changelog_offset` as that of the last one."""
         for _ in self.write_steps(records, changelog_offset):
             pass
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
+        """Write one batch per step, as the RocksDB store does."""
         for begin in range(0, max(len(records), 1), self._records_per_write):
             for key, value in records[begin : begin + self._records_per_write]:
                 put_record(self, key, value)
@@ -40,15 +45,19 @@ class MemoryStore:
             yield
 
     def heads(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (user, head value) of every user, in order of user id."""
         return ((key[1:], self.records[key]) for key in sorted(self.records) if key[:1] == HEAD_PREFIX)
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
+        """Yield (user, due_ms) of every user with a deadline."""
         return (
             (key[1:], NUMBER.unpack(self.records[key])[0]) for key in sorted(self.records) if key[:1] == DEADLINE_PREFIX
         )
 
     def put(self, key: bytes, value: bytes) -> None:
+        """Set one key."""
         self.records[key] = value
 
     def delete(self, key: bytes) -> None:
+        """Delete one key, if it is there."""
         self.records.pop(key, None)

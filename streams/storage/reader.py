@@ -1,7 +1,7 @@
-"""Reading users: from the records of a store to the columns of the core.
+"""Read users: from the records of a store to the columns of the core.
 
-The head alone is enough for a user with fewer than C actions; for the others exactly the chunks that hold kept
-actions are read, all users' in one call.
+The head alone is enough for a user with fewer than C actions. For the others, exactly the chunks that contain kept
+actions are read, in one call for all users.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from streams.storage.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Users as read from a store."""
+    """Users that were read from a store."""
 
     stored: StoredSequences
-    """Aligned with the users asked for; a user that is unknown or corrupt is as new."""
+    """State of each requested user, in their order; unknown and corrupt users get an empty state."""
     corrupt: dict[bytes, CorruptValue]
-    """Users whose records are corrupt: rebuild the partition from the changelog before events reach them, or, when
-    the changelog holds no better, count them and let them begin anew."""
+    """Users whose records are corrupt. Rebuild the partition from the changelog before applying events to them; if they
+    are corrupt in the changelog, too, count them and continue with empty state."""
 
 
 def read_users(store: Store, users: Sequence[bytes], limits: StateLimits) -> Read:
-    """Read distinct users. Raises `LayoutChanged` when the state was written with other sizes than `limits`."""
+    """Read distinct users; raise `LayoutChanged` if the state was written with sizes other than those in `limits`."""
     corrupt: dict[bytes, CorruptValue] = {}
     heads = _read_heads(store, users, limits, corrupt)
     check_layout(heads.headers, limits)
@@ -57,25 +57,27 @@ def read_users(store: Store, users: Sequence[bytes], limits: StateLimits) -> Rea
 @dataclass(frozen=True, slots=True)
 class _Heads:
     headers: Columns
-    """[U]."""
+    """[U] of HEADER_DTYPE."""
     tails: Actions
+    """Tail actions, user by user."""
     tail_starts: I64
-    """[U + 1]."""
+    """[U + 1], where each user's tail begins in `tails`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
     first: I64
-    """[U], number of each user's first chunk with kept actions."""
+    """[U], number of each user's first chunk that contains kept actions."""
     starts: I64
     """[U + 1], where each user's actions begin in `actions`."""
     actions: Actions
-    """The chunks' actions, one user after another."""
+    """Actions of the chunks, user by user."""
 
 
 def _read_heads(
     store: Store, users: Sequence[bytes], limits: StateLimits, corrupt: dict[bytes, CorruptValue]
 ) -> _Heads:
+    """Read the heads of `users`; an unknown user keeps a new header, a corrupt one is also added to `corrupt`."""
     headers = new_headers(len(users), limits)
     keys = [head_key(user) for user in users]
     known, bodies = [], []
@@ -96,9 +98,10 @@ def _read_heads(
 def _read_chunks(
     store: Store, users: Sequence[bytes], headers: Columns, limits: StateLimits, corrupt: dict[bytes, CorruptValue]
 ) -> _Chunks:
-    first = np.maximum(headers["count"] - limits.sequence_length, 0) // limits.chunk_length
-    lengths = headers["count"] // limits.chunk_length - first
-    owner, number = spans(first, lengths)
+    """Read every chunk that contains kept actions, K in all; a missing or corrupt one adds its user to `corrupt`."""
+    first = np.maximum(headers["count"] - limits.sequence_length, 0) // limits.chunk_length  # [U]
+    lengths = headers["count"] // limits.chunk_length - first  # [U], complete chunks to read
+    owner, number = spans(first, lengths)  # [K] user index, [K] chunk number
     owners, numbers = owner.tolist(), number.tolist()
     keys = [chunk_key(users[row], chunk, limits) for row, chunk in zip(owners, numbers, strict=True)]
     values = store.get_many(keys)
@@ -115,11 +118,14 @@ def _read_chunks(
 
 
 def _assemble(heads: _Heads, chunks: _Chunks, limits: StateLimits) -> StoredSequences:
-    """Put each user's kept actions together, oldest first."""
+    """Gather each user's kept actions, oldest first, from the concatenation of all chunks and all tails.
+
+    A position before the user's last complete chunk ends is looked up in its chunks, a later one in its tail.
+    """
     length, count = limits.chunk_length, heads.headers["count"]
     kept = np.minimum(count, limits.sequence_length)
     owner, position = spans(count - kept, kept)
-    in_tail = position - (count - count % length)[owner]
+    in_tail = position - (count - count % length)[owner]  # negative: the action is in a chunk
     at = np.where(
         in_tail >= 0,
         len(chunks.actions) + heads.tail_starts[owner] + in_tail,
@@ -129,9 +135,9 @@ def _assemble(heads: _Heads, chunks: _Chunks, limits: StateLimits) -> StoredSequ
 
 
 def _error(decode: Callable[[], object]) -> CorruptValue:
-    """What decoding a value that is known to be corrupt says of it."""
+    """Return the error that decoding a corrupt value raises."""
     try:
         decode()
     except CorruptValue as error:
         return error
-    raise AssertionError("a value was taken for corrupt that is not")
+    raise AssertionError("a value that was judged corrupt can be decoded")

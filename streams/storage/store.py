@@ -1,19 +1,19 @@
-"""One partition's durable state on local disk: RocksDB as a cache of the changelog partition.
+"""The durable state of one partition on local disk: RocksDB as a cache of the changelog partition.
 
-A store holds the changelog's records under their own keys, and beside them
+A store holds the changelog's records under their own keys, and two kinds of local records:
 
-- `o`: the *changelog offset*: every record up to it is in the store. It is written in the last batch of a write, and
-  in no other. A crash between batches leaves records that are newer than the offset says; reading the changelog from
-  there writes the same records again, and nothing is read from the store before that has been done.
+- `o`: the *changelog offset*. Every record up to it is in the store. It is written with the last batch of a write only:
+  a crash between batches leaves records that are newer than the offset. The restore then reads the changelog from the
+  offset and writes the same records again, before anything is read from the store.
 - `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
 
-Files that cannot be read are noticed at once or in the middle of work. Then a file named `DAMAGED` is left beside them,
-so that the next `open`, also after a crash, has the store rebuilt.
+Unreadable files are noticed on opening or later, while the store is in use. A file named `DAMAGED` is then left beside
+them, so that the next `open`, even after a crash, raises and the store is rebuilt.
 
-There is no write-ahead log. After a crash RocksDB returns to what was last flushed, a prefix of the batches, and with
-it to an older changelog offset; the changelog has the rest, at most two write buffers of it.
+There is no write-ahead log. After a crash RocksDB returns to the last flush, a prefix of the batches, and so to an
+older changelog offset. The changelog has the rest, at most two write buffers of it.
 
-`streams.storage.memory_store` keeps the same promises in memory, for simulations.
+`streams.storage.memory_store` implements the same contract in memory.
 """
 
 from __future__ import annotations
@@ -43,17 +43,20 @@ from streams.errors import RebuildsPartition, StopsWorker
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
 
 RECORDS_PER_WRITE = 1_000
-"""A write batch holds the GIL: 1,000 records are about 3 ms."""
+"""Records per write batch. A batch holds the GIL: 1,000 records take about 3 ms."""
 SCAN_USERS = 10_000
+"""Users read at a time by a scan."""
 OFFSET_KEY = b"o"
 """Key of the changelog offset; local only, like the deadlines."""
 DEADLINE_PREFIX = b"p"
 """First byte of the key of a deadline; the user id follows."""
 DAMAGED = "DAMAGED"
+"""Name of the file that marks a store as damaged."""
 NUMBER = struct.Struct("<q")
-"""How the local records hold their one number, an offset or a time."""
+"""Encoding of the one number in a local record: an offset or a time."""
 
 Record = tuple[bytes, bytes | None]
+"""Key and value; None deletes the key."""
 
 
 class StoreDamaged(RebuildsPartition):
@@ -61,35 +64,35 @@ class StoreDamaged(RebuildsPartition):
 
 
 class StoreLocked(StopsWorker):
-    """Another process has the store open; try again when it has ended."""
+    """Another process has the store open; try again after it has ended."""
 
 
 class StoreFailed(StopsWorker):
-    """A read or write failed, for instance on a full disk; stops the worker, whose state the changelog has."""
+    """A read or write failed, for example because the disk is full; the changelog still has the state."""
 
 
 class Store(Protocol):
-    """What checkpoints, restores and reads need of a store."""
+    """The contract of a store, as checkpoints, restores and reads use it."""
 
     @property
     def changelog_offset(self) -> int | None:
-        """Every changelog record up to this offset is in the store; None when nothing was ever written."""
+        """Offset up to which every changelog record is in the store; None if nothing was ever written."""
         ...
 
     def mark(self) -> CheckpointMark | None:
-        """The mark of the last checkpoint in the store."""
+        """Return the mark of the last checkpoint in the store, None without one."""
         ...
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values of `keys`, None for what is not there."""
+        """Return the value of each key, None for a missing one."""
         ...
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
-        """Write in batches of at most `RECORDS_PER_WRITE`, one a step; the last carries the offset."""
+        """Write in batches of at most `RECORDS_PER_WRITE`, one per step; the last one contains the offset."""
         ...
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
-        """(user, due_ms) of users with a deadline; an entry may be outdated, a missing one never is."""
+        """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
         ...
 
 
@@ -114,18 +117,21 @@ class PartitionStore:
     ) -> Self:
         """Open or create the store at `path`; `cache` and `write_buffers` are shared by all stores of a worker.
 
-        Raises `StoreLocked` when another process holds it, `StoreDamaged` when its files are not usable.
+        Raises:
+            StoreLocked: Another process has it open.
+            StoreDamaged: Its files are not usable.
+            StoreFailed: The disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         options = _options(cache or Cache(8 << 20), write_buffer_bytes)
         if write_buffers is not None:
             options.set_write_buffer_manager(write_buffers)
         if (path / DAMAGED).exists():
-            raise StoreDamaged(f"store {path.name} could not be read before; rebuild it from the changelog")
+            raise StoreDamaged(f"store {path.name} could not be read earlier; rebuild it from the changelog")
         try:
             db = Rdict(str(path), options)
         except Exception as error:
-            # rocksdict raises plain exceptions; RocksDB's text is all there is to tell them apart.
+            # rocksdict raises plain exceptions, so they can be distinguished only by RocksDB's text.
             if "/LOCK: " in str(error):
                 raise StoreLocked(f"store {path.name} is in use: {error}; wait until its process has ended") from error
             if "no space" in str(error).lower():
@@ -134,33 +140,35 @@ class PartitionStore:
         try:
             return cls(db)
         except StoreDamaged:
-            db.close()  # its lock, which whoever rebuilds the store needs
+            db.close()  # releases the lock, so that the store can be rebuilt
             raise
 
     @staticmethod
     def destroy(path: Path) -> None:
-        """Delete the store's files, whatever is left of them."""
+        """Delete what is left of the store's files."""
         shutil.rmtree(path, ignore_errors=True)
 
     @property
     def changelog_offset(self) -> int | None:
+        """Offset up to which every changelog record is in the store; None if nothing was ever written."""
         return self._changelog_offset
 
     def mark(self) -> CheckpointMark | None:
+        """Return the mark of the last checkpoint in the store, None without one."""
         value = self._reading(lambda: self._db.get(MARK_KEY))
         return None if value is None else decode_mark(value)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """As `Store.get_many`; raises `StoreDamaged` when files cannot be read, and leaves the mark that says so."""
+        """Return the value of each key, None for a missing one; raise `StoreDamaged` if files cannot be read."""
         return self._reading(lambda: self._db.get(list(keys))) if keys else []
 
     def write(self, records: Sequence[Record], changelog_offset: int) -> None:
-        """Write all records and the offset up to which they reach."""
+        """Write all records, and `changelog_offset` as that of the last one."""
         for _ in self.write_steps(records, changelog_offset):
             pass
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
-        """As `write`, one batch a step, so that an event loop can do other things in between."""
+        """Write one batch per step, so that an event loop can do other work in between."""
         for begin in range(0, max(len(records), 1), RECORDS_PER_WRITE):
             batch = WriteBatch(raw_mode=True)
             for key, value in records[begin : begin + RECORDS_PER_WRITE]:
@@ -174,18 +182,19 @@ class PartitionStore:
             yield
 
     def heads(self) -> Iterator[tuple[bytes, bytes]]:
-        """(user, head value) of every user."""
+        """Yield (user, head value) of every user, in order of user id."""
         return ((key[1:], value) for key, value in self._scan(HEAD_PREFIX))
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
+        """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
         return ((key[1:], NUMBER.unpack(value)[0]) for key, value in self._scan(DEADLINE_PREFIX))
 
     def flush(self) -> None:
-        """Make everything written so far survive a crash of this process."""
+        """Make everything that was written survive a crash of this process."""
         self._db.flush()
 
     def close(self) -> None:
-        """Flush and release the files and their lock; closing twice is harmless."""
+        """Flush, and release the files and their lock; closing twice is harmless."""
         with suppress(DbClosedError):
             self._db.close()
 
@@ -193,12 +202,15 @@ class PartitionStore:
         try:
             self._db.write(batch, self._write_options)
         except Exception as error:
-            if "Corruption" in str(error):  # found by a compaction; the next open has the store rebuilt
+            if "Corruption" in str(error):  # found by a compaction; the next open raises, and the store is rebuilt
                 self._mark_damaged()
             raise StoreFailed(f"store cannot be written: {error}; check the disk") from error
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Records whose key begins with `prefix`. No iterator outlives a step: it would hold the lock past `close`."""
+        """Yield the records whose key begins with `prefix`, page by page.
+
+        No RocksDB iterator outlives a page, because it would hold the lock past `close`.
+        """
         start = prefix
         while page := self._reading(partial(self._page, start, prefix)):
             yield from page
@@ -212,13 +224,13 @@ class PartitionStore:
             while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
                 page.append((rows.key(), rows.value()))
                 rows.next()
-            rows.status()  # raises where an unreadable block only looks like the end
+            rows.status()  # raises if the scan ended at an unreadable block, which looks like the end
             return page
         finally:
-            del rows  # the traceback of a failure would hold it, and it the lock
+            del rows  # the traceback of a failure would keep the iterator, and the iterator the lock
 
     def _reading(self, read: Callable[[], Any]) -> Any:
-        """What `read` returns; a failure marks the files as damaged."""
+        """Return what `read` returns; a failure marks the files as damaged."""
         try:
             return read()
         except DbClosedError:
@@ -238,7 +250,7 @@ class _Puts(Protocol):
 
 
 def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
-    """One changelog record, and for a head its entry in the index of deadlines."""
+    """Put one changelog record into a batch, and for a head its entry in the index of deadlines."""
     if value is None:
         batch.delete(key)
         return

@@ -1,12 +1,13 @@
-"""Actions: from the records of one source partition to columns, and the reason for each record that is rejected.
+"""Actions: decode the records of one source partition to columns, with a reason for each record that is rejected.
 
-A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`;
-unknown fields are ignored and `null` in an optional field means that it is absent. Accepted as they come: CloudEvents
-in binary mode (`ce_*` headers, the value is the data; `ce_source` and `ce_id` name the event if the data does not)
-and Confluent framing (a zero byte and a 4-byte schema id before the JSON). A null value forgets the user.
+A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`.
+Unknown fields are ignored, and `null` in an optional field means that it is absent. Two envelopes are accepted as they
+are: CloudEvents in binary mode (`ce_*` headers; the value is the data, and `ce_source` with `ce_id` is the event id if
+the data has none) and Confluent framing (a zero byte and a 4-byte schema id before the JSON). A null value forgets the
+user.
 
-A batch without fault is decoded as a whole; one with a fault is read record by record, so that each bad record costs
-itself alone.
+A batch without an invalid record is decoded as a whole. Otherwise it is decoded record by record, so that an invalid
+record affects no other.
 """
 
 from __future__ import annotations
@@ -29,26 +30,35 @@ Headers = Sequence[tuple[str, bytes]]
 
 
 class Record(Protocol):
-    """What is read of a consumed Kafka record, whichever client fetched it."""
+    """A consumed Kafka record, as far as it is read here; every client's own type matches it."""
 
     @property
-    def key(self) -> bytes | None: ...
+    def key(self) -> bytes | None:
+        """User id in UTF-8."""
+
     @property
-    def value(self) -> bytes | None: ...
+    def value(self) -> bytes | None:
+        """JSON, None for a tombstone."""
+
     @property
-    def headers(self) -> Headers: ...
+    def headers(self) -> Headers:
+        """Names and values of the headers."""
+
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """Offset in the source partition."""
+
     @property
-    def timestamp(self) -> int: ...
+    def timestamp(self) -> int:
+        """Record time in ms, negative if unknown."""
 
 
 NAMES_KEPT_MAX = 4_096
-"""Names of actions and surfaces whose codes are kept: far more than any policy tells apart."""
+"""Names of actions and surfaces whose codes are cached, far more than any policy distinguishes."""
 
 
 class RejectReason(StrEnum):
-    """Why a record is no action: a closed set, a metric label and a dead-letter header."""
+    """Reasons for which a record is rejected; a closed set, used as metric label and dead-letter header."""
 
     KEY_MISSING = "key-missing"
     KEY_INVALID = "key-invalid"
@@ -67,20 +77,20 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """What an action may be at most. Lengths of ids and names are in characters, of values in bytes."""
+    """Limits of an action: ids and names in characters, values in bytes."""
 
     value_bytes_max: int = 65_536
     id_chars_max: int = 256
     name_chars_max: int = 64
     timestamp_ahead_max_ms: int = 600_000
-    """How far event time may be ahead of processing time."""
+    """Time by which an event time may be ahead of processing time."""
     timestamp_min_ms: int = 315_532_800_000
-    """The oldest event time, 1980 by default: above every present time in seconds."""
+    """Oldest event time accepted, 1980 by default, which is later than every current time in seconds read as ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Record `index` of the decoded list is no action, for `reason`; `detail` says it to a person."""
+    """A rejected record: its index in the decoded list, the reason, and a detail for a human reader."""
 
     index: int
     reason: RejectReason
@@ -89,16 +99,16 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The actions of a list of records in their order, and the rejected records by ascending index."""
+    """The actions of a list of records, in order, and the rejected records by ascending index."""
 
     actions: ActionBatch
     rejected: list[Rejected]
 
 
 def decode_actions(records: Sequence[Record], *, now_ms: int, limits: DecodeLimits) -> Decoded:
-    """Decode the records of one partition; every record is either a row of the result or rejected, never both.
+    """Decode the records of one partition; every record becomes a row of the result or is rejected, never both.
 
-    `now_ms` is processing time. Never raises for what a record holds.
+    `now_ms` is processing time. No content of a record makes this raise.
     """
     decoder = _decoder(limits)
     try:
@@ -149,7 +159,7 @@ def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> A
 
 
 def _id_keys(ids: list[str]) -> U64:
-    """`item_key` of each id; the digest is big-endian."""
+    """Return `item_key` of each id; the digest is big-endian."""
     digests = b"".join(map(xxh3_64_digest, map(str.encode, ids)))
     keys = np.frombuffer(digests, ">u8").astype(np.uint64)
     keys[keys == 0] = 1
@@ -157,7 +167,7 @@ def _id_keys(ids: list[str]) -> U64:
 
 
 def _event_keys(ids: list[str], records: Sequence[Record]) -> U64 | int:
-    """As `_id_keys`, with 0 for an absent id unless a CloudEvents header names the event."""
+    """Return the key of each event id; 0 for an absent id unless CloudEvents headers identify the event."""
     headers = [record.headers for record in records]
     if any(headers):
         ids = [id_ or _cloud_event_id(of_one) for id_, of_one in zip(ids, headers, strict=True)]
@@ -173,7 +183,7 @@ def _name_codes(names: list[str | None]) -> npt.NDArray[np.uint16]:
 
 
 class _Codes(dict[str | None, int]):
-    """`name_code` of the names seen lately; a plain look-up costs a fifth of a cached call."""
+    """Cache of `name_code` for recent names; a dict lookup costs a fifth of a call through `lru_cache`."""
 
     def __missing__(self, name: str | None) -> int:
         if len(self) >= NAMES_KEPT_MAX:
@@ -188,7 +198,7 @@ _CODES = _Codes()
 def _within_time(
     batch: ActionBatch, indices: Sequence[int], rejected: list[Rejected], now_ms: int, limits: DecodeLimits
 ) -> Decoded:
-    """Refuse the rows whose event time lies outside the limits; row r came from record `indices[r]`."""
+    """Reject the rows whose event time is outside the limits; row r came from record `indices[r]`."""
     times_ms = batch.actions["timestamp_ms"]
     latest_ms = now_ms + limits.timestamp_ahead_max_ms
     is_bad = ((times_ms < limits.timestamp_min_ms) | (times_ms > latest_ms)) & ~batch.is_tombstone
@@ -214,6 +224,8 @@ def _time_rejection(time_ms: int, latest_ms: int, limits: DecodeLimits) -> tuple
 
 
 class _RejectedError(Exception):
+    """Carries reason and detail of a rejected record to `_decode_one_by_one`."""
+
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
@@ -221,14 +233,14 @@ class _RejectedError(Exception):
 
 
 def _read(record: Record, decoder: msgspec.json.Decoder[Any], limits: DecodeLimits) -> Any:
-    """The event of one record, `_FORGOTTEN` for a tombstone; raises `_RejectedError`."""
+    """Return the event of one record, `_FORGOTTEN` for a tombstone; raise `_RejectedError`."""
     if record.key is None:
         raise _RejectedError(RejectReason.KEY_MISSING, "the record has no key; the key is the user id")
     if record.value is None:
         _check_tombstone_key(record.key, limits)
         return _FORGOTTEN
     if len(record.value) > limits.value_bytes_max:
-        detail = f"the value has {len(record.value)} bytes, at most {limits.value_bytes_max} are read"
+        detail = f"the value has {len(record.value)} bytes, the limit is {limits.value_bytes_max}"
         raise _RejectedError(RejectReason.VALUE_TOO_LARGE, detail)
     event = _decode(_unframed(record.value), decoder)
     if event.user_id.encode() != record.key:
@@ -250,7 +262,7 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 def _reason_of(message: str) -> RejectReason:
-    """The reason behind a message of msgspec, which has one exception for all of them."""
+    """Return the reason behind a message of msgspec, which has one exception type for all of them."""
     if "missing required field" in message:
         return RejectReason.FIELD_MISSING
     if "of length" in message:
@@ -266,11 +278,13 @@ def _check_tombstone_key(key: bytes, limits: DecodeLimits) -> None:
     except UnicodeDecodeError:
         is_user = False
     if not is_user:
-        raise _RejectedError(RejectReason.KEY_INVALID, f"a key is UTF-8 text of 1 to {limits.id_chars_max} characters")
+        raise _RejectedError(
+            RejectReason.KEY_INVALID, f"the key must be UTF-8 text of 1 to {limits.id_chars_max} characters"
+        )
 
 
 def _tombstone_time_ms(timestamp_ms: int, now_ms: int) -> int:
-    """The record's time, held to the present: one from the future would forget actions that are yet to come."""
+    """Return the record's time, but at most the present: a future time would forget actions that are yet to come."""
     return min(timestamp_ms, now_ms) if timestamp_ms >= 0 else now_ms
 
 
@@ -279,7 +293,7 @@ def _unframed(value: bytes) -> bytes:
 
 
 def _cloud_event_id(headers: Headers) -> str:
-    """`source id`, which CloudEvents 1.0 (section 3.1.1) makes unique; empty where the headers name no event."""
+    """Return `source id`, which is unique by CloudEvents 1.0 (section 3.1.1); empty if the headers have no id."""
     attributes = dict(headers)
     if "ce_id" not in attributes:
         return ""
@@ -306,7 +320,7 @@ def _decoder(limits: DecodeLimits) -> msgspec.json.Decoder[Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Forgotten:
-    """Stands in the columns for the event that a tombstone does not have."""
+    """A placeholder for the event that a tombstone does not have."""
 
     item_id: str = ""
     action: str = ""

@@ -1,8 +1,8 @@
-"""Dead letters: a rejected record goes on as it came, with five more headers that say why and where it came from.
+"""Dead letters: a rejected record is forwarded unchanged, with five more headers: the reason and its origin.
 
-Names and values follow KIP-1034 in spirit: `error-reason` and `error-detail`, then `source-topic`, `source-partition`
-and `source-offset`, all UTF-8 text. Key, value and the record's own headers are left untouched; a consumer that finds
-a header twice (a dead letter that was fed back and rejected again) reads the last one.
+The headers follow the spirit of KIP-1034: `error-reason` and `error-detail`, then `source-topic`, `source-partition`
+and `source-offset`, all UTF-8 text. Key, value and the record's own headers are unchanged. A dead letter that was sent
+to the source topic again and rejected again has each header twice; read the last one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ DETAIL_CHARS_MAX = 500
 
 
 def dead_letter_headers(rejected: Rejected, record: Record, *, topic: str, partition: int) -> list[tuple[str, bytes]]:
-    """The headers of the dead letter of `record`, which was read from `topic` and `partition`."""
+    """Return the headers of the dead letter of `record`, which was read from `topic` and `partition`."""
     return error_headers(
         record.headers,
         reason=rejected.reason,
@@ -27,7 +27,7 @@ def dead_letter_headers(rejected: Rejected, record: Record, *, topic: str, parti
 def error_headers(
     received: Headers, *, reason: str, detail: str, topic: str, partition: int, offset: int
 ) -> list[tuple[str, bytes]]:
-    """`received` and behind it the five headers; for what is rejected after decoding, by the encoder for example."""
+    """Return the headers `received`, then the five; also for users that the encoder rejects after decoding."""
     return [
         *received,
         ("error-reason", reason.encode()),

@@ -1,10 +1,10 @@
 """Embeddings on the output topic: columns to records, and a record back to an embedding.
 
-The key is the user id in UTF-8. The value is the vector, by codec: little-endian float32 or float16, or a JSON array
-of numbers. What is known about it stands in headers of UTF-8 text, the same in every codec: `encoder-version`, `dim`,
-`dtype` (the codec's name), `event-time-ms` (of the newest action inside), `sequence-length`, `reason`, `source-offset`
-(of the newest event inside), `encoded-at-ms` (processing time). A null value is a tombstone: the user is forgotten; its
-one header is `source-offset`.
+The key is the user id in UTF-8. The value is the vector, by codec: little-endian float32 or float16, or a JSON array of
+numbers. The metadata is in headers of UTF-8 text, the same for every codec: `encoder-version`, `dim`, `dtype` (the
+codec's name), `event-time-ms` (of the newest action inside), `sequence-length`, `reason`, `source-offset` (of the
+newest event inside), `encoded-at-ms` (processing time). A null value is a tombstone, which means that the user is
+forgotten; its one header is `source-offset`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Vector = F32
 
 
 class EmbeddingCodec(StrEnum):
-    """How a vector is written."""
+    """The encodings of a vector."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -37,7 +37,7 @@ _CODECS = {codec.value: codec for codec in EmbeddingCodec}
 
 
 class MalformedEmbedding(StreamformerError):
-    """A record, or a vector to be written, is no embedding; the text says why."""
+    """A record, or a vector to be written, is not a valid embedding; the text states why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,16 @@ class EmbeddingBatch:
     vectors: F32
     """[U, dim]."""
     event_times_ms: I64
-    """[U]: event time of the newest action inside."""
+    """[U], event time of the newest action inside."""
     sequence_lengths: I64
-    """[U]: actions inside."""
+    """[U], number of actions inside."""
     reasons: Sequence[str]
-    """[U]: why the user was due."""
+    """[U], labels of the reasons for which the users were due."""
     source_offsets: I64
-    """[U]: offset of the newest event inside."""
+    """[U], source offset of the newest event inside."""
     encoder_version: str
     encoded_at_ms: int
-    """Processing time of the whole batch."""
+    """Processing time at which the batch was encoded."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -80,7 +80,7 @@ class EmbeddingMetadata:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
-    """One user's embedding as it was read; `vector` is [dim] float32 whatever the codec, and read-only."""
+    """An embedding that was read; `vector` is [dim] float32 for every codec, and read-only."""
 
     user: str
     vector: Vector
@@ -89,14 +89,14 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """The user is forgotten; `source_offset` is that of the deletion, -1 where the record does not say."""
+    """A forgotten user; `source_offset` is that of the deletion, -1 if the record does not state it."""
 
     user: str
     source_offset: int
 
 
 def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[Message]:
-    """One message per user, in order. Raises `MalformedEmbedding` before the first if a number is not finite."""
+    """Return one message per user, in order; raise `MalformedEmbedding` before the first if a number is not finite."""
     values = _values(batch.vectors, codec)
     version = ("encoder-version", batch.encoder_version.encode())
     dim = ("dim", b"%d" % batch.vectors.shape[1])
@@ -131,12 +131,12 @@ def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[
 
 
 def encode_tombstone(user: bytes, source_offset: int) -> Message:
-    """The message that forgets `user`, whose deletion was read at `source_offset`."""
+    """Return the message that forgets `user`, whose deletion was read at `source_offset`."""
     return user, None, [("source-offset", b"%d" % source_offset)]
 
 
 def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -> Embedding | Tombstone:
-    """Read one record of the output topic; raises `MalformedEmbedding` for anything that is not one."""
+    """Decode one record of the output topic; raise `MalformedEmbedding` if it is not an embedding or a tombstone."""
     texts = _texts(headers)
     user = _user(key)
     if value is None:
@@ -152,7 +152,7 @@ def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -
 
 
 def decode_metadata(headers: Headers) -> EmbeddingMetadata:
-    """Read the headers alone; raises `MalformedEmbedding` where one is missing or unreadable."""
+    """Decode only the headers; raise `MalformedEmbedding` if one is missing or unreadable."""
     return _metadata(_texts(headers))
 
 
@@ -170,7 +170,7 @@ def _values(vectors: F32, codec: EmbeddingCodec) -> Iterator[bytes]:
 
 
 def _json(vector: Vector) -> bytes:
-    """The shortest decimals that read back as the same float32."""
+    """Return the shortest decimals that decode to the same float32."""
     return b"[" + ",".join(vector.astype(str).tolist()).encode() + b"]"
 
 

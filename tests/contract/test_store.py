@@ -202,7 +202,7 @@ def test_altered_block_is_damage_and_never_a_short_scan(tmp_path: Path) -> None:
     with pytest.raises(StoreDamaged, match="rebuild it from the changelog"):
         list(store.pending()) + list(store.heads())
     store.close()
-    with pytest.raises(StoreDamaged, match="could not be read before"):
+    with pytest.raises(StoreDamaged, match="could not be read earlier"):
         PartitionStore.open(path)
     PartitionStore.destroy(path)
     assert PartitionStore.open(path).changelog_offset is None
