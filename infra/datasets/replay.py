@@ -1,7 +1,8 @@
-"""Replays a log of actions to `user-actions`: in the log's order, at a fixed rate, at the log's own pace, or flat out.
+"""Replay a log of actions to `user-actions`, in its order: at a fixed rate, at its own pace, or as fast as possible.
 
-`load_log` reads Parquet or CSV into an `EventLog`; `replay` produces it and tells what the broker acknowledged. Values
-are the JSON of the contract, keyed by user id and partitioned by murmur2, so every event of a user keeps its order.
+`load_log` reads Parquet or CSV into an `EventLog`; `replay` produces it and reports what the broker has acknowledged.
+Values are the JSON of the contract, keyed by user id and partitioned by murmur2, so the events of a user keep their
+order.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class ReplayFailed(InfraError):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast: `rate` events a second, or event time running `speed` times as fast as the clock; neither: flat out."""
+    """The pace: `rate` events per second, or event time `speed` times as fast as the clock; neither sends at once."""
 
     rate: float | None = None
     speed: float | None = None
 
     def due(self, log: EventLog, elapsed_s: float) -> int:
-        """How many of the log's first events are due after `elapsed_s` seconds."""
+        """Return how many of the log's first events are due after `elapsed_s` seconds."""
         if self.rate is not None:
             return min(len(log), int(self.rate * elapsed_s))
         if self.speed is not None:
@@ -55,18 +56,18 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """One batch that the broker has: row `rows[i]` of the log is at offset `base_offset + i` of `partition`."""
+    """One acknowledged batch: row `rows[i]` of the log is at offset `base_offset + i` of `partition`."""
 
     partition: int
     base_offset: int
     rows: I64
-    sent_at_ms: int
-    """Clock time at which the batch was handed to the producer."""
+    sent_at_s: float
+    """When the batch was handed to the producer, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayTotals:
-    """What a replay did; `acknowledged` equals the length of the log unless it was stopped."""
+    """Totals of a replay; `acknowledged` equals the length of the log unless it was stopped."""
 
     acknowledged: int
     seconds: float
@@ -80,10 +81,10 @@ async def replay(
     on_acknowledged: Callable[[Acknowledged], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ReplayTotals:
-    """Produce the log's events to the actions topic and return once all that was sent is acknowledged.
+    """Produce the log's events to the actions topic and return once every event sent is acknowledged.
 
-    `on_acknowledged` is called in the event loop for each batch; `stop` is asked before each tick. Events of one
-    partition are acknowledged in order. Raises `ReplayFailed`.
+    `on_acknowledged` is called in the event loop for each batch, `stop` before each tick. Events of one partition are
+    acknowledged in order. Raises `ReplayFailed`.
     """
     producer = AIOKafkaProducer(
         enable_idempotence=True,
@@ -97,25 +98,25 @@ async def replay(
         await producer.start()
         await run.open()
         await run.follow(pace, stop)
-    except (KafkaError, OSError) as error:  # a wait that was too long is an OSError as well
+    except (KafkaError, OSError) as error:  # TimeoutError is an OSError
         raise ReplayFailed(
             f"the replay ended after {run.acknowledged:,} of {len(log):,} events",
             detail(error),
-            "see that the broker is up and that the topic exists (`streamformer topics create`), then run it again",
+            "check that the broker is up and that the topic exists (`streamformer topics create`), then run it again",
         ) from error
     finally:
-        await _give_back(producer)
+        await _stop(producer)
     return ReplayTotals(run.acknowledged, time.monotonic() - run.started_s)
 
 
-async def _give_back(producer: AIOKafkaProducer) -> None:
-    """An idempotent producer whose broker is gone would wait for it for ever."""
+async def _stop(producer: AIOKafkaProducer) -> None:
+    """Stop in bounded time: an idempotent producer without a broker would wait for it forever."""
     with suppress(TimeoutError):
         await asyncio.wait_for(producer.stop(), STOP_S)
 
 
 class _Run:
-    """One replay under way."""
+    """State of one replay."""
 
     def __init__(
         self, log: EventLog, topic: str, producer: AIOKafkaProducer, on_acknowledged: Callable[[Acknowledged], None]
@@ -129,7 +130,7 @@ class _Run:
         self._partitions: I64 = np.empty(0, np.int64)
 
     async def open(self) -> None:
-        """Learn the topic's partitions and where each event goes."""
+        """Look up the partitions of the topic and assign each event to one."""
         try:
             count = len(await asyncio.wait_for(self._producer.partitions_for(self._topic), TOPIC_TIMEOUT_S))
         except TimeoutError as error:
@@ -157,13 +158,13 @@ class _Run:
         await asyncio.gather(*(self._send_partition(p, rows[partitions == p]) for p in present))
 
     async def _send_partition(self, partition: int, rows: I64) -> None:
-        """Each batch acknowledged before the next of its partition is sent."""
+        """Send batches one by one, each after the one before is acknowledged."""
         for batch, its_rows in self._batches(rows):
-            sent_at_ms = time.time_ns() // 1_000_000
+            sent_at_s = time.time()
             future = await self._producer.send_batch(batch, self._topic, partition=partition)
             metadata = await asyncio.wait_for(future, ACKNOWLEDGE_S)
             self.acknowledged += len(its_rows)
-            self._on_acknowledged(Acknowledged(partition, metadata.offset, its_rows, sent_at_ms))
+            self._on_acknowledged(Acknowledged(partition, metadata.offset, its_rows, sent_at_s))
 
     def _batches(self, rows: I64) -> Iterable[tuple[Any, I64]]:
         batch, begin = self._producer.create_batch(), 0

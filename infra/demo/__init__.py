@@ -1,1 +1,1 @@
-"""The demo: the whole path on a real broker and real actions, and what freshness bought."""
+"""The demo: the whole path on a real broker with real actions, and the value of freshness."""

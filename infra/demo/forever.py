@@ -1,57 +1,58 @@
-"""After the demo: a worker kept busy with made actions of the present moment, for whoever wants to look."""
+"""After the demo: keep a worker busy with generated actions of the present moment, for people who want to look."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 
 from infra.datasets.event_log import event_log
 from infra.datasets.generator import GeneratorPolicy, generate
 from infra.datasets.replay import Pace, replay
 from infra.demo.live import Screen
-from infra.demo.observer import now_ms
-from infra.demo.run import Stage
-from infra.demo.worker import WorkerProcess, worker_process
+from infra.demo.next_steps import command
+from infra.demo.run import Deployment
+from infra.harness.worker_process import Process, running, stop_seconds
 from streams.config.settings import Settings, variable
 
 RATE = 200.0
-"""Events a second."""
+"""Events per second."""
 ROUND_S = 60
-"""Made and sent at a time; event time runs with the clock."""
+"""Seconds of events that are generated at once; event time runs with the clock."""
 USERS = 2_000
 
 
-def go_on(stage: Stage, screen: Screen) -> None:
-    """Say where to look and keep a worker busy until Ctrl-C."""
-    with worker_process(stage.values, stage.settings, stage.worker_log) as worker:
-        for line in addresses(stage.settings):
+def go_on(deployment: Deployment, screen: Screen) -> None:
+    """Print where to look and keep a worker busy until Ctrl-C."""
+    with running(deployment.worker()) as worker:
+        for line in addresses(deployment.settings):
             screen.line(line)
         seed = 0
         try:
             while True:
                 seed += 1
-                asyncio.run(_round(stage.settings, worker, seed))
+                asyncio.run(_round(deployment.settings, worker, seed))
         except KeyboardInterrupt:
             screen.line("stopping")
-            worker.stop()
+            worker.stop_in_order(stop_seconds(deployment.settings))
 
 
 def addresses(settings: Settings) -> list[str]:
-    """What runs where, and what to type to see it."""
+    """Return the addresses of everything that runs, and a command that shows embeddings."""
     bootstrap, web, topic = settings.kafka.bootstrap_servers, settings.web, settings.topics.embeddings
-    tail = f"{variable('topics.embeddings')}={topic} .venv/bin/streamformer tail --bootstrap-servers {bootstrap}"
+    tail = f"{variable('topics.embeddings')}={topic} {command()} tail --bootstrap-servers {bootstrap}"
     return [
         f"broker      {bootstrap}",
         f"metrics     http://{web.host}:{web.port}/metrics",
         f"embeddings  {tail}",
-        f"{RATE:,.0f} made events a second until Ctrl-C",
+        f"{RATE:,.0f} generated events per second until Ctrl-C",
     ]
 
 
-async def _round(settings: Settings, worker: WorkerProcess, seed: int) -> None:
+async def _round(settings: Settings, worker: Process, seed: int) -> None:
     policy = GeneratorPolicy(
         users=USERS,
         events=int(RATE * ROUND_S),
-        start_ms=now_ms(),
+        start_ms=time.time_ns() // 1_000_000,
         span_ms=ROUND_S * 1_000,
         action_gap_ms=2_000,
         late_ms_mean=3_000,

@@ -1,7 +1,7 @@
-"""What each user's history must be, recomputed from the actions alone: the yardstick for what the worker holds.
+"""The history that each user must have, recomputed from the actions alone: the reference for the worker's state.
 
-Written apart from the worker's state and kept obvious: whoever has plain appends needs a sort and nothing else, and
-the few users with a late or repeated event are walked through one event at a time.
+This module shares no code with the state and is kept simple: users with plain appends only need a sort, and the few
+with a late or a repeated event are processed one event at a time.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from encoder.arrays import I64, U64
 
 @dataclass(frozen=True, slots=True)
 class Histories:
-    """The applied events of U users as row numbers of the input, users one after another, each oldest first."""
+    """The applied events of U users as row numbers of the input: one user after another, each oldest first."""
 
     rows: I64
     starts: I64
-    """[U + 1]."""
+    """[U + 1] user u has `rows[starts[u] : starts[u + 1]]`."""
     last_rows: I64
-    """[U] the row that was applied last, by arrival; -1 for a user without any."""
+    """[U] row that was applied last, by arrival; -1 for a user without any."""
 
     @property
     def counts(self) -> I64:
-        """[U] actions applied."""
+        """[U] number of applied actions."""
         return np.diff(self.starts)
 
 
 def recompute(users: int, user_index: I64, timestamp_ms: I64, event_ids: U64, length_max: int) -> Histories:
-    """Histories of N events in order of arrival; an event of `user_index[i]` has row number i.
+    """Return the histories of N events in order of arrival; row i is an event of user `user_index[i]`.
 
-    An event is left out when its id (0: none) is among the kept ones of its user, or when it is older than everything
-    in a sequence that holds `length_max` already; all others go where their event time says, ties by arrival.
+    An event is left out if its id (0: none) is among the kept ones of its user, or if it is older than everything in a
+    sequence that already holds `length_max` events. All others are ordered by event time, ties by arrival.
     """
-    arrival = np.argsort(user_index, kind="stable")
+    arrival = np.argsort(user_index, kind="stable")  # [N] rows by user, then by arrival
     applied = np.ones(len(user_index), np.bool_)
-    bounds = np.searchsorted(user_index[arrival], np.arange(users + 1))
+    bounds = np.searchsorted(user_index[arrival], np.arange(users + 1))  # [U + 1] into `arrival`
     for user in _irregular(user_index, timestamp_ms, event_ids, arrival):
         rows = arrival[bounds[user] : bounds[user + 1]]
-        applied[rows] = _walk(timestamp_ms[rows].tolist(), event_ids[rows].tolist(), length_max)
+        applied[rows] = _applied(timestamp_ms[rows].tolist(), event_ids[rows].tolist(), length_max)
     last_rows = np.full(users, -1, np.int64)
-    kept = arrival[applied[arrival]]
+    kept = arrival[applied[arrival]]  # [K] applied rows by user, then by arrival
     np.maximum.at(last_rows, user_index[kept], kept)
     ordered = kept[np.lexsort((timestamp_ms[kept], user_index[kept]))]
     return Histories(ordered, np.searchsorted(user_index[ordered], np.arange(users + 1)), last_rows)
 
 
 def _irregular(user_index: I64, timestamp_ms: I64, event_ids: U64, arrival: I64) -> list[int]:
-    """Users with an event behind a newer one, or with an event id that occurs twice."""
+    """Return users with an event that arrived after a newer one, or with an event id that occurs twice."""
     users, times = user_index[arrival], timestamp_ms[arrival]
     late = users[1:][(np.diff(times) < 0) & (np.diff(users) == 0)]
     by_id = np.lexsort((event_ids, user_index))
@@ -60,8 +60,8 @@ def _irregular(user_index: I64, timestamp_ms: I64, event_ids: U64, arrival: I64)
     return found
 
 
-def _walk(times_ms: list[int], ids: list[int], length_max: int) -> list[bool]:
-    """For one user's events in order of arrival: which are applied."""
+def _applied(times_ms: list[int], ids: list[int], length_max: int) -> list[bool]:
+    """Return which of one user's events, in order of arrival, are applied."""
     kept_times: list[int] = []
     kept_ids: list[int] = []
     applied = []

@@ -1,4 +1,4 @@
-"""The demo's picture: freshness over the replay, and what each embedding of a user found."""
+"""The plot of the demo: freshness over the replay, and Recall@10 of each reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = {"fresh": "#0b6e4f", "daily": "#e0a030", "once": "#9aa0a6", "popular":
 
 
 def save_plot(outcome: Outcome, path: Path) -> Path:
-    """Write the picture to `path` (PNG); returns it."""
+    """Write the plot to `path` (PNG) and return the path."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     _freshness(left, outcome)
     _recall(right, outcome)
@@ -28,17 +28,17 @@ def save_plot(outcome: Outcome, path: Path) -> Path:
 
 
 def _freshness(axes: plt.Axes, outcome: Outcome) -> None:
-    """p50 and p99 of each second of the replay."""
-    freshness_ms = outcome.streamed.freshness_ms
-    known = freshness_ms >= 0
-    values = freshness_ms[known]
-    second = (outcome.streamed.seen.received_at_ms[known] - outcome.streamed.began_at_ms) // 1_000
+    """Draw p50 and p99 of each second of the replay."""
+    streamed = outcome.streamed
+    known = ~np.isnan(streamed.freshness_ms)
+    values = streamed.freshness_ms[known]
+    second = np.floor(streamed.embeddings.at_s[known] - streamed.began_at_s)
     seconds = np.unique(second)
     p50, _, p99 = freshness_percentiles(outcome)
     for percentile, overall, colour in ((99, p99, COLOURS["daily"]), (50, p50, COLOURS["fresh"])):
         line = [max(1.0, float(np.percentile(values[second == one], percentile))) for one in seconds]
         axes.plot(seconds, line, color=colour, label=f"p{percentile}, overall {overall:,.0f} ms")
-    axes.set(xlabel="seconds of the replay", ylabel="event sent to embedding received, ms", yscale="log")
+    axes.set(xlabel="seconds since the replay began", ylabel="event sent to embedding received, ms", yscale="log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter("")
     axes.set_title("Freshness", loc="left")
@@ -46,7 +46,7 @@ def _freshness(axes: plt.Axes, outcome: Outcome) -> None:
 
 
 def _recall(axes: plt.Axes, outcome: Outcome) -> None:
-    """One group of bars for each group of actions that occurs."""
+    """Draw a cluster of bars for each group of actions that occurs."""
     recalls, width = outcome.recalls, 0.2
     groups = [group for group in GROUPS if recalls.actions[group]]
     for i, reader in enumerate(READERS):
@@ -57,6 +57,6 @@ def _recall(axes: plt.Axes, outcome: Outcome) -> None:
         np.arange(len(groups)), [f"{GROUPS[group]}\n{recalls.actions[group]:,} actions" for group in groups]
     )
     axes.margins(y=0.25)
-    axes.set_title("Recall@10 by how old the embedding is", loc="left")
+    axes.set_title("Recall@10 by age of the embedding", loc="left")
     axes.legend(frameon=False, ncols=len(READERS), loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What the demo found, as text for people and as one JSON object for scripts."""
+"""The report of the demo: text for people and one JSON object for scripts."""
 
 from __future__ import annotations
 
@@ -6,53 +6,49 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from infra.demo.readers import GROUPS
 from infra.demo.run import Outcome
+from infra.harness.freshness import percentiles
 from infra.harness.reporting import machine
 
 READERS = {
     "fresh": "as published, just before the action",
     "daily": "as of the last midnight (batch)",
     "once": "as of the start of the replay",
-    "popular": "no embedding: most acted-on of seven days",
+    "popular": "no embedding: most popular of seven days",
 }
 TEXT_COLUMNS = 118
 NOTES = """\
-Freshness: from handing an event to Kafka until a subscriber holds an embedding that contains it. The log's own event
-times are history; by clock time the replay presses {days:,.0f} days into {seconds:.0f} s, so several actions of a user
-often share one embedding, and "fresh" is what was published, not what slower traffic would have had.
-Recall@10: was the item in the ten best of the release's {items:,} items, those the user had acted on before left out?
-Every reader is asked at the same moment and differs in the embedding alone; none of them has seen an action of the
-same second. No embedding, or an item unknown to the release, is a miss."""
+Freshness: from handing an event to Kafka to receiving an embedding that contains it. The replay compresses
+{days:,.0f} days into {seconds:.0f} s, so several actions of a user often share one embedding; "fresh" is the embedding
+as published here, which slower traffic would publish more often.
+Recall@10: share of actions whose item is among the ten best of the release's {items:,} items, without those that the
+user had acted on before. All readers are compared at the same moments and differ in the embedding only; none has seen
+an action of the same second. A missing embedding and an item unknown to the release count as misses."""
 
 
 def freshness_percentiles(outcome: Outcome) -> tuple[float, float, float]:
-    """p50, p90 and p99 in milliseconds, from handing the event to Kafka to holding the embedding."""
-    known = outcome.streamed.freshness_ms
-    known = known[known >= 0]
-    if not len(known):
-        return math.nan, math.nan, math.nan
-    p50, p90, p99 = np.percentile(known, [50, 90, 99]).tolist()
+    """Return p50, p90 and p99 of the replay, in milliseconds."""
+    p50, p90, p99 = percentiles(outcome.streamed.freshness_ms, 50, 90, 99)
     return p50, p90, p99
 
 
 def events_per_second(outcome: Outcome) -> float:
-    """Replayed events over the seconds that replaying them took."""
+    """Return the replayed events per second of the replay."""
     totals = outcome.streamed.totals
     return totals.acknowledged / max(totals.seconds, 1e-9)
 
 
 def embeddings(outcome: Outcome) -> int:
-    """Published in all."""
-    return outcome.streamed.published_before + len(outcome.streamed.seen)
+    """Return the number of all published embeddings."""
+    return outcome.streamed.published_before + len(outcome.streamed.embeddings)
 
 
 def print_report(outcome: Outcome, console: Console) -> None:
-    """The report as text."""
+    """Print the report."""
     facts = Table.grid(padding=(0, 2))
     for name, value in (*_flow(outcome), *_recount(outcome), ("seconds", _seconds(outcome))):
         facts.add_row(name, value)
@@ -65,22 +61,22 @@ def print_report(outcome: Outcome, console: Console) -> None:
 
 
 def save_text(outcome: Outcome, path: Path) -> Path:
-    """The report in a file; returns its path."""
+    """Write the report to a file and return its path."""
     with path.open("w", encoding="utf-8") as file:
         print_report(outcome, Console(file=file, width=TEXT_COLUMNS))
     return path
 
 
 def _flow(outcome: Outcome) -> list[tuple[str, str]]:
-    parts, streamed = outcome.parts, outcome.streamed
+    split, streamed = outcome.split, outcome.streamed
     p50, p90, p99 = freshness_percentiles(outcome)
     triggers = ", ".join(f"{reason} {count:,}" for reason, count in sorted(streamed.reasons.items()))
-    newer = len(parts.log) - parts.cut
+    newer = len(split.log) - split.cut
     return [
-        ("actions", f"{parts.origin}: {parts.cut:,} as history, {newer:,} replayed"),
+        ("actions", f"{split.origin}: {split.cut:,} as history, {newer:,} replayed"),
         ("history", f"{streamed.published_before:,} embeddings, caught up in {streamed.catch_up_s:.1f} s"),
-        ("replay", f"{streamed.totals.seconds:.1f} s, {events_per_second(outcome):,.0f} events a second"),
-        ("embeddings", f"{len(streamed.seen):,} during the replay; triggers: {triggers}"),
+        ("replay", f"{streamed.totals.seconds:.1f} s, {events_per_second(outcome):,.0f} events per second"),
+        ("embeddings", f"{len(streamed.embeddings):,} during the replay; triggers: {triggers}"),
         ("freshness", f"p50 {p50:,.0f} ms, p90 {p90:,.0f} ms, p99 {p99:,.0f} ms"),
     ]
 
@@ -89,10 +85,11 @@ def _recount(outcome: Outcome) -> list[tuple[str, str]]:
     counted = outcome.recount
     late = f" ({counted.late_dropped:,} too late for a full sequence)" if counted.late_dropped else ""
     return [
-        ("lost", f"{counted.lost:,} of {counted.events:,} events{late}, recounted from the input topic"),
+        ("lost", f"{counted.lost:,} of {counted.events:,} events{late}, compared with the input topic by content"),
         ("duplicated", f"{counted.duplicated:,}"),
+        ("misordered", f"{counted.misordered:,} users"),
         ("dead letters", f"{counted.dead_letters:,}"),
-        ("outdated", f"{counted.outdated:,} users whose last embedding lacks their last action"),
+        ("outdated", f"{counted.outdated:,} users whose last embedding does not contain their last action"),
         (
             "parity",
             f"{counted.parity_users:,} users recomputed in batch: cosine at least {counted.cosine_min:.6f}, "
@@ -103,12 +100,12 @@ def _recount(outcome: Outcome) -> list[tuple[str, str]]:
 
 def _seconds(outcome: Outcome) -> str:
     steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in outcome.step_s.items())
-    return f"{outcome.seconds:.0f} in all: {steps}"
+    return f"{outcome.seconds:.0f} in total: {steps}"
 
 
 def _recall_table(outcome: Outcome) -> Table:
     recalls = outcome.recalls
-    table = Table(title="What freshness bought: Recall@10 over the replayed actions", title_justify="left")
+    table = Table(title="The value of freshness: Recall@10 over the replayed actions", title_justify="left")
     table.add_column("embedding of the user")
     for group, text in GROUPS.items():
         table.add_column(f"{text} ({recalls.actions[group]:,})", justify="right")
@@ -122,14 +119,14 @@ def _share(value: float) -> str:
 
 
 def _notes(outcome: Outcome) -> str:
-    times_ms = outcome.parts.newer.timestamp_ms
+    times_ms = outcome.split.newer.timestamp_ms
     days = (int(times_ms.max()) - int(times_ms.min())) / 86_400_000
     items = len(outcome.release.vocabularies.item_keys)
     return NOTES.format(days=days, seconds=outcome.streamed.totals.seconds, items=items)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """The figures of the last line."""
+    """Return the figures of the last line."""
     p50, _, p99 = freshness_percentiles(outcome)
     counted, recall = outcome.recount, outcome.recalls.recall
     return {
@@ -153,5 +150,5 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """Rounded; None for NaN, which JSON does not have."""
+    """Return the rounded value; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, 6)

@@ -1,4 +1,4 @@
-"""The demo in small, end to end, as a command: what it prints, and what it leaves behind."""
+"""The demo in small, end to end, as a command: its output, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import kafka
 import psutil
 import pytest
 
+from encoder.release import load_release
 from infra.kafka.broker import Broker, ExternalBroker
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -49,7 +50,7 @@ DEADLINE_S = 90.0
 
 @pytest.fixture
 def demo(broker: Broker | ExternalBroker, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command under way on the shared broker, its temporary files under `tmp_path`."""
+    """Run the command on the shared broker, with its temporary files under `tmp_path`."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
     (tmp_path / "tmp").mkdir()
     surroundings = {"KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers, "TMPDIR": str(tmp_path / "tmp")}
@@ -57,6 +58,7 @@ def demo(broker: Broker | ExternalBroker, tmp_path: Path) -> Iterator[subprocess
         [
             *(sys.executable, "-m", "infra.demo", "--generated", str(EVENTS), "--newer", "150", "--rate", "150"),
             *("--train-seconds", "2", "--recipe", str(tmp_path / "recipe.toml"), "--report-dir", str(tmp_path)),
+            *("--release-dir", str(tmp_path / "release")),
         ],
         env={**os.environ, **surroundings},
         stdout=subprocess.PIPE,
@@ -90,7 +92,7 @@ def _is_of(process: psutil.Process, folder: str) -> bool:
 def test_the_demo_counts_everything_and_leaves_nothing(
     demo: subprocess.Popen[str], broker: Broker | ExternalBroker, tmp_path: Path
 ) -> None:
-    """The last line has every figure, nothing is lost or doubled, and topics, files and processes are gone."""
+    """The last line has every figure, nothing is lost or doubled, and only report and release are left."""
     output, _ = demo.communicate(timeout=DEADLINE_S)
     assert demo.returncode == 0, (tmp_path / "progress").read_text()
     figures = json.loads(output.splitlines()[-1])
@@ -101,9 +103,16 @@ def test_the_demo_counts_everything_and_leaves_nothing(
     assert figures["embeddings"] > 20
     assert 0 < figures["freshness_p50_ms"] <= figures["freshness_p99_ms"]
     assert figures["parity_cosine_min"] >= 0.9999
-    assert "What freshness bought" in (tmp_path / "report.txt").read_text()
+    assert "The value of freshness" in (tmp_path / "report.txt").read_text()
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert load_release(tmp_path / "release").config.d_model == 16
+    assert [line.split()[0] for line in _next_steps(output)] == [sys.executable, sys.executable, sys.executable]
     _assert_nothing_is_left(broker, tmp_path)
+
+
+def _next_steps(output: str) -> list[str]:
+    """Return the commands that the demo prints, as lines."""
+    return [line.strip() for line in output.splitlines() if "-m infra.cli" in line]
 
 
 def test_an_interrupted_demo_leaves_nothing(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from aiokafka.structs import TopicPartition
 
-from infra.demo.recount import count_records
-from infra.demo.worker import with_values
+from infra.harness.whole_topic import count_records
+from infra.harness.worker_process import with_values
 from infra.kafka.topics import ensure_topics
 from streams.config.settings import load_settings
 from streams.engine.changelog import ChangelogNames, ChangelogProducer

@@ -1,4 +1,4 @@
-"""Faust as its documentation writes it, with an encoder: an agent that embeds a user at each of its events.
+"""Faust with an encoder, in the style of its documentation: an agent that embeds the user of each event.
 
 Environment: BROKER, GROUP, TOPIC, OUTPUT, FOLDER, KEPT, RELEASE.
 """
@@ -13,6 +13,8 @@ KEPT = int(os.environ["KEPT"])
 
 
 class Action(faust.Record, serializer="json"):
+    """An event of the input topic."""
+
     user_id: str
     item_id: str
     action: str
@@ -40,6 +42,7 @@ encoder = FullPass()
 
 @app.agent(actions)
 async def embed(stream):
+    """Keep each action and publish the embedding of a user with a full sequence."""
     async for action in stream:
         kept = [*sequences[action.user_id][1 - KEPT :], row(action.asdict())]
         sequences[action.user_id] = kept

@@ -1,7 +1,7 @@
-"""A release's weights in torch's own encoder: one full pass over the kept actions for each embedding.
+"""The weights of a release in torch's own encoder: one full pass over the kept actions per embedding.
 
-What `nn.TransformerEncoder` has no place for (rotation, windows, time bias, shared key/value heads) is left out; shared
-heads are written out for each query head. Input features and head are the release's own.
+Rotation, windows and time bias are left out, because `nn.TransformerEncoder` has none; each key/value head is copied
+for every query head that shares it. Input features and head are those of the release.
 """
 
 import os
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 class FullPass:
-    """Embeds one user at a time."""
+    """An encoder that embeds one user at a time."""
 
     def __init__(self):
         self.release = load_release(Path(os.environ["RELEASE"]))
@@ -32,7 +32,7 @@ class FullPass:
 
     @torch.inference_mode()
     def embed(self, kept):
-        """The embedding, little-endian float32, of a full sequence of `row`s."""
+        """Return the embedding, little-endian float32, of a full sequence of `row`s."""
         actions = np.array([tuple(row) + (0,) * (len(ACTION_DTYPE) - len(row)) for row in kept], ACTION_DTYPE)
         starts = np.array([0, len(kept)], np.int64)
         positions = sequence_positions(starts, np.array([len(kept)], np.int64))
@@ -42,7 +42,7 @@ class FullPass:
 
 
 def row(action):
-    """What a peer keeps of an action: the fields of `ACTION_DTYPE` that features are made of."""
+    """Return the part of an action that a baseline keeps: the fields of `ACTION_DTYPE` that features are made of."""
     values = {
         "item": item_key(action["item_id"]),
         "action": name_code(action["action"]),

@@ -1,4 +1,4 @@
-"""Faust as its documentation writes it: an agent that takes one event at a time and assigns to a table.
+"""Faust in the style of its documentation: an agent that processes one event at a time and assigns to a table.
 
 Environment: BROKER, GROUP, TOPIC, OUTPUT, FOLDER, EVERY_N, KEPT.
 """
@@ -11,6 +11,8 @@ KEPT, EVERY_N = int(os.environ["KEPT"]), int(os.environ["EVERY_N"])
 
 
 class Action(faust.Record, serializer="json"):
+    """An event of the input topic."""
+
     user_id: str
     item_id: str
     action: str
@@ -37,6 +39,7 @@ sequences = app.Table("sequences", default=dict, partitions=4)
 
 @app.agent(actions)
 async def keep(stream):
+    """Keep each action and publish the count of a user whose trigger fires."""
     async for action in stream:
         sequence = sequences[action.user_id] or {"count": 0, "kept": []}
         kept = [*sequence["kept"][1 - KEPT :], [action.item_id, action.action, action.timestamp_ms]]

@@ -1,4 +1,4 @@
-"""Quix Streams as its documentation writes it, with an encoder: a stateful function that embeds a user at each event.
+"""Quix Streams with an encoder, in the style of its documentation: a stateful function embeds the user of each event.
 
 Environment: BROKER, GROUP, TOPIC, OUTPUT, FOLDER, KEPT, RELEASE.
 """
@@ -14,6 +14,7 @@ encoder = FullPass()
 
 
 def embed(action: dict, state: State) -> bytes | None:
+    """Keep an action; return the embedding of a user with a full sequence."""
     kept = [*state.get("kept", [])[1 - KEPT :], row(action)]
     state.set("kept", kept)
     return encoder.embed(kept) if len(kept) == KEPT else None

@@ -1,4 +1,4 @@
-"""Quix Streams as its documentation writes it: a stateful function over a StreamingDataFrame.
+"""Quix Streams in the style of its documentation: a stateful function over a StreamingDataFrame.
 
 Environment: BROKER, GROUP, TOPIC, OUTPUT, FOLDER, EVERY_N, KEPT.
 """
@@ -12,6 +12,7 @@ FIELDS = ("item_id", "action", "timestamp_ms")
 
 
 def keep(action: dict, state: State) -> int:
+    """Keep an action and return the count of its user."""
     sequence = state.get("sequence") or {"count": 0, "kept": []}
     kept = [*sequence["kept"][1 - KEPT :], [action[field] for field in FIELDS]]
     count = sequence["count"] + 1

@@ -1,11 +1,11 @@
-"""RecTools in training, as its documentation would have it: one slice of steps for each line read.
+"""RecTools in training, in the style of its documentation: one slice of steps for each line read.
 
     python rectools_train.py SPEC.json
 
 The specification names a CSV (user, item, rank in time), the size, and the path: "sasrec" is `SASRecModel` under
 Lightning, "flat" is `FlatSASRecNet` of `rectools.fast_transformers` with its own sequences, in a plain loop. After two
-steps to warm up the script prints `ready`; each line on standard input then trains so many steps and prints how many
-targets they had, and the CPU and wall seconds they took. It ends with the input.
+steps to warm up the script prints `ready`. For each line on standard input it trains the steps of one slice and prints
+their targets, CPU seconds and wall seconds. It ends with the input.
 """
 
 import json
@@ -27,12 +27,13 @@ WARM_UP = 2
 
 
 class Slices:
-    """Told before each step; stops until a line is read when a slice is over, and counts since the line before."""
+    """A gate before each step: it waits for a line at the end of a slice, and counts targets and seconds of a slice."""
 
     def __init__(self, steps):
         self.steps, self.done, self.targets = steps, -WARM_UP, 0
 
     def before_step(self, y):
+        """Count the targets of a step; wait if a slice has just ended."""
         if self.done == 0:
             print("ready", flush=True)
             self.wait()
@@ -44,6 +45,7 @@ class Slices:
         self.done += 1
 
     def wait(self):
+        """Wait for a line, then begin a slice; end the program with the input."""
         if not sys.stdin.readline():
             sys.exit(0)
         self.done = self.targets = 0
@@ -51,14 +53,18 @@ class Slices:
 
 
 class SlicesCallback(Callback):
+    """The gate as a callback of Lightning."""
+
     def __init__(self, slices):
         self.slices = slices
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Pass the gate before a step."""
         self.slices.before_step(batch["y"])
 
 
 def train_sasrec(spec, table, slices):
+    """Train `SASRecModel` under Lightning."""
     interactions = pd.DataFrame(
         {
             Columns.User: table["user"],
@@ -93,6 +99,7 @@ def train_sasrec(spec, table, slices):
 
 
 def train_flat(spec, table, slices):
+    """Train `FlatSASRecNet` in a plain loop."""
     user, item, rank = (torch.from_numpy(table[name].to_numpy()) for name in ("user", "item", "rank"))
     x, y, items, _ = build_sequences(user, item, rank, max_len=spec["length"])
     net = FlatSASRecNet(
@@ -112,6 +119,7 @@ def train_flat(spec, table, slices):
 
 
 def main():
+    """Train as the specification says, slice by slice."""
     warnings.filterwarnings("ignore")
     with open(sys.argv[1]) as file:
         spec = json.load(file)

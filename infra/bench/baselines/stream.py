@@ -1,7 +1,7 @@
-"""The peers of the stream benchmarks as contestants, each with what it needs, or the reason why it cannot run here.
+"""The baselines of the stream benchmarks, each with what it needs, or the reason why it cannot run on this machine.
 
-The programs are in `peers/`. Quix Streams and Bytewax run in `.venv-peers`, which `make bench-ingest` creates; Faust in
-our own environment; Kafka Streams is compiled with the machine's JDK.
+Quix Streams and Bytewax run in `.venv-peers`, which `make bench-ingest` creates; Faust runs in the environment of the
+project; Kafka Streams is compiled with the JDK of the machine.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ import jgo
 import kafka
 import requests
 
-from infra.bench.baselines.processes import Contestant, committed, free_port, sample, scrape
+from infra.bench.stream.subject import Subject, committed
 from infra.bench.stream.worker import PARTITIONS, SEQUENCE_LENGTH
 from infra.errors import InfraError
+from infra.harness.worker_process import Program, free_port, sample, scrape
 
 BASELINES = Path(__file__).parent
 ROOT = Path(__file__).parents[3]
 VENV_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 KAFKA_STREAMS = "org.apache.kafka:kafka-streams:4.1.2"
 EVERY_N = 1_000_000
+WITHOUT_WEB = ("worker", "--without-web", "-l", "warn")
 
 
-class PeerUnavailable(InfraError):
-    """A peer cannot run on this machine; the text says why."""
+class BaselineUnavailable(InfraError):
+    """A baseline cannot run on this machine; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all peers are told."""
+    """The task, the same for all baselines."""
 
     bootstrap_servers: str
     folder: Path
-    """Under which each has a folder of its own."""
+    """Parent of the folders of the baselines."""
     kept: int = SEQUENCE_LENGTH
-    """Actions of a user."""
+    """Actions kept per user."""
     release: Path | None = None
-    """Of the encoder, for those that embed."""
+    """Release of the encoder, for baselines that embed."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    """In all names on the broker, which may have seen earlier runs."""
+    """Part of all names on the broker, which may have seen earlier runs."""
 
     def environment(self, name: str) -> dict[str, str]:
+        """Return the variables that a baseline reads."""
         return {
-            **os.environ,
             "BROKER": self.bootstrap_servers,
             "GROUP": f"{name}-{self.run}",
             "TOPIC": f"{name}-{self.run}-actions",
@@ -62,39 +64,41 @@ class Job:
         }
 
 
-def faust_peer(job: Job) -> Contestant:
-    """Idiomatic Faust, in our own environment."""
-    command = (sys.executable, str(BASELINES / "idiomatic_faust.py"), "worker", "--without-web", "-l", "warn")
-    return _contestant(job, "faust", command)
+def faust(job: Job) -> Subject:
+    """Prepare idiomatic Faust, in the environment of the project."""
+    return _prepared(job, "faust", (sys.executable, str(BASELINES / "idiomatic_faust.py"), *WITHOUT_WEB))
 
 
-def quix_peer(job: Job) -> Contestant:
-    """Quix Streams; raises `PeerUnavailable`."""
-    return _contestant(job, "quix", (_venv_python("quixstreams"), str(BASELINES / "quix_streams.py")))
+def quix(job: Job) -> Subject:
+    """Prepare Quix Streams; raise `BaselineUnavailable` if it is not installed."""
+    return _prepared(job, "quix", (_venv_python("quixstreams"), str(BASELINES / "quix_streams.py")))
 
 
-def faust_encoder_peer(job: Job) -> Contestant:
-    """Idiomatic Faust that embeds, in our own environment."""
-    command = (sys.executable, "-m", "infra.bench.baselines.faust_encoder", "worker", "--without-web", "-l", "warn")
-    return _contestant(job, "faust", command, {"PYTHONPATH": str(ROOT)})
+def faust_encoder(job: Job) -> Subject:
+    """Prepare idiomatic Faust that embeds, in the environment of the project."""
+    command = (sys.executable, "-m", "infra.bench.baselines.faust_encoder", *WITHOUT_WEB)
+    return _prepared(job, "faust", command, {"PYTHONPATH": str(ROOT)})
 
 
-def quix_encoder_peer(job: Job) -> Contestant:
-    """Quix Streams that embeds: our own interpreter, for torch, with its packages; raises `PeerUnavailable`."""
+def quix_encoder(job: Job) -> Subject:
+    """Prepare Quix Streams that embeds; raise `BaselineUnavailable` if it is not installed.
+
+    The interpreter is that of the project, which has torch, with the packages of `.venv-peers` on its path.
+    """
     _venv_python("quixstreams")
     packages = next(VENV_PYTHON.parents[1].glob("lib/python3*/site-packages"))
     path = os.pathsep.join([str(ROOT), str(packages)])
-    return _contestant(job, "quix", (sys.executable, "-m", "infra.bench.baselines.quix_encoder"), {"PYTHONPATH": path})
+    return _prepared(job, "quix", (sys.executable, "-m", "infra.bench.baselines.quix_encoder"), {"PYTHONPATH": path})
 
 
-ENCODING_PEERS = {"faust": faust_encoder_peer, "quix": quix_encoder_peer}
+ENCODERS = {"faust": faust_encoder, "quix": quix_encoder}
 
 
-def bytewax_peer(job: Job) -> Contestant:
-    """Bytewax with its recovery store, a snapshot each second; raises `PeerUnavailable`.
+def bytewax(job: Job) -> Subject:
+    """Prepare Bytewax with its recovery store and a snapshot per second; raise `BaselineUnavailable`.
 
-    It commits no offsets: its own count of items, which its API server tells, says how far it is, and the snapshot
-    that makes them durable comes within a second.
+    It commits no offsets. Its API server reports the items that it has taken; the snapshot that makes them durable
+    follows within a second.
     """
     python = _venv_python("bytewax")
     recovery = job.folder / "bytewax" / "recovery"
@@ -106,63 +110,51 @@ def bytewax_peer(job: Job) -> Contestant:
     environment = {"BYTEWAX_DATAFLOW_API_ENABLED": "1", "BYTEWAX_DATAFLOW_API_PORT": str(port)}
 
     def applied() -> int:
-        lines = [line for line in scrape(port).splitlines() if 'step_id="sequences.keep' in line]
-        return int(sample("\n".join(lines), "bytewax_item_inp_count_total"))
+        return int(sample(scrape(port), "bytewax_item_inp_count_total", 'step_id="sequences.keep'))
 
-    contestant = _contestant(job, "bytewax", command, environment)
-    return replace(contestant, applied=applied, settle_s=1.5)
+    return replace(_prepared(job, "bytewax", command, environment), applied=applied, settle_s=1.5)
 
 
-def kafka_streams_peer(job: Job) -> Contestant:
-    """Kafka Streams on the machine's Java, compiled here; raises `PeerUnavailable`."""
+def kafka_streams(job: Job) -> Subject:
+    """Compile and prepare Kafka Streams; raise `BaselineUnavailable` if there is no JDK or no network."""
     java, javac = shutil.which("java"), shutil.which("javac")
     if not java or not javac:
-        raise PeerUnavailable("no JDK on this machine (javac); on Debian: apt-get install default-jdk-headless")
+        raise BaselineUnavailable("no JDK on this machine (javac); on Debian: apt-get install default-jdk-headless")
     try:
         jars = ":".join(str(jar) for jar in sorted(jgo.build(KAFKA_STREAMS).all_jars))
     except (requests.RequestException, RuntimeError, OSError, ValueError) as error:
-        raise PeerUnavailable(f"its jars cannot be downloaded from Maven Central: {error}") from error
+        raise BaselineUnavailable(f"its jars cannot be downloaded from Maven Central: {error}") from error
     classes = job.folder / "kafka-streams" / "classes"
+    source = BASELINES / "kafka_streams" / "KafkaStreamsBaseline.java"
     compiled = subprocess.run(
-        [javac, "-cp", jars, "-d", str(classes), str(BASELINES / "kafka_streams" / "KafkaStreamsPeer.java")],
-        capture_output=True,
-        text=True,
-        check=False,
+        [javac, "-cp", jars, "-d", str(classes), str(source)], capture_output=True, text=True, check=False
     )
     if compiled.returncode:
-        raise PeerUnavailable(f"it does not compile: {compiled.stderr.strip().splitlines()[0]}")
-    return _contestant(job, "kafka-streams", (java, "-Xmx1g", "-cp", f"{classes}:{jars}", "KafkaStreamsPeer"))
+        raise BaselineUnavailable(f"it does not compile: {compiled.stderr.strip().splitlines()[0]}")
+    return _prepared(job, "kafka-streams", (java, "-Xmx1g", "-cp", f"{classes}:{jars}", "KafkaStreamsBaseline"))
 
 
-def _contestant(
-    job: Job,
-    name: str,
-    command: Sequence[str],
-    environment: Mapping[str, str] | None = None,
-) -> Contestant:
-    settings = job.environment(name)
+def _prepared(job: Job, name: str, command: Sequence[str], extra: Mapping[str, str] | None = None) -> Subject:
+    environment = {**job.environment(name), **(extra or {})}
+    topic, output, folder = environment["TOPIC"], environment["OUTPUT"], job.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
     admin = kafka.KafkaAdminClient(bootstrap_servers=job.bootstrap_servers)
-    topics = {topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in _topics(settings)}
+    topics = {each: {"num_partitions": PARTITIONS, "replication_factor": 1} for each in (topic, output)}
     admin.create_topics(topics, wait_for_metadata=True)
-    return Contestant(
-        name=name,
-        topic=settings["TOPIC"],
-        command=command,
-        environment={**settings, **(environment or {})},
-        folder=job.folder / name,
-        applied=lambda: committed(admin, settings["GROUP"], settings["TOPIC"]),
+    return Subject(
+        program=Program(command, folder / "log", environment, folder, name),
+        topic=topic,
+        output=output,
+        applied=lambda: committed(admin, environment["GROUP"], topic),
     )
-
-
-def _topics(settings: Mapping[str, str]) -> tuple[str, str]:
-    return settings["TOPIC"], settings["OUTPUT"]
 
 
 def _venv_python(package: str) -> str:
-    """The interpreter of `.venv-peers`, if it has the package."""
+    """Return the interpreter of `.venv-peers` if it has the package."""
     if not VENV_PYTHON.exists():
-        raise PeerUnavailable(".venv-peers does not exist; `make bench-ingest` creates it")
+        raise BaselineUnavailable(".venv-peers does not exist; `make bench-ingest` creates it")
     found = subprocess.run([str(VENV_PYTHON), "-c", f"import {package}"], capture_output=True, text=True, check=False)
     if found.returncode:
-        raise PeerUnavailable(f"{package} cannot be imported in .venv-peers: {found.stderr.strip().splitlines()[-1]}")
+        reason = found.stderr.strip().splitlines()[-1]
+        raise BaselineUnavailable(f"{package} cannot be imported in .venv-peers: {reason}")
     return str(VENV_PYTHON)

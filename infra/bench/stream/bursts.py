@@ -1,7 +1,7 @@
-"""The events of the stream benchmarks: which users act, what an event looks like, and how a burst reaches the broker.
+"""Bursts of events for the stream benchmarks: the users that act, the events, and the way to the broker.
 
-A burst is made ready as Kafka record batches first and then appended as fast as the broker takes it, so that whoever
-reads it always has more to read.
+A burst is first built as Kafka record batches and then appended as fast as the broker accepts it, so that its reader
+always has more to read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ ACTIONS = ("view", "click", "save", "share")
 BATCH_BYTES_MAX = 900_000
 IN_FLIGHT_BATCHES = 16
 SPAN_MS = 500
-"""Event time that a burst covers; less than what passes between two bursts."""
+"""Event time that a burst covers; less than the time between two bursts."""
 
 
 def zipf_users(rng: np.random.Generator, users: int, events: int) -> I64:
-    """Who acts, a few often and most rarely: floor(users x r^3), r uniform in [0, 1)."""
+    """Return users of whom a few act often and most rarely: floor(users x r^3), r uniform in [0, 1)."""
     return (users * rng.random(events) ** 3).astype(np.int64)
 
 
 def distinct_users(rng: np.random.Generator, users: int, events: int) -> I64:
-    """Everybody once, in one random order that is repeated: `users` events in a row have as many users."""
+    """Return every user once, in a random order that repeats: any `users` events in a row are of distinct users."""
     order = rng.permutation(users)
     return np.resize(order, events)
 
@@ -44,7 +44,7 @@ class Burst:
         self._users, self._partitions, self._seed = users, partitions, seed
 
     async def append(self, topic: str, client: Mapping[str, Any]) -> float:
-        """Append all events; returns the seconds from the first to the last acknowledgement."""
+        """Append all events and return the seconds from the first to the last acknowledgement."""
         producer = AIOKafkaProducer(**client, max_batch_size=BATCH_BYTES_MAX, linger_ms=0, acks="all")
         await producer.start()
         try:
@@ -56,7 +56,7 @@ class Burst:
             await producer.stop()
 
     def _batches(self, producer: AIOKafkaProducer) -> Iterator[tuple[int, Any]]:
-        """(partition, record batch), the partitions in turn so that all of them grow together."""
+        """Yield (partition, record batch), the partitions in turn so that all of them grow together."""
         present, rows = np.unique(self._users, return_inverse=True)
         names = [b"user-%d" % number for number in present.tolist()]
         partitions = [(murmur2(name) & 0x7FFFFFFF) % self._partitions for name in names]
@@ -71,7 +71,7 @@ class Burst:
         yield from ((partition, batch) for partition, batch in enumerate(open_batches) if batch.record_count())
 
     def _values(self) -> Iterator[bytes]:
-        """The JSON of each event; event time rises over `SPAN_MS` to the present: no event is late."""
+        """Yield the JSON of each event; event time rises over `SPAN_MS` to the present, so no event is late."""
         rng = np.random.default_rng(self._seed)
         items = rng.integers(ITEMS, size=self.events).tolist()
         actions = rng.choice(len(ACTIONS), size=self.events, p=(0.62, 0.25, 0.1, 0.03)).tolist()

@@ -1,28 +1,29 @@
-"""Freshness: from an event handed to Kafka to an embedding that contains it, on the whole path, against load.
+"""Freshness against load on the whole path: from handing an event to Kafka to receiving an embedding that contains it.
 
     python -m infra.bench.stream.freshness [--quick] [--no-peers] [--size small|reference]
 
-A real broker with four partitions, the shipped worker, every event a trigger, the events of 5,000 users with full
-sequences; producer and consumer are this process. Broker, worker and client share the machine.
+A real broker with four partitions, the shipped worker, every event a trigger, 5,000 users with full sequences. Producer
+and consumer are this process; broker, worker and client share the machine.
 
-1. Bursts of one event of each user, which nothing can coalesce, appended at once: embeddings a second is *saturation*,
-   embeddings per CPU second (user and system, all threads of the process) is compared with the peers', whose bursts
-   take turns with the worker's.
+1. Bursts of one event of each user, none of which can share an embedding, are appended at once: embeddings per second
+   by the clock is *saturation*. Embeddings per CPU second (user and system, all threads of the process) are compared
+   with those of the baselines, whose bursts alternate with those of the worker.
 2. 2,000 events/s: p50 and p99 of freshness, over all events.
-3. A ladder of loads up to 150 % of saturation, and how long what was left took to drain. The plot is made of these.
-4. Two workers, 2,000 events/s; inside a burst of ten times that, one is killed (SIGKILL) and stays dead. Take-over is
-   the time from the kill to the first embedding of each of its partitions; from then on freshness counts again.
+3. A ladder of loads up to 150 % of saturation, each with the time to drain its backlog. The plot shows these.
+4. Two workers, 2,000 events/s; inside a burst of ten times that rate, one is killed (SIGKILL) and stays down. Take-over
+   is the time from the kill to the first embedding of each of its partitions; from then on freshness counts again.
 
-What is not equal is printed before the figures.
+The program prints what is not equal before the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,14 +34,15 @@ import typer
 
 from encoder.arrays import F64, I64
 from encoder.model import EncoderConfig
-from infra.bench.baselines.processes import Running
 from infra.bench.stream.bursts import Burst, distinct_users
-from infra.bench.stream.encoding import EncodeRates, measure_rates
+from infra.bench.stream.encoding import EncodeRates, RatePlan, measure_rates
 from infra.bench.stream.freshness_plot import save_plot
 from infra.bench.stream.traffic import Outcome, Route, Stretch, drive
 from infra.bench.stream.worker import PARTITIONS, MeasuredWorker, WorkerJob, join_worker, prepare_worker
 from infra.errors import InfraError
+from infra.harness.freshness import percentiles
 from infra.harness.reporting import console, machine, print_result, print_table, run_command
+from infra.harness.worker_process import STOP_S, Process, running
 from infra.kafka.broker import broker_or_external
 
 EVERY_ACTION = "[triggers]\nevery_n = 1\n"
@@ -53,16 +55,16 @@ BURST_FACTOR = 10
 DRAIN_S = 60.0
 READY_S = 60.0
 TAKE_OVER_S = 30.0
-"""Traffic after the kill until freshness counts again: the group's session timeout, and as much again, twice."""
+"""Traffic after the kill until freshness counts again: three session timeouts of the group."""
 REPORTS = Path("reports")
 
 
 class TakeOverTooLate(InfraError):
-    """Nothing is left to be measured after the take-over."""
+    """The traffic ended before the take-over, so nothing could be measured after it."""
 
 
 class Size(StrEnum):
-    """Of the encoder."""
+    """Size of the encoder."""
 
     SMALL = "small"
     REFERENCE = "reference"
@@ -78,14 +80,14 @@ ENCODERS = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long things are measured."""
+    """Duration of each part."""
 
     rounds: int
     steady_s: float
     step_s: float
     burst_s: float
     after_s: float
-    """Of traffic after the take-over is possible."""
+    """Traffic after the time allowed for the take-over."""
 
 
 FULL = Plan(rounds=5, steady_s=30.0, step_s=8.0, burst_s=1.0, after_s=20.0)
@@ -94,7 +96,7 @@ QUICK = Plan(rounds=1, steady_s=3.0, step_s=1.0, burst_s=0.5, after_s=3.0)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One load on the ladder, and the CPU it took as a fraction of one core."""
+    """The outcome of one load; CPU is in fractions of one core."""
 
     load: float
     """Fraction of saturation."""
@@ -105,20 +107,22 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """What a killed worker does to freshness."""
+    """Freshness after one of two workers was killed."""
 
     takeover_s: float
     freshness_ms: F64
-    """Of all events sent after the take-over."""
+    """[E] for the events sent after the take-over."""
     unserved: int
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes; figures mean little.")] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the peers too.")] = True,
-    size: Annotated[Size, typer.Option(help="Of the encoder.")] = Size.SMALL,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Take seconds instead of minutes; the figures mean little.")
+    ] = False,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
+    size: Annotated[Size, typer.Option(help="Size of the encoder.")] = Size.SMALL,
 ) -> None:
-    """Measure freshness on the whole path, against load, through a kill, and against its peers."""
+    """Measure freshness on the whole path, against load, through a kill, and against baselines."""
     plan = QUICK if quick else FULL
     job = WorkerJob(EVERY_ACTION, ENCODERS[size], CACHE_BYTES_MAX, items=10_000)
     with (
@@ -127,33 +131,29 @@ def main(
     ):
         servers = broker.bootstrap_servers
         worker = prepare_worker("fresh", servers, Path(folder) / "fresh", job)
-        with _running(worker) as (running,):
+        with _ready(worker) as (process,):
             _fill(worker, job.encoder.sequence_length)
-            rates = measure_rates(worker, running, job, Path(folder), USERS, plan.rounds, peers=peers)
-            steady = _step(worker, running, RATE / rates.saturation, rates.saturation, plan.steady_s)
-            _say("2,000 events/s", steady)
-            steps = [_ladder_step(worker, running, load, rates.saturation, plan.step_s) for load in LADDER]
-        kill = _kill_trial(servers, Path(folder), job, plan)
+            rates = measure_rates(worker, process, job, Path(folder), RatePlan(USERS, plan.rounds, peers))
+            steady = _step(worker, process, RATE / rates.saturation, rates.saturation, plan.steady_s)
+            _print_step("2,000 events/s", steady)
+            steps = [_ladder_step(worker, process, load, rates.saturation, plan.step_s) for load in LADDER]
+        kill = _kill_one_of_two(servers, Path(folder), job, plan)
     plot = save_plot([(each.outcome.rate, each.outcome.freshness_ms) for each in steps], rates.saturation, REPORTS)
     _report(size, job.encoder, rates, steady, steps, kill)
     console.print(f"plot: {plot}")
 
 
 @contextmanager
-def _running(*workers: MeasuredWorker) -> Iterator[list[Running]]:
-    """Workers of one application, ready."""
-    started = [Running.start(worker.contestant) for worker in workers]
-    try:
-        ready = lambda: is_settled(workers)  # noqa: E731
-        started[0].wait_until(ready, "all partitions ready", READY_S)
+def _ready(*workers: MeasuredWorker) -> Iterator[list[Process]]:
+    """Run workers of one application; they are ready when the block begins."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(running(worker.subject.program, grace_s=STOP_S)) for worker in workers]
+        started[0].wait_until(lambda: is_settled(workers), "the state in which all partitions are ready", READY_S)
         yield started
-    finally:
-        for running in started:
-            running.stop()
 
 
 def is_settled(workers: Sequence[MeasuredWorker]) -> bool:
-    """Whether every worker has partitions, and all of them together have all partitions, restored."""
+    """Return whether every worker has partitions, and all partitions are restored."""
     ready = [worker.partitions_ready for worker in workers]
     return sum(ready) == PARTITIONS and min(ready) > 0
 
@@ -163,27 +163,27 @@ def _fill(worker: MeasuredWorker, actions: int) -> None:
     started_s = time.monotonic()
     users = distinct_users(np.random.default_rng(0), USERS, USERS * actions)
     burst = Burst(users, PARTITIONS, seed=0)
-    asyncio.run(burst.append(worker.topic, _client(worker)))
+    asyncio.run(burst.append(worker.subject.topic, worker.client))
     asyncio.run(drive(_route(worker), np.arange(USERS), [Stretch(1_000, 1.0)], drain_timeout_s=120.0))
-    console.print(f"{burst.events:,} events for full sequences, worked off in {time.monotonic() - started_s:.1f} s")
+    console.print(f"{burst.events:,} events for full sequences, processed in {time.monotonic() - started_s:.1f} s")
 
 
-def _ladder_step(worker: MeasuredWorker, running: Running, load: float, saturation: float, seconds: float) -> Step:
-    step = _step(worker, running, load, saturation, seconds)
-    _say(f"{load:.0%} of saturation", step)
+def _ladder_step(worker: MeasuredWorker, process: Process, load: float, saturation: float, seconds: float) -> Step:
+    step = _step(worker, process, load, saturation, seconds)
+    _print_step(f"{load:.0%} of saturation", step)
     return step
 
 
-def _step(worker: MeasuredWorker, running: Running, load: float, saturation: float, seconds: float) -> Step:
+def _step(worker: MeasuredWorker, process: Process, load: float, saturation: float, seconds: float) -> Step:
     users = np.random.default_rng(round(load * 1_000)).integers(USERS, size=100_000)
-    cpu_s, own_s, started_s = running.cpu_s, time.process_time(), time.monotonic()
+    cpu_s, own_s, started_s = process.cpu_s, time.process_time(), time.monotonic()
     outcome = asyncio.run(drive(_route(worker), users, [Stretch(load * saturation, seconds)], drain_timeout_s=DRAIN_S))
     elapsed_s = time.monotonic() - started_s
-    return Step(load, outcome, (running.cpu_s - cpu_s) / elapsed_s, (time.process_time() - own_s) / elapsed_s)
+    return Step(load, outcome, (process.cpu_s - cpu_s) / elapsed_s, (time.process_time() - own_s) / elapsed_s)
 
 
-def _kill_trial(servers: str, folder: Path, job: WorkerJob, plan: Plan) -> Kill:
-    """Kill one of two workers in the middle of a burst; see the module's docstring."""
+def _kill_one_of_two(servers: str, folder: Path, job: WorkerJob, plan: Plan) -> Kill:
+    """Kill one of two workers in the middle of a burst; see the docstring of the module."""
     survivor = prepare_worker("survivor", servers, folder / "survivor", job)
     victim = join_worker(survivor, "victim", folder / "victim")
     users = np.random.default_rng(4).integers(USERS, size=200_000)
@@ -193,7 +193,7 @@ def _kill_trial(servers: str, folder: Path, job: WorkerJob, plan: Plan) -> Kill:
         Stretch(BURST_FACTOR * RATE, plan.burst_s),
         Stretch(RATE, TAKE_OVER_S + plan.after_s),
     ]
-    with _running(survivor, victim) as (_, killed):
+    with _ready(survivor, victim) as (_, killed):
         _fill(survivor, job.encoder.sequence_length)
         outcome, killed_s = asyncio.run(
             _drive_and_kill(_route(survivor), users, load, killed, before_s + plan.burst_s / 2)
@@ -213,11 +213,11 @@ def _kill_trial(servers: str, folder: Path, job: WorkerJob, plan: Plan) -> Kill:
 
 
 async def _drive_and_kill(
-    route: Route, users: I64, load: Sequence[Stretch], victim: Running, after_s: float
+    route: Route, users: I64, load: Sequence[Stretch], victim: Process, after_s: float
 ) -> tuple[Outcome, float]:
     async def kill() -> float:
         await asyncio.sleep(after_s)
-        victim.process.kill()
+        victim.send_signal(signal.SIGKILL)
         return time.time()
 
     killing = asyncio.create_task(kill())
@@ -226,9 +226,9 @@ async def _drive_and_kill(
 
 
 def take_over(outcome: Outcome, killed_s: float) -> float:
-    """When the last of the killed worker's partitions gave embeddings again.
+    """Return when the last of the killed worker's partitions gave embeddings again.
 
-    Its partitions are those that fell silent for more than a second after the kill.
+    Its partitions are those without embeddings for more than a second after the kill.
     """
     resumed_s = killed_s
     for partition in range(PARTITIONS):
@@ -242,29 +242,17 @@ def take_over(outcome: Outcome, killed_s: float) -> float:
 
 def _route(worker: MeasuredWorker) -> Route:
     topics = worker.settings.topics
-    return Route(topics.actions, topics.embeddings, PARTITIONS, _client(worker))
+    return Route(topics.actions, topics.embeddings, PARTITIONS, worker.client)
 
 
-def _client(worker: MeasuredWorker) -> dict[str, str]:
-    return {"bootstrap_servers": worker.settings.kafka.bootstrap_servers}
-
-
-def _percentiles(freshness_ms: F64) -> tuple[float, float]:
-    """p50 and p99, NaN where there is nothing."""
-    if not len(freshness_ms):
-        return float("nan"), float("nan")
-    p50, p99 = np.percentile(freshness_ms, [50, 99])
-    return float(p50), float(p99)
-
-
-def _say(what: str, step: Step) -> None:
-    p50, p99 = _percentiles(step.outcome.freshness_ms)
+def _print_step(what: str, step: Step) -> None:
+    p50, p99 = percentiles(step.outcome.freshness_ms, 50, 99)
     console.print(f"{what}: p50 {p50:,.1f} ms, p99 {p99:,.1f} ms")
 
 
 def _row(what: str, step: Step) -> tuple[str, ...]:
     outcome = step.outcome
-    p50, p99 = _percentiles(outcome.freshness_ms)
+    p50, p99 = percentiles(outcome.freshness_ms, 50, 99)
     return (
         what,
         f"{outcome.rate:,.0f}",
@@ -285,8 +273,8 @@ def _report(
     headings = ("load", "events/s", "p50 ms", "p99 ms", "max ms", "events/embedding", "drain s", "unserved")
     print_table("Freshness, event sent to embedding received", (*headings, "worker / client CPU"), rows)
     rates.print_table()
-    p50, p99 = _percentiles(steady.outcome.freshness_ms)
-    kill_p50, kill_p99 = _percentiles(kill.freshness_ms)
+    p50, p99 = percentiles(steady.outcome.freshness_ms, 50, 99)
+    kill_p50, kill_p99 = percentiles(kill.freshness_ms, 50, 99)
     at_80, top = (next(step for step in steps if step.load == load) for load in (0.8, 1.5))
     print_result(
         {
@@ -296,7 +284,7 @@ def _report(
             "p50_ms": round(p50, 1),
             "p99_ms": round(p99, 1),
             "saturation_events_per_second": round(rates.saturation),
-            "p99_ms_at_80_percent": round(_percentiles(at_80.outcome.freshness_ms)[1], 1),
+            "p99_ms_at_80_percent": round(percentiles(at_80.outcome.freshness_ms, 99)[0], 1),
             "max_ms_at_150_percent": round(float(top.outcome.freshness_ms.max(initial=0)), 1),
             "events_per_embedding_at_150_percent": round(top.outcome.events_per_embedding, 2),
             "drain_seconds_after_150_percent": round(top.outcome.drain_s, 2),

@@ -1,8 +1,8 @@
-"""A changelog as a worker leaves it that has served many users: the codec's records, in transactions, each with a mark.
+"""A synthetic changelog, as a long-running worker would have left it: the codec's records, in transactions with marks.
 
-Users are made in columns, `users` of them with `actions` each, in random order: what a worker writes is not sorted
-either. Two things are not as in life. Every user is written once, as after a compaction that has removed everything
-outdated; and the source topic is empty, so the marks and the committed offset say 0 and no user has applied anything.
+Users are generated in columns and written in random order, because a worker does not sort them either. Two things
+differ from a real changelog. Every user is written once, as after a compaction that has removed everything outdated.
+And the source topic is empty, so the marks and the committed offset are 0 and no user has applied an event.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
-    """So many users, all with so many actions; the same seed makes the same users."""
+class SyntheticState:
+    """Users that all have the same number of actions; the same seed gives the same users."""
 
     users: int
     actions: int
     seed: int = 0
 
     def records(self, limits: StateLimits) -> int:
-        """Records of all users in the changelog, marks apart."""
+        """Return the records of all users in the changelog, without marks."""
         return self.users * (1 + self.actions // limits.chunk_length)
 
 
 def user_id(number: int) -> bytes:
-    """The id of user `number`, as it keys events and state."""
+    """Return the id of user `number`, the key of its events and its state."""
     return b"user-%d" % number
 
 
 def writers() -> ProcessPoolExecutor:
-    """Processes for `fill`, to be kept for several: each takes seconds to start."""
+    """Return processes for `fill`; keep them for several calls, because each takes seconds to start."""
     return ProcessPoolExecutor(WRITERS, mp_context=multiprocessing.get_context("spawn"))
 
 
 def fill(
-    pool: ProcessPoolExecutor, settings: Settings, population: Population, on_progress: Callable[[int], None]
+    pool: ProcessPoolExecutor, settings: Settings, state: SyntheticState, on_progress: Callable[[int], None]
 ) -> None:
-    """Write the changelog of `population`; `on_progress(records in the log)` is called as it grows."""
+    """Write the changelog of `state`; `on_progress(records in the log)` is called as it grows."""
     tps = [kafka.TopicPartition(settings.changelog_topic, number) for number in range(settings.topics.partitions)]
     consumer = kafka.KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap_servers)
-    pending = {pool.submit(_fill_partition, settings, population, tp.partition) for tp in tps}
+    pending = {pool.submit(_fill_partition, settings, state, tp.partition) for tp in tps}
     while pending:
         done, pending = wait(pending, timeout=LOOK_EVERY_S)
         for each in done:
@@ -76,12 +76,12 @@ def fill(
 
 
 def partition_of(numbers: I64, partitions: int) -> I64:
-    """Partition of each user: Kafka's murmur2 of its id, in columns."""
+    """Return the partition of each user: Kafka's murmur2 of its id, in columns."""
     return (murmur2(_ids(numbers)).astype(np.int64) & 0x7FFFFFFF) % partitions
 
 
 def murmur2(ids: U8) -> npt.NDArray[np.uint32]:
-    """Kafka's murmur2 of each row of `ids` [N, 4 k bytes]; seed and constants as in `org.apache.kafka.common.utils`."""
+    """Return Kafka's murmur2 of each row of `ids` [N, 4 k bytes]; constants as in `org.apache.kafka.common.utils`."""
     words = np.ascontiguousarray(ids).view("<u4")
     multiplier = np.uint32(0x5BD1E995)
     h = np.full(len(words), np.uint32(0x9747B28C ^ ids.shape[1]), np.uint32)
@@ -95,25 +95,23 @@ def murmur2(ids: U8) -> npt.NDArray[np.uint32]:
 
 
 def _ids(numbers: I64) -> U8:
-    """The ids of `user_id` as rows of bytes, [N, 12]."""
-    digits = (numbers[:, None] // 10 ** np.arange(6, -1, -1)) % 10
+    """Return the ids of `user_id` as rows of bytes, [N, 12]."""
+    digits = (numbers[:, None] // 10 ** np.arange(6, -1, -1)) % 10  # [N, 7], the first digit first
     prefix = np.frombuffer(b"user-", np.uint8)
     return np.concatenate((np.tile(prefix, (len(numbers), 1)), (digits + ord("0")).astype(np.uint8)), axis=1)
 
 
-def _fill_partition(settings: Settings, population: Population, partition: int) -> None:
+def _fill_partition(settings: Settings, state: SyntheticState, partition: int) -> None:
     names = ChangelogNames(
         group_id=settings.app_id,
         source=TopicPartition(settings.topics.actions, partition),
         changelog=TopicPartition(settings.changelog_topic, partition),
     )
     limits = StateLimits(settings.state.sequence_length, settings.state.chunk_length)
-    numbers = FIRST_USER + np.arange(population.users)
+    numbers = FIRST_USER + np.arange(state.users)
     mine = numbers[partition_of(numbers, settings.topics.partitions) == partition]
-    rng = np.random.default_rng((population.seed, partition))
-    asyncio.run(
-        _write(names, settings.kafka.client_options(), _snapshots(rng, mine, population.actions, limits), limits)
-    )
+    rng = np.random.default_rng((state.seed, partition))
+    asyncio.run(_write(names, settings.kafka.client_options(), _snapshots(rng, mine, state.actions, limits), limits))
 
 
 async def _write(
@@ -130,7 +128,7 @@ async def _write(
 
 
 def _snapshots(rng: np.random.Generator, numbers: I64, actions: int, limits: StateLimits) -> Iterator[Snapshot]:
-    """What the checkpoints hold: everybody once, in random order."""
+    """Yield the content of each checkpoint: every user once, in random order."""
     shuffled = rng.permutation(numbers)
     for begin in range(0, len(shuffled), CHECKPOINT_USERS):
         yield _snapshot(rng, shuffled[begin : begin + CHECKPOINT_USERS], actions, limits)
@@ -143,8 +141,8 @@ def _snapshot(rng: np.random.Generator, numbers: I64, actions: int, limits: Stat
     headers["count"] = headers["unencoded"] = actions
     headers["tail"] = tail
     headers["first_unencoded_ms"] = NEWEST_MS
-    rows = _actions(rng, users, actions)
-    nobody = np.zeros(0, np.int64)
+    rows = _actions(rng, users, actions)  # [users, actions]; a sequence is its full chunks, then a tail
+    none = np.zeros(0, np.int64)
     return Snapshot(
         users=[user_id(number) for number in numbers.tolist()],
         headers=headers,
@@ -153,8 +151,8 @@ def _snapshot(rng: np.random.Generator, numbers: I64, actions: int, limits: Stat
         chunk_users=np.repeat(np.arange(users), chunks),
         chunk_numbers=np.tile(np.arange(chunks), users),
         chunks=rows[:, : chunks * length].reshape(users * chunks, length),
-        deleted_users=nobody,
-        deleted_keys=nobody,
+        deleted_users=none,
+        deleted_keys=none,
         dirty_from=np.zeros(users, np.int64),
         stored_keys=np.zeros(users, np.int64),
         emptied=np.zeros(users, np.bool_),
@@ -162,7 +160,7 @@ def _snapshot(rng: np.random.Generator, numbers: I64, actions: int, limits: Stat
 
 
 def _actions(rng: np.random.Generator, users: int, actions: int) -> npt.NDArray[np.void]:
-    """[users, actions] of ACTION_DTYPE, oldest first, over the last 30 days; ids as random as hashes are."""
+    """Return [users, actions] of ACTION_DTYPE, oldest first, over 30 days; ids are random, as hashes are."""
     rows = np.zeros((users, actions), ACTION_DTYPE)
     shape = rows.shape
     for column in ("item", "event_id"):

@@ -1,40 +1,29 @@
-"""A Streamformer worker as the stream benchmarks run it: the shipped command, a job, an encoder of random weights.
+"""A Streamformer worker as the stream benchmarks run it: the shipped command, a job, an encoder with random weights.
 
-Kept actions, triggers and encoder are those of the job, checkpoint interval and fetch sizes the defaults.
+The job sets kept actions, triggers and encoder; checkpoint interval and fetch sizes are the defaults.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import kafka
-import numpy as np
-import torch
 
-from encoder.actions.columns import item_key
-from encoder.features import Vocabularies
-from encoder.items import TrainedItems
-from encoder.model import EncoderConfig, build_encoder, initialize
-from encoder.release import make_release
-from infra.bench.baselines.processes import Contestant, committed, free_port, sample, scrape
+from encoder.model import EncoderConfig
+from infra.bench.stream.subject import Subject, committed
+from infra.harness.releases import random_release, vocabularies
+from infra.harness.worker_process import free_port, sample, scrape, with_values, worker_program
 from infra.kafka.topics import ensure_topics
-from streams.config.groups import (
-    EncoderSettings,
-    KafkaSettings,
-    StateSettings,
-    TopicsSettings,
-    TriggersSettings,
-    WebSettings,
-    WorkerSettings,
-)
-from streams.config.settings import Settings
+from streams.config.settings import Settings, load_settings
 
 PARTITIONS = 4
 SEQUENCE_LENGTH = 64
+ACTIONS = ("view", "click", "save", "share")
+SURFACES = ("home",)
 TINY = EncoderConfig(
     d_model=16,
     heads=2,
@@ -50,16 +39,16 @@ TINY = EncoderConfig(
 
 @dataclass(frozen=True, slots=True)
 class WorkerJob:
-    """What a measured worker is to do."""
+    """The task of a measured worker."""
 
     policy: str = "[triggers]\nevery_n = 1_000_000\n"
-    """Triggers, in TOML; as it stands, none fires and the encoder is loaded and never called."""
+    """Triggers, in TOML; by default none fires, and the encoder is loaded but never called."""
     encoder: EncoderConfig = TINY
     cache_bytes_max: int = 1 << 20
     items: int = 100
-    """Known to the encoder; further ones share its unknown row."""
+    """Items that the encoder knows; all others share its unknown row."""
     hot_users_max: int = 65_536
-    """Users of a partition in memory."""
+    """Users of one partition in memory."""
 
 
 NO_TRIGGERS = WorkerJob()
@@ -67,109 +56,76 @@ NO_TRIGGERS = WorkerJob()
 
 @dataclass(frozen=True, slots=True)
 class MeasuredWorker:
-    """One worker's settings, its topics created, and what it says of itself."""
+    """A worker that is ready to be started, and the metrics that it exports once it runs."""
 
+    values: Mapping[str, Any]
+    """Settings that the benchmark chose."""
     settings: Settings
-    contestant: Contestant
+    subject: Subject
 
     @property
-    def topic(self) -> str:
-        return self.settings.topics.actions
+    def client(self) -> dict[str, str]:
+        """Connection options for any Kafka client."""
+        return {"bootstrap_servers": self.settings.kafka.bootstrap_servers}
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels, as `/metrics` has it now; 0 while the worker does not answer."""
-        return sample(scrape(self.settings.web.port), name)
+    def metric(self, name: str, labels: str = "") -> float:
+        """Return the sum of a metric over its labels, as `/metrics` has it now; 0 while the worker does not answer."""
+        return sample(scrape(self.settings.web.port), name, labels)
 
     @property
     def partitions_ready(self) -> int:
         """Partitions that are restored and being read."""
-        lines = scrape(self.settings.web.port).splitlines()
-        return int(sample("\n".join(line for line in lines if 'state="ready"' in line), "streamformer_partitions"))
+        return int(self.metric("streamformer_partitions", 'state="ready"'))
 
 
 def prepare_worker(name: str, bootstrap_servers: str, folder: Path, job: WorkerJob = NO_TRIGGERS) -> MeasuredWorker:
-    """Create the worker's topics, release and policy, in `folder`; start it with `Running.start(worker.contestant)`.
+    """Create topics, release and policy of a worker, in `folder`; `running(worker.subject.program)` starts it.
 
-    Its application id and topics are its own, also on a broker that has seen earlier runs.
+    Application id and topics are unique, also on a broker that has seen earlier runs.
     """
+    app_id = f"{name}-{uuid.uuid4().hex[:8]}"
+    values = {
+        "app_id": app_id,
+        "data_dir": folder / "data",
+        "kafka.bootstrap_servers": bootstrap_servers,
+        "topics.actions": f"{app_id}-actions",
+        "topics.embeddings": f"{app_id}-embeddings",
+        "topics.dead_letter": f"{app_id}-dead-letter",
+        "topics.partitions": PARTITIONS,
+        "state.sequence_length": job.encoder.sequence_length,
+        "state.hot_users_max": job.hot_users_max,
+        "web.port": free_port(),
+        "encoder.release_dir": folder / "release",
+        "encoder.cache_bytes_max": job.cache_bytes_max,
+        "triggers.policy_file": folder / "policy.toml",
+        "worker.instance_id": app_id,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "policy.toml").write_text(job.policy)
-    app_id = f"{name}-{uuid.uuid4().hex[:8]}"
-    settings = Settings(
-        app_id=app_id,
-        data_dir=folder / "data",
-        kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
-        topics=TopicsSettings(
-            actions=f"{app_id}-actions",
-            embeddings=f"{app_id}-embeddings",
-            dead_letter=f"{app_id}-dead-letter",
-            partitions=PARTITIONS,
-        ),
-        state=StateSettings(sequence_length=job.encoder.sequence_length, hot_users_max=job.hot_users_max),
-        web=WebSettings(port=free_port()),
-        encoder=EncoderSettings(release_dir=folder / "release", cache_bytes_max=job.cache_bytes_max),
-        triggers=TriggersSettings(policy_file=folder / "policy.toml"),
-        worker=WorkerSettings(instance_id=app_id),
-    )
-    ensure_topics(settings)
-    save_random_release(folder / "release", job.encoder, job.items)
-    return _measured(name, settings, folder)
+    random_release(job.encoder, vocabularies(job.items, ACTIONS, SURFACES)).save(folder / "release")
+    worker = _measured(name, values, folder)
+    ensure_topics(worker.settings)
+    return worker
 
 
 def join_worker(first: MeasuredWorker, name: str, folder: Path) -> MeasuredWorker:
-    """One more worker of the same application, with its own disk, port and instance id."""
-    settings = first.settings.model_copy(
-        update={
-            "data_dir": folder / "data",
-            "web": WebSettings(port=free_port()),
-            "worker": WorkerSettings(instance_id=f"{first.settings.app_id}-{name}"),
-        }
-    )
-    return _measured(name, settings, folder)
-
-
-def _measured(name: str, settings: Settings, folder: Path) -> MeasuredWorker:
-    admin = kafka.KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
-    contestant = Contestant(
-        name=name,
-        topic=settings.topics.actions,
-        command=(sys.executable, "-m", "infra.cli", "worker"),
-        environment={**os.environ, **_environment(settings)},
-        folder=folder,
-        applied=lambda: committed(admin, settings.app_id, settings.topics.actions),
-    )
-    return MeasuredWorker(settings, contestant)
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    values = {
-        "APP_ID": settings.app_id,
-        "DATA_DIR": settings.data_dir,
-        "KAFKA_BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-        "TOPICS_ACTIONS": settings.topics.actions,
-        "TOPICS_EMBEDDINGS": settings.topics.embeddings,
-        "TOPICS_DEAD_LETTER": settings.topics.dead_letter,
-        "TOPICS_PARTITIONS": settings.topics.partitions,
-        "STATE_SEQUENCE_LENGTH": settings.state.sequence_length,
-        "STATE_HOT_USERS_MAX": settings.state.hot_users_max,
-        "WEB_PORT": settings.web.port,
-        "WORKER_INSTANCE_ID": settings.worker.instance_id,
-        "TRIGGERS_POLICY_FILE": settings.triggers.policy_file,
-        "ENCODER_RELEASE_DIR": settings.encoder.release_dir,
-        "ENCODER_CACHE_BYTES_MAX": settings.encoder.cache_bytes_max,
+    """Return one more worker of the same application, with its own disk, port and instance id."""
+    own = {
+        "data_dir": folder / "data",
+        "web.port": free_port(),
+        "worker.instance_id": f"{first.settings.app_id}-{name}",
     }
-    return {f"STREAMFORMER_{name}": str(value) for name, value in values.items()}
+    return _measured(name, {**first.values, **own}, folder)
 
 
-def save_random_release(folder: Path, config: EncoderConfig, items: int) -> None:
-    """An encoder with random weights, seed 0, as a release; its items are `item-0` and so on."""
-    keys = np.sort(np.array([item_key(f"item-{number}") for number in range(items)], np.uint64))
-    vocabularies = Vocabularies(keys, ("view", "click", "save", "share"), ("home",))
-    model = build_encoder(
-        config,
-        TrainedItems(len(vocabularies.item_keys), config.item_dim),
-        actions=len(vocabularies.actions),
-        surfaces=len(vocabularies.surfaces),
+def _measured(name: str, values: Mapping[str, Any], folder: Path) -> MeasuredWorker:
+    settings = with_values(load_settings(), values)
+    topics = settings.topics
+    admin = kafka.KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+    subject = Subject(
+        program=replace(worker_program(values, folder / "log"), name=name),
+        topic=topics.actions,
+        output=topics.embeddings,
+        applied=lambda: committed(admin, settings.app_id, topics.actions),
     )
-    initialize(model, torch.Generator().manual_seed(0))
-    make_release(model, vocabularies, metrics={}, training={"made_by": "benchmark", "seed": 0}).save(folder)
+    return MeasuredWorker(values, settings, subject)

@@ -1,4 +1,4 @@
-"""The generated changelog is one that a worker reads as its own."""
+"""A worker can read the synthetic changelog as its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMITS = StateLimits(sequence_length=64, chunk_length=16)
 
 
 def test_users_are_partitioned_as_any_producer_does() -> None:
-    """The partition of every id in columns is that of Kafka's murmur2 of its bytes, at both ends of the numbers too."""
+    """The columnar partition of every id is that of Kafka's murmur2 of its bytes, at both ends of the numbers too."""
     numbers = np.concatenate((FIRST_USER + np.arange(500), FIRST_USER + USERS_MAX - 1 - np.arange(500)))
     theirs = [(murmur2(user_id(number)) & 0x7FFFFFFF) % 7 for number in numbers.tolist()]
     assert partition_of(numbers, 7).tolist() == theirs
@@ -24,7 +24,7 @@ def test_users_are_partitioned_as_any_producer_does() -> None:
 
 @pytest.mark.parametrize("actions", [8, 64])
 def test_every_user_is_read_back_whole(actions: int) -> None:
-    """Heads and chunks of all users decode, each user once, with all its actions in event-time order."""
+    """Heads and chunks of all users decode; each user occurs once, with all its actions in event-time order."""
     store = MemoryStore()
     users: list[bytes] = []
     for snapshot in _snapshots(np.random.default_rng(1), FIRST_USER + np.arange(300), actions, LIMITS):

@@ -27,7 +27,7 @@ from encoder.training.checkpoint import NAME, CheckpointError
 from encoder.training.cooccurrence import cooccurrence_vectors
 from encoder.training.recipe import Recipe, RecipeError, parse_recipe
 from encoder.training.run import Progress, make_trainer, train_release
-from infra.demo.worker import free_port
+from infra.harness.worker_process import free_port
 from tests.unit.encoder.walks import small_recipe, walks, walks_table
 
 SEED = 20_260_602

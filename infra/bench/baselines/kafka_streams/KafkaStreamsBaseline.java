@@ -19,11 +19,11 @@ import org.apache.kafka.streams.kstream.Produced;
 import org.apache.kafka.streams.state.KeyValueStore;
 
 /**
- * Kafka Streams as its documentation writes it: an aggregate over a grouped stream, its store in RocksDB with a
+ * Kafka Streams in the style of its documentation: an aggregate over a grouped stream, its store in RocksDB with a
  * changelog, record cache on. A kept action is 16 bytes. Environment: BROKER, GROUP, TOPIC, OUTPUT, FOLDER, EVERY_N,
  * KEPT.
  */
-public final class KafkaStreamsPeer {
+public final class KafkaStreamsBaseline {
     private static final ObjectMapper MAPPER = new ObjectMapper();
     private static final int KEPT = Integer.parseInt(System.getenv("KEPT"));
     private static final long EVERY_N = Long.parseLong(System.getenv("EVERY_N"));
@@ -64,7 +64,7 @@ public final class KafkaStreamsPeer {
     }
 
     public static void main(String[] arguments) {
-        Serde<JsonNode> json = Serdes.serdeFrom(KafkaStreamsPeer::write, KafkaStreamsPeer::read);
+        Serde<JsonNode> json = Serdes.serdeFrom(KafkaStreamsBaseline::write, KafkaStreamsBaseline::read);
         StreamsBuilder builder = new StreamsBuilder();
         builder.stream(System.getenv("TOPIC"), Consumed.with(Serdes.String(), json))
                 .groupByKey(Grouped.with(Serdes.String(), json))
@@ -72,7 +72,7 @@ public final class KafkaStreamsPeer {
                         Materialized.<String, byte[], KeyValueStore<Bytes, byte[]>>as("sequences")
                                 .withKeySerde(Serdes.String()).withValueSerde(Serdes.ByteArray()))
                 .toStream()
-                .mapValues(KafkaStreamsPeer::count)
+                .mapValues(KafkaStreamsBaseline::count)
                 .filter((user, count) -> count % EVERY_N == 0)
                 .to(System.getenv("OUTPUT"), Produced.with(Serdes.String(), Serdes.Long()));
 
