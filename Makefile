@@ -36,7 +36,7 @@ simulate: $(STAMP)
 	$(BIN)/python -m infra.harness.simulation $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000)
 
 bench-encoder: $(STAMP)
-	$(BIN)/python -m infra.bench.encoder.encoder
+	$(BIN)/python -m infra.bench.encoder
 
 bench-freshness: $(STAMP) .venv-peers/installed
 	$(BIN)/python -m infra.bench.stream.freshness

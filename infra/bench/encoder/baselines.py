@@ -1,6 +1,8 @@
-"""What the encoder runtime is measured against: the bare products of a token, and full passes over 256 actions.
+"""Baselines of the encoder runtime: the bare matrix products of a token, and full passes over 256 actions.
 
-Each contestant is a function that does one piece of work and returns how many users it served.
+Each baseline is a function that does one piece of work and returns how many users it has served.
+
+Shapes: B users, M actions, D model, H heads, G key/value heads, K head size.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from encoder.release import Release
 
 
 class Products:
-    """The matrix products of one token for each of a batch of users, and nothing between them."""
+    """The matrix products of one token per user for a batch of users, and nothing between them."""
 
     def __init__(self, release: Release, dtype: torch.dtype) -> None:
         model = release.model
@@ -37,14 +39,14 @@ class Products:
 
     @torch.inference_mode()
     def step(self) -> int:
-        """One batch."""
+        """Run the products of one batch and return its number of users."""
         for product, rows, out in self._calls:
             product(rows, out)
         return BATCH_USERS
 
 
 def torch_encoder(config: EncoderConfig) -> nn.TransformerEncoder:
-    """Torch's own encoder of the size of `config`, pre-norm, without dropout."""
+    """Return torch's own encoder of the size of `config`, pre-norm, without dropout."""
     layer = nn.TransformerEncoderLayer(
         config.d_model,
         config.heads,
@@ -58,9 +60,9 @@ def torch_encoder(config: EncoderConfig) -> nn.TransformerEncoder:
 
 
 def transformer_encoder(config: EncoderConfig, users: int) -> Callable[[], int]:
-    """A full pass of torch's own encoder over full sequences, float32, causal."""
+    """Return a causal full pass of torch's own encoder over full sequences, in float32."""
     encoder = torch_encoder(config)
-    x = torch.randn(users, config.sequence_length, config.d_model)
+    x = torch.randn(users, config.sequence_length, config.d_model)  # [B, M, D]
     mask = nn.Transformer.generate_square_subsequent_mask(config.sequence_length)
 
     @torch.inference_mode()
@@ -72,7 +74,7 @@ def transformer_encoder(config: EncoderConfig, users: int) -> Callable[[], int]:
 
 
 def plain_pass(config: EncoderConfig, dtype: torch.dtype) -> Callable[[], int]:
-    """A full pass over one full sequence, every position in every layer, with scaled_dot_product_attention."""
+    """Return a full pass over one full sequence: every position in every layer, with scaled_dot_product_attention."""
     d, heads = config.d_model, config.heads
     kv = config.kv_heads * config.head_dim
     layers = [
@@ -83,15 +85,17 @@ def plain_pass(config: EncoderConfig, dtype: torch.dtype) -> Callable[[], int]:
         .to(dtype)
         for _ in config.windows
     ]
-    start = torch.randn(1, config.sequence_length, d).to(dtype)
+    start = torch.randn(1, config.sequence_length, d).to(dtype)  # [1, M, D]
 
     @torch.inference_mode()
     def step() -> int:
         x = start
         for norm, qkv, out, norm_ffn, up, down in layers:
-            parts = qkv(norm(x)).view(1, config.sequence_length, -1, config.head_dim).transpose(1, 2)
+            parts = (
+                qkv(norm(x)).view(1, config.sequence_length, -1, config.head_dim).transpose(1, 2)
+            )  # [1, H + 2 G, M, K]
             q, k, v = torch.split(parts, [heads, config.kv_heads, config.kv_heads], dim=1)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [1, H, M, K]
             x = x + out(mixed.transpose(1, 2).flatten(2))
             x = x + down(F.gelu(up(norm_ffn(x)), approximate="tanh"))
         return 1
@@ -100,7 +104,7 @@ def plain_pass(config: EncoderConfig, dtype: torch.dtype) -> Callable[[], int]:
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """FLOP a CPU second of one large product, the best of some: what this machine can do."""
+    """Return this machine's FLOP per CPU second: the best of six timings of a large product."""
     linear = nn.Linear(1_024, 1_024)
     product = prepare_linear(linear, dtype)
     x, out = torch.randn(512, 1_024).to(dtype), torch.empty(512, 1_024, dtype=dtype)

@@ -1,14 +1,16 @@
-"""`make bench-encoder`: what one new action costs, against full passes and against the bare matrix products.
+"""`make bench-encoder`: the cost of one new action, compared with full passes and with the bare matrix products.
 
-Reference size: d 256, 4 layers, 8 heads, 2 key/value heads, windows of 64, full sequences of 256 actions, 20,000 hot
-users asked for in random order, features included, random weights, one thread. The rivals, in the same rounds:
+Reference size: d 256, 4 layers, 8 heads, 2 key/value heads, windows of 64, full sequences of 256 actions, random
+weights, one thread. 20,000 hot users are embedded in random order, features included. The baselines run in the same
+rounds:
 
-- `nn.TransformerEncoder` in float32 over 256 actions, at its best batch size. What is unfair to it: a cache saves 256
-  tokens for one by construction, and it computes no features; the rest of the ratio is ours to explain.
-- our own full pass of the same release; the incremental runtime on plain torch; the model's products alone.
-- for cold users: a plain pass with scaled_dot_product_attention in the better of bfloat16 and float32.
+- `nn.TransformerEncoder` in float32 over 256 actions, at its best batch size. This comparison is unfair in two ways: a
+  cache saves 255 of 256 tokens by construction, and `nn.TransformerEncoder` computes no features. Only the rest of the
+  ratio is due to our code.
+- Our own full pass of the same release, the incremental runtime on plain torch, and the model's products alone.
+- For cold users, a plain pass with scaled_dot_product_attention in the better of bfloat16 and float32.
 
-Rounds are interleaved, speeds are medians of five, CPU seconds are those of the process.
+Rounds are interleaved, rates are medians of five rounds, and CPU seconds are those of the process.
 """
 
 from __future__ import annotations
@@ -46,15 +48,15 @@ PAPER = EncoderConfig(d_model=768, heads=12, kv_heads=2, windows=(42,) * 6)
 SMALL = EncoderConfig(
     d_model=32, heads=4, kv_heads=2, windows=(5, 9, 7), embedding_dim=64, item_dim=16, sequence_length=24
 )
-"""For parity over many histories: a forward pass of the reference size costs a second for a hundred users."""
+"""Size for parity over many histories; at the reference size, 100 users take a forward pass of one second."""
 ROUNDS = 5
 SLICE_S = 0.5
-"""CPU seconds of each contestant in each round."""
+"""CPU seconds of each function in each round."""
 BATCH_USERS = TOKENS_MAX
 ORDERS = 4
-"""Random orders of the hot users, one after another."""
+"""Number of random orders of the hot users, used one after another."""
 KEPT = 8
-"""Actions that a hot user's request carries; the runtime reads the newest two."""
+"""Rows per hot user in a batch; the runtime reads the newest two."""
 ITEMS = 10_000
 NAMES = ("click", "save", "hide")
 START_MS = 1_700_000_000_000
@@ -62,13 +64,13 @@ START_MS = 1_700_000_000_000
 
 def main(
     users: Annotated[int, typer.Option(min=BATCH_USERS, help="Hot users.")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of weights and histories.")] = 1,
-    histories: Annotated[int, typer.Option(min=1_000, help="Random histories for parity.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Seed of weights and histories.")] = 1,
+    histories: Annotated[int, typer.Option(min=1_000, help="Random histories to check parity on.")] = 100_000,
 ) -> None:
     """Measure the encoder runtime and print a table and one JSON line."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    rounds = [measured(REFERENCE, precision, users, seed, rng) for precision in precisions(REFERENCE)]
+    rounds = [measure(REFERENCE, precision, users, seed, rng) for precision in precisions(REFERENCE)]
     for figures in rounds:
         show(figures)
     best = max(rounds, key=lambda figures: figures["updates"].cpu.median)
@@ -90,31 +92,31 @@ def main(
 
 
 def precisions(config: EncoderConfig) -> list[Precision]:
-    """What the setting `dtype` may mean here: fp32, and bf16."""
+    """Return what the settings fp32 and bf16 mean on this machine."""
     return [choose_precision("fp32", config.d_model), choose_precision("bf16", config.d_model)]
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Units a second, one value a round."""
+    """Users per second, one value per round."""
 
     cpu: Spread
     wall: Spread
 
 
 Figures = dict[str, Any]
-"""Rates by contestant, and what belongs to them."""
+"""Rates by function, and what is needed to interpret them."""
 
 
-def measured(config: EncoderConfig, precision: Precision, users: int, seed: int, rng: np.random.Generator) -> Figures:
-    """Interleaved rounds of every contestant at the reference size."""
+def measure(config: EncoderConfig, precision: Precision, users: int, seed: int, rng: np.random.Generator) -> Figures:
+    """Time the runtime and every baseline in interleaved rounds."""
     release = random_release(config, seed)
     hot = HotUsers(release, precision, users, rng)
     reference = HotUsers(release, precision, 2 * BATCH_USERS, rng, native=False)
     products = Products(release, precision.products)
     full = make_full(release, cache_bytes_max=1 << 30, precision=precision)
     cold = cold_users(rng, 4, config.sequence_length)
-    contestants: dict[str, Callable[[], int]] = {
+    functions: dict[str, Callable[[], int]] = {
         "updates": hot.step,
         "products": products.step,
         "reference": reference.step,
@@ -122,7 +124,7 @@ def measured(config: EncoderConfig, precision: Precision, users: int, seed: int,
         **{f"TransformerEncoder, {b} users": transformer_encoder(config, b) for b in (1, 4)},
         **{f"plain pass, {name}": plain_pass(config, dtype) for name, dtype in PLAIN.items()},
     }
-    return race(contestants) | {
+    return time_in_rounds(functions) | {
         "precision": precision,
         "peak": max(peak_flops(precision.products) for _ in range(3)),
         "flops": products.flops + 4 * config.d_model * sum(config.windows),
@@ -130,7 +132,7 @@ def measured(config: EncoderConfig, precision: Precision, users: int, seed: int,
 
 
 def cold_users(rng: np.random.Generator, users: int, length: int) -> SequenceBatch:
-    """Users with full sequences, whom no slot knows."""
+    """Return users with full sequences and without slots."""
     names = [b"cold-%d" % user for user in range(users)]
     counts = np.full(users, length, np.int64)
     return SequenceBatch(names, random_actions(rng, users * length), offsets_of(counts), counts, 0 * counts)
@@ -139,26 +141,29 @@ def cold_users(rng: np.random.Generator, users: int, length: int) -> SequenceBat
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def race(contestants: dict[str, Callable[[], int]]) -> dict[str, Any]:
-    """Rates of all, in rounds, so that whatever slows the machine for a while slows all of them."""
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
-    wall: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in contestants.values():
+def time_in_rounds(functions: dict[str, Callable[[], int]]) -> dict[str, Any]:
+    """Return the rate of each function, which returns how many users it has served per call.
+
+    In a round every function runs once, so that anything that slows the machine for a while slows all of them.
+    """
+    cpu: dict[str, list[float]] = {name: [] for name in functions}
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    for step in functions.values():
         step()
     for _ in range(ROUNDS):
-        for name, step in contestants.items():
+        for name, step in functions.items():
             start, start_cpu, units = time.perf_counter(), time.process_time(), 0
             while time.process_time() - start_cpu < SLICE_S:
                 units += step()
             cpu[name].append(units / (time.process_time() - start_cpu))
             wall[name].append(units / (time.perf_counter() - start))
-    return {name: Rate(Spread(tuple(cpu[name])), Spread(tuple(wall[name]))) for name in contestants}
+    return {name: Rate(Spread(tuple(cpu[name])), Spread(tuple(wall[name]))) for name in functions}
 
 
 class HotUsers:
     """Users with full rings in their slots, who act once each in random order.
 
-    What the rings hold at the start is filler: computing 20,000 sequences would take minutes and change no speed.
+    The rings begin with filler, because computing 20,000 sequences would take minutes and change no speed.
     """
 
     def __init__(
@@ -181,25 +186,25 @@ class HotUsers:
         self._turns = itertools.cycle(self._random_turns(rng))
 
     def _random_turns(self, rng: np.random.Generator) -> list[tuple[I64, list[bytes]]]:
-        """Who acts in each step, made before any clock runs: several random orders of all users."""
+        """Return the users of each step, for several random orders of all users, before any time is measured."""
         whole = len(self._names) // BATCH_USERS * BATCH_USERS
         orders = [rng.permutation(len(self._names))[:whole].reshape(-1, BATCH_USERS) for _ in range(ORDERS)]
         return [(users, [self._names[user] for user in users.tolist()]) for order in orders for users in order]
 
     def step(self) -> int:
-        """The next users of a random order act once and are embedded."""
+        """Let the next users of a random order act once, embed them, and return their number."""
         users, names = next(self._turns)
         self._counts[users] += 1
         self._runtime.embed(SequenceBatch(names, self._actions, self._starts, self._counts[users], self._revisions))
         if self._runtime.prefills:
-            raise RuntimeError("a hot user was computed from scratch: the benchmark measures the wrong thing")
+            raise RuntimeError("a hot user was computed from scratch, so the rates are not those of updates")
         return len(users)
 
 
 def fill(kernel: Kernel, precision: Precision) -> None:
-    """Small finite numbers into every slab."""
+    """Fill every slab with the number 0.01."""
     if isinstance(kernel, NativeKernel):
-        cells = np.float32(0.01) if precision.cache is torch.float32 else np.uint16(0x3C24)
+        cells = np.float32(0.01) if precision.cache is torch.float32 else np.uint16(0x3C24)  # 0.01 as bfloat16
         kernel.slab[: kernel.slab.nbytes // 4 * 4].view(cells.dtype).fill(cells)
     elif isinstance(kernel, TorchKernel):
         for slab in (*kernel.keys, *kernel.values):
@@ -207,16 +212,16 @@ def fill(kernel: Kernel, precision: Precision) -> None:
 
 
 def fraction_at_paper_size(seed: int, rng: np.random.Generator) -> Spread:
-    """Our rate over the rate of the bare products at d 768 and 6 layers."""
+    """Return our rate divided by that of the bare products, at d 768 and 6 layers."""
     release = random_release(PAPER, seed)
     precision = precisions(PAPER)[-1]
     hot = HotUsers(release, precision, 4 * BATCH_USERS, rng)
-    rates = race({"updates": hot.step, "products": Products(release, precision.products).step})
+    rates = time_in_rounds({"updates": hot.step, "products": Products(release, precision.products).step})
     return agreed_ratio(rates["updates"].cpu.values, rates["products"].cpu.values)
 
 
 def random_release(config: EncoderConfig, seed: int) -> Release:
-    """A release of random weights in which no branch is zero."""
+    """Return a release of random weights in which no residual branch is zero."""
     generator = torch.Generator().manual_seed(seed)
     keys = np.sort(np.array([item_key(f"item-{number}") for number in range(ITEMS)], np.uint64))
     model = build_encoder(config, TrainedItems(ITEMS, config.item_dim), actions=len(NAMES), surfaces=0)
@@ -228,7 +233,7 @@ def random_release(config: EncoderConfig, seed: int) -> Release:
 
 
 def random_actions(rng: np.random.Generator, count: int) -> Actions:
-    """Actions in event-time order, seconds to hours apart."""
+    """Return actions in event-time order, with gaps of 0.4 s to 2.5 h."""
     actions = np.zeros(count, ACTION_DTYPE)
     actions["item"] = [item_key(f"item-{number}") for number in rng.integers(0, ITEMS, count)]
     actions["action"] = [name_code(NAMES[number]) for number in rng.integers(0, len(NAMES), count)]
@@ -238,10 +243,10 @@ def random_actions(rng: np.random.Generator, count: int) -> Actions:
 
 
 def parity(config: EncoderConfig, histories: int, precision: Precision, seed: int) -> tuple[float, float]:
-    """Greatest difference, and least cosine, between embeddings kept up to date and a forward pass from scratch.
+    """Return the largest difference and the smallest cosine between incremental embeddings and full forward passes.
 
-    Users append a few actions at a time, receive late ones, and lose their slots to each other: the slots hold two
-    thirds of them. Every embedding of every round counts as one history.
+    Users append a few actions at a time, receive late ones, and evict each other, because there are slots for two
+    thirds of them only. Every embedding of every round counts as one history.
     """
     rng = np.random.default_rng(seed)
     release = random_release(config, seed)
@@ -257,19 +262,19 @@ def parity(config: EncoderConfig, histories: int, precision: Precision, seed: in
         some = rng.permutation(users)[: users // 2]
         counts[some] += rng.choice([0, 1, 1, 1, 2, 7], len(some))
         corrected = some[rng.random(len(some)) < 0.1]
-        starts[corrected] += 1  # every kept action is another one, as after a late event near the oldest
+        starts[corrected] += 1  # every kept action changes, as after a late event near the oldest
         revisions[corrected] += 1
         batch = kept_of(some, pool, starts, counts, revisions, config.sequence_length)
         ours, theirs = runtime.embed(batch), forward(release, batch)
         worst = max(worst, float(np.abs(ours - theirs).max()))
         least = min(least, float((ours * theirs).sum(axis=1).min()))
     if not (runtime.extensions and runtime.prefills):
-        raise RuntimeError("the histories never met both a cached and an evicted user")
+        raise RuntimeError("the histories did not cover both cached and evicted users")
     return worst, least
 
 
 def kept_of(some: I64, pool: Actions, starts: I64, counts: I64, revisions: I64, kept_max: int) -> SequenceBatch:
-    """The newest `kept_max` of each user's actions, which are `counts` rows of the pool from `starts`."""
+    """Return the newest `kept_max` actions of each user, whose actions are `counts` rows of the pool from `starts`."""
     kept = np.minimum(counts[some], kept_max)
     rows = suffixes(np.append(0, starts[some] + counts[some]), kept)
     names = [b"%d" % user for user in some.tolist()]
@@ -278,7 +283,7 @@ def kept_of(some: I64, pool: Actions, starts: I64, counts: I64, revisions: I64, 
 
 @torch.inference_mode()
 def forward(release: Release, batch: SequenceBatch) -> F32:
-    """The model's own pass over everything kept, [U, E]."""
+    """Return the model's own forward pass over all kept actions, [U, E]."""
     positions = sequence_positions(batch.starts, batch.counts)
     tokens = release.tokenizer.tokenize(batch.actions, batch.starts, positions)
     lengths = torch.from_numpy(np.diff(batch.starts))
@@ -286,10 +291,10 @@ def forward(release: Release, batch: SequenceBatch) -> F32:
 
 
 def summary(figures: Figures) -> dict[str, Any]:
-    """The keys of the JSON line that come from the rounds."""
+    """Return the keys of the JSON line that come from the rounds."""
     updates, products = figures["updates"], figures["products"].cpu.values
-    rivals = [name for name in figures if name.startswith("TransformerEncoder")]
-    encoder = max((figures[name] for name in rivals), key=lambda rate: rate.cpu.median)
+    encoders = [name for name in figures if name.startswith("TransformerEncoder")]
+    encoder = max((figures[name] for name in encoders), key=lambda rate: rate.cpu.median)
     plain = max((figures[f"plain pass, {name}"] for name in PLAIN), key=lambda rate: rate.cpu.median)
     ours = updates.cpu.values
     outside = Spread(tuple(1e6 / our - 1e6 / bare for our, bare in zip(ours, products, strict=True)))
@@ -307,18 +312,16 @@ def summary(figures: Figures) -> dict[str, Any]:
 
 
 def show(figures: Figures) -> None:
-    """One precision, for people."""
+    """Print the tables of one precision."""
     precision = figures["precision"]
     rates = {name: rate for name, rate in figures.items() if isinstance(rate, Rate)}
     print_table(
         f"one thread; products {precision.products}, cache {precision.cache}",
-        ["users embedded", "a CPU second", "a second"],
+        ["users embedded", "per CPU second", "per second"],
         [[name, str(rate.cpu), str(rate.wall)] for name, rate in rates.items()],
     )
     print_table(
-        "against them", ["figure", "median"], [[name, f"{value:,}"] for name, value in summary(figures).items()]
+        "compared with the baselines",
+        ["figure", "median"],
+        [[name, f"{value:,}"] for name, value in summary(figures).items()],
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)
