@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from infra.cli import command_names
+from infra.cli import COMMANDS
 from streams.config.settings import Settings, keys, variable
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +31,7 @@ def test_valid_by_the_compose_specification() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_commands_exist(name: str) -> None:
     """The first word of each of our services' commands is a command of the console script."""
-    assert OURS[name]["command"][0] in command_names()
+    assert OURS[name]["command"][0] in COMMANDS
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -76,12 +76,33 @@ def test_mounted_files_exist_and_images_are_pinned() -> None:
     """Every folder mounted from the repository is there, every named volume declared, every foreign image tagged."""
     for service in SERVICES.values():
         for mount in service.get("volumes", ()):
+            if isinstance(mount, dict):
+                continue
             source = mount.partition(":")[0]
             if source.startswith("./"):
                 assert (ROOT / source).is_dir(), source
-            elif not source.startswith("$"):
+            else:
                 assert source in COMPOSE["volumes"]
         assert service in OURS.values() or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def test_worker_runs_the_release_of_the_demo_and_never_creates_its_folder() -> None:
+    """RELEASE or else releases/demo is mounted read-only where the worker looks; a missing folder is an error."""
+    worker = SERVICES["worker"]
+    (mount,) = (mount for mount in worker["volumes"] if isinstance(mount, dict))
+    assert mount["source"] == "${RELEASE:-./releases/demo}"
+    assert mount["target"] == worker["environment"]["STREAMFORMER_ENCODER_RELEASE_DIR"]
+    assert mount["read_only"] is True
+    assert mount["bind"] == {"create_host_path": False}
+
+
+def test_the_image_holds_the_extras_of_its_commands() -> None:
+    """The Dockerfile installs the extra of every command that a service runs."""
+    dockerfile = (ROOT / "infra/deploy/docker/Dockerfile").read_text()
+    installed = re.search(r"'\.\[([a-z,]+)\]'", dockerfile)
+    assert installed is not None
+    needed = {COMMANDS[service["command"][0]].extra for service in OURS.values()} - {""}
+    assert needed == set(installed[1].split(","))
 
 
 def test_only_loopback_is_published() -> None:
