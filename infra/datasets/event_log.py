@@ -1,4 +1,4 @@
-"""A log of actions in memory, as columns, ready to be produced: read from Parquet or CSV, or made from a table."""
+"""A log of actions in memory, as columns, ready to be produced; it is read from Parquet or CSV, or made of a table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from infra.errors import InfraError
 
 
 class LogUnreadable(InfraError):
-    """A file that cannot be replayed."""
+    """The file is not a log that can be replayed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of a file's columns; the last three are optional, and "" says that the file has none."""
+    """Names of a file's columns; the last three are optional, and "" means that the file has none."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -38,7 +38,7 @@ class Columns:
 
 
 class _Event(msgspec.Struct, omit_defaults=True):
-    """The JSON of `user-actions`."""
+    """The value of a record in `user-actions`."""
 
     user_id: str
     item_id: str
@@ -60,15 +60,15 @@ class EventLog:
     timestamp_ms: I64
     """[N] event time."""
     latest_ms: I64
-    """[N] the latest event time up to each row: when the event is due at the log's own pace."""
+    """[N] latest event time up to each row: the time at which the event is due at the log's own pace."""
     table: pa.Table
-    """user_id, item_id, action, event_id and where given surface, duration_ms."""
+    """Columns user_id, item_id, action, timestamp_ms, event_id and, where given, surface and duration_ms."""
 
     def __len__(self) -> int:
         return len(self.user_index)
 
     def head(self, count: int) -> EventLog:
-        """The first `count` events."""
+        """Return the first `count` events."""
         return EventLog(
             self.user_keys,
             self.user_index[:count],
@@ -78,7 +78,7 @@ class EventLog:
         )
 
     def records(self, rows: I64) -> Iterator[tuple[bytes, bytes]]:
-        """Key and JSON value of each of the rows, which ascend."""
+        """Yield key and JSON value of each of the rows, which ascend."""
         encode = msgspec.json.Encoder().encode
         chosen = self.table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
         columns = [chosen[name].to_pylist() for name in chosen.column_names]
@@ -90,7 +90,7 @@ class EventLog:
 def load_log(path: Path, columns: Columns | None = None) -> EventLog:
     """Read a Parquet or CSV file (by its suffix; `.csv.gz` too) and sort it by event time, ties in file order.
 
-    Without a column of event ids each event gets one made of the log's digest and its row, the same at every load.
+    Without a column of event ids each event gets an id made of the log's digest and its row, the same at every load.
     Raises `LogUnreadable`.
     """
     columns = columns or Columns()
@@ -103,7 +103,7 @@ def load_log(path: Path, columns: Columns | None = None) -> EventLog:
 
 
 def event_log(table: pa.Table) -> EventLog:
-    """The log of a table whose rows are in sending order, with the columns of an event under their JSON names."""
+    """Return the log of a table whose rows are in sending order and whose columns have the JSON names of an event."""
     if not len(table):
         raise LogUnreadable("the log is empty", "it has no rows", "give a log with events")
     if "event_id" not in table.column_names:
@@ -120,7 +120,7 @@ def event_log(table: pa.Table) -> EventLog:
 
 
 def _named(raw: pa.Table, columns: Columns, path: Path) -> pa.Table:
-    """The columns that are replayed, under their JSON names and with their types; no row may lack a required one."""
+    """Return the replayed columns under their JSON names, with their types; no row may lack a required one."""
     sources = {
         "user_id": columns.user,
         "item_id": columns.item,
@@ -140,7 +140,9 @@ def _named(raw: pa.Table, columns: Columns, path: Path) -> pa.Table:
     table = pa.table({name: _typed(name, raw[source], columns, path) for name, source in named.items()})
     for name in ("user_id", "item_id", "action", "timestamp_ms"):
         if nulls := table[name].null_count:
-            raise LogUnreadable(f"{path} has {nulls} rows without {named[name]}", "every event needs one", "drop them")
+            raise LogUnreadable(
+                f"{path} has {nulls} rows without {named[name]}", "every event needs one", "remove these rows"
+            )
     return table
 
 

@@ -1,8 +1,8 @@
-"""A synthetic log of actions: users with drifting tastes who act in sessions and bursts, some events arriving late.
+"""Generate a log of actions: users with drifting tastes act in sessions and bursts, and some events arrive late.
 
-Everything follows from the policy and the seed. The tastes are learnable: within a session most items come from the
-user's present category, often the successor of the item before, and a user's category changes now and then, so an
-embedding that has seen the last actions knows more than one of yesterday.
+Policy and seed determine everything. A model can learn the tastes: within a session most items come from the user's
+present category and often follow the item before, and a user's category changes from time to time, so an embedding that
+contains the last actions predicts better than one of yesterday.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EVENING_SWING = 0.5
 
 @dataclass(frozen=True, slots=True)
 class GeneratorPolicy:
-    """What is generated; `span_ms` of event time from `start_ms`, so events / span is the mean rate."""
+    """Parameters of a log over `span_ms` of event time from `start_ms` on; events / span is the mean rate."""
 
     users: int = 2_000
     items: int = 3_000
@@ -33,7 +33,7 @@ class GeneratorPolicy:
     session_events_mean: float = 8.0
     action_gap_ms: int = 20_000
     taste_spans: int = 10
-    """The span is cut in this many parts; between two of them a user's category changes with `drift`."""
+    """Parts of the span; from one part to the next a user's category changes with probability `drift`."""
     drift: float = 0.35
     burst_fraction: float = 0.1
     """Share of the sessions that start in one of `bursts` windows, each a thousandth of the span."""
@@ -43,10 +43,10 @@ class GeneratorPolicy:
 
 
 def generate(policy: GeneratorPolicy, seed: int) -> pa.Table:
-    """`policy.events` rows in order of arrival, with the columns of an event and `event_id`.
+    """Return `policy.events` rows in order of arrival.
 
-    Columns: `user_id`, `item_id`, `action`, `timestamp_ms`, `surface`, `duration_ms`, `event_id`. A late event stands
-    behind events with a later `timestamp_ms`. The same policy and seed give the same table.
+    Columns: `user_id`, `item_id`, `action`, `timestamp_ms`, `surface`, `duration_ms`, `event_id`. A late event comes
+    after events with a later `timestamp_ms`. The same policy and seed give the same table.
     """
     rng = np.random.default_rng(seed)
     lengths = _session_lengths(policy, rng)
@@ -70,14 +70,14 @@ def generate(policy: GeneratorPolicy, seed: int) -> pa.Table:
 
 
 def _session_lengths(policy: GeneratorPolicy, rng: np.random.Generator) -> I64:
-    """Geometric lengths that sum to `events` exactly."""
+    """Return geometric lengths that sum to `events` exactly."""
     lengths = rng.geometric(1 / policy.session_events_mean, policy.events)
     ends = np.minimum(np.cumsum(lengths), policy.events)
     return np.diff(ends[: np.searchsorted(ends, policy.events) + 1], prepend=0)
 
 
 def _session_starts_ms(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> I64:
-    """Uniform over the span with more in the evening, except those that fall into bursts."""
+    """Return starts that are uniform over the span with more in the evening, except for those in bursts."""
     phase = rng.random(sessions) * policy.span_ms
     day = 86_400_000 / (2 * np.pi)
     phase -= EVENING_SWING * day * np.sin(phase / day)
@@ -89,7 +89,7 @@ def _session_starts_ms(policy: GeneratorPolicy, rng: np.random.Generator, sessio
 
 
 def _session_users(policy: GeneratorPolicy, rng: np.random.Generator, sessions: int) -> I64:
-    """A few users act often, most rarely: index = users x u^3."""
+    """Return users of whom a few act often and most rarely: index = users x u^3, u uniform in [0, 1)."""
     return (policy.users * rng.random(sessions) ** 3).astype(np.int64)
 
 
@@ -103,7 +103,7 @@ def _elapsed_in_session_ms(policy: GeneratorPolicy, rng: np.random.Generator, le
 
 
 def _categories(policy: GeneratorPolicy, rng: np.random.Generator, users: I64, starts_ms: I64) -> I64:
-    """The category of each session: its user's taste at that time, a walk with jumps over the parts of the span."""
+    """Return the category of each session: its user's taste in that part of the span, a walk with random jumps."""
     drawn = rng.integers(policy.categories, size=(policy.taste_spans, policy.users))
     keeps = rng.random((policy.taste_spans, policy.users)) >= policy.drift
     tastes = drawn.copy()
@@ -114,7 +114,7 @@ def _categories(policy: GeneratorPolicy, rng: np.random.Generator, users: I64, s
 
 
 def _items(policy: GeneratorPolicy, rng: np.random.Generator, lengths: I64, categories: I64) -> I64:
-    """Items of a session walk through its category by small steps; one in six is any item, popular ones more often."""
+    """Return items: a session walks through its category in small steps; one item in six is any, popular ones more."""
     per_category = policy.items // policy.categories
     steps = rng.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=policy.events)
     firsts = np.cumsum(lengths) - lengths

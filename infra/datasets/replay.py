@@ -56,13 +56,13 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """One acknowledged batch: row `rows[i]` of the log is at offset `base_offset + i` of `partition`."""
+    """An acknowledged batch: row `rows[i]` of the log is at offset `base_offset + i` of `partition`."""
 
     partition: int
     base_offset: int
     rows: I64
     sent_at_s: float
-    """When the batch was handed to the producer, in seconds since the epoch."""
+    """Time at which the batch was handed to the producer, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)

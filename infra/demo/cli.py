@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 
 @app.command()
-def demo(  # noqa: PLR0913 - one parameter per option
+def demo(
     forever: Annotated[
         bool, typer.Option(help="Keep everything up afterwards, with generated actions.", envvar="FOREVER")
     ] = False,

@@ -54,7 +54,7 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One application on one broker."""
+    """An application of its own on a broker."""
 
     settings: Settings
     values: dict[str, Any] = field(repr=False)

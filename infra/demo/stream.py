@@ -67,7 +67,7 @@ class Streamed:
     freshness_ms: F64
     """[E] freshness of these embeddings; NaN where the event is not known."""
     began_at_s: float
-    """When the replay began, in seconds since the epoch."""
+    """Time at which the replay began, in seconds since the epoch."""
     totals: ReplayTotals
     catch_up_s: float
     reasons: dict[str, int]

@@ -33,7 +33,7 @@ class ForeignEvents(InfraError):
 
 
 class Sent:
-    """When each event was handed to the producer, and of which user it was, by partition and offset."""
+    """Time and user of each event handed to the producer, by partition and offset."""
 
     def __init__(self, ends: Sequence[int]) -> None:
         """Take the end offset of each partition before the first event."""

@@ -1,7 +1,4 @@
-"""What every benchmark says and counts: the machine, CPU seconds, repeated figures, a table, one JSON line.
-
-CPU seconds are those of the whole process: user and system time of all its threads, as the kernel counts them.
-"""
+"""Reports of benchmarks and checks: the machine, repeated figures, tables, one JSON line."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -26,30 +22,29 @@ __all__ = [
     "Spread",
     "agreed_ratio",
     "console",
-    "cpu_seconds",
     "machine",
     "print_result",
     "print_table",
-    "resident_mb",
     "run_command",
 ]
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-"""For people; standard output ends with the JSON line alone."""
+"""Console for people; standard output is for the JSON line alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One figure, measured several times."""
+    """The values of one figure, measured several times."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
+        """Median of the values."""
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        """`median (smallest to largest)`, whole numbers with separators.
+        """Return `median (smallest to largest)`, whole numbers with separators.
 
         >>> str(Spread((120_000.0, 118_400.0, 131_000.0)))
         '120,000 (118,400 to 131,000)'
@@ -58,24 +53,13 @@ class Spread:
         return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f} to {max(self.values):,.{digits}f})"
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of all threads of a process, those that have ended included."""
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process, in 10^6 bytes."""
-    return float(psutil.Process(pid).memory_info().rss) / 1e6
-
-
 def agreed_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Our figure over theirs, for each pair of one round."""
+    """Return our figure over theirs, one ratio per round."""
     return Spread(tuple(our / their for our, their in zip(ours, theirs, strict=True)))
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for people; the first column to the left, figures to the right."""
+    """Print a table for people: the first column to the left, figures to the right."""
     table = Table(title=title, title_justify="left")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
@@ -96,5 +80,5 @@ def run_command(main: Callable[..., None]) -> None:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The last line on standard output."""
+    """Print the last line on standard output."""
     print(json.dumps(result), flush=True)

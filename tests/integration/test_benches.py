@@ -1,4 +1,4 @@
-"""The benchmarks of the stream, in their quick form: they run to the end, and their figures are figures."""
+"""The quick forms of the stream benchmarks run to the end and print plausible figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK_S = 120
 def test_bench_ingest_ends_with_plausible_figures(
     broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quick ingest benchmark, without peers, prints as its last line all keys, with speeds a machine can have."""
+    """Without baselines, the last line of the quick ingest benchmark has all keys, and plausible speeds."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     ended = subprocess.run(
         [sys.executable, "-m", "infra.bench.stream.ingest", "--quick", "--no-peers"],
@@ -35,11 +35,11 @@ def test_bench_ingest_ends_with_plausible_figures(
     assert 5_000 < result["events_per_cpu_second"] < 5_000_000
     assert 5_000 < result["distinct_users_events_per_cpu_second"] < 5_000_000
     assert 32 < result["changelog_bytes_per_event"] < 600
-    assert {result[f"ratio_{peer}"] for peer in ("bytewax", "quix", "faust", "kafka_streams")} == {None}
+    assert {result[f"ratio_{name}"] for name in ("bytewax", "quix", "faust", "kafka_streams")} == {None}
 
 
 def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no broker answers at the address given, the benchmark says so in one line and exits with 1."""
+    """If no broker answers at the given address, the benchmark reports it in one line and exits with 1."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     ended = subprocess.run(
         [sys.executable, "-m", "infra.bench.stream.ingest", "--quick", "--no-peers"],
@@ -59,7 +59,7 @@ def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.Monke
 def test_bench_freshness_serves_every_event(
     broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The quick freshness benchmark, without peers, ends with all keys, every event served, and a picture."""
+    """Without baselines, the quick freshness benchmark ends with all keys, every event served, and a plot."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     ended = subprocess.run(
@@ -88,7 +88,7 @@ def test_bench_freshness_serves_every_event(
 def test_bench_restore_ends_with_plausible_figures(
     broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The quick restore benchmark prints as its last line all keys, and a warm start is no slower than a cold one."""
+    """The last line of the quick restore benchmark has all keys, and a warm start is no slower than a cold one."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     ended = subprocess.run(
@@ -97,7 +97,7 @@ def test_bench_restore_ends_with_plausible_figures(
         text=True,
         timeout=360,
         check=False,
-        cwd=tmp_path,  # where its picture goes
+        cwd=tmp_path,  # the plot goes there
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What the recount reads of a topic, on the real broker."""
+"""The recount reads everything that was committed, on a real broker."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from streams.engine.changelog import ChangelogNames, ChangelogProducer
 pytestmark = pytest.mark.broker
 RECORDS = 20
 MARKERS_S = 1.0
-"""Long enough that the reader has read its end."""
+"""Delay of the commit: long enough that the reader has looked up the end."""
 
 
-def test_what_is_written_is_waited_for(broker: Any, topic_prefix: str) -> None:
-    """The broker acknowledges a commit before it writes the markers that show it: nothing may count as lost for that.
+def test_records_of_an_open_transaction_are_waited_for(broker: Any, topic_prefix: str) -> None:
+    """The broker acknowledges a commit before it writes its markers; no record may count as lost because of that.
 
-    The commit itself is late here, which a reader cannot tell from late markers.
+    Here the commit itself is late, which a reader cannot distinguish from late markers.
     """
     settings = with_values(
         load_settings(),

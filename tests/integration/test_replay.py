@@ -1,4 +1,4 @@
-"""A replay puts every event on the topic once, each user's in order, at the pace asked for, and says when it cannot."""
+"""A replay sends every event once, each user's in order, at the chosen pace, and reports when it cannot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTITIONS = 3
 
 @pytest.fixture
 def settings(broker: Any, topic_prefix: str) -> Settings:
-    """Topics of this test, created."""
+    """Create the topics of a test."""
     names = {name: f"{topic_prefix}-{name}" for name in ("actions", "embeddings", "dead_letter")}
     kafka_settings = KafkaSettings(bootstrap_servers=broker.bootstrap_servers)
     made = Settings(app_id=topic_prefix, kafka=kafka_settings, topics=TopicsSettings(**names, partitions=PARTITIONS))
@@ -42,7 +42,7 @@ def settings(broker: Any, topic_prefix: str) -> Settings:
 
 @pytest.fixture
 def own_settings(settings: Settings) -> Iterator[tuple[Broker, Settings]]:
-    """A broker that a test may kill, with the topics."""
+    """Start a broker that a test may kill, with the topics."""
     with Broker.start() as running:
         options = settings.kafka.model_copy(update={"bootstrap_servers": running.bootstrap_servers})
         made = settings.model_copy(update={"kafka": options})
@@ -52,12 +52,12 @@ def own_settings(settings: Settings) -> Iterator[tuple[Broker, Settings]]:
 
 @pytest.fixture
 def log() -> EventLog:
-    """Some thousand events with late ones among them."""
+    """Generate some thousand events, with late ones among them."""
     return event_log(generate(GeneratorPolicy(users=200, events=5_000), 11))
 
 
 def test_every_event_once_and_each_user_in_order(settings: Settings, log: EventLog) -> None:
-    """The topic holds exactly the log's records, and those of one user stand in one partition in the log's order."""
+    """The topic holds exactly the log's records; those of one user are in one partition, in the log's order."""
     totals = asyncio.run(replay(log, settings, Pace()))
     assert totals.acknowledged == len(log)
     found = _by_user(record for records in _read(settings).values() for record in records)
@@ -65,7 +65,7 @@ def test_every_event_once_and_each_user_in_order(settings: Settings, log: EventL
 
 
 def test_acknowledged_offsets_are_those_of_the_records(settings: Settings, log: EventLog) -> None:
-    """What `on_acknowledged` says of partition, offset and row is what the topic holds there."""
+    """At the partition and offset that `on_acknowledged` reports, the topic holds the reported row."""
     batches: list[Acknowledged] = []
     asyncio.run(replay(log, settings, Pace(), on_acknowledged=batches.append))
     records = list(log.records(np.arange(len(log))))
@@ -77,7 +77,7 @@ def test_acknowledged_offsets_are_those_of_the_records(settings: Settings, log: 
 
 
 def test_clients_of_other_makes_send_a_user_to_the_same_partition(settings: Settings, log: EventLog) -> None:
-    """A user's events from kafka-python's producer land beside those of the replay."""
+    """The producer of kafka-python sends a user's events to the same partition as the replay."""
     asyncio.run(replay(log.head(300), settings, Pace()))
     with closing(kafka.KafkaProducer(**settings.kafka.client_options())) as producer:
         for key, value in log.records(np.arange(300, 600)):
@@ -87,14 +87,14 @@ def test_clients_of_other_makes_send_a_user_to_the_same_partition(settings: Sett
 
 
 def test_rate_is_kept(settings: Settings, log: EventLog) -> None:
-    """At 1,000 events a second 1,500 events take a second and a half, no less."""
+    """At 1,000 events per second 1,500 events take 1.5 s, no less."""
     totals = asyncio.run(replay(log.head(1_500), settings, Pace(rate=1_000)))
     print(f"{totals.seconds:.2f} s")
     assert 1.45 <= totals.seconds < 4
 
 
 def test_stop_ends_it_with_everything_sent_acknowledged(settings: Settings, log: EventLog) -> None:
-    """A stopped replay returns soon, and the topic holds exactly what it says was acknowledged."""
+    """A stopped replay returns soon, and the topic holds exactly the events reported as acknowledged."""
     ends_s = time.monotonic() + 1
     totals = asyncio.run(replay(log, settings, Pace(rate=1_000), stop=lambda: time.monotonic() > ends_s))
     assert 0 < totals.acknowledged < len(log)
@@ -102,7 +102,7 @@ def test_stop_ends_it_with_everything_sent_acknowledged(settings: Settings, log:
 
 
 def test_missing_topic_is_one_clear_line(settings: Settings, log: EventLog) -> None:
-    """A topic that does not exist is named as what to look at, with the count of what was sent."""
+    """A missing topic is reported in one line, with the number of events sent."""
     missing = settings.model_copy(update={"topics": settings.topics.model_copy(update={"actions": "no-such-topic"})})
     with pytest.raises(ReplayFailed, match="after 0 of 5,000 events") as caught:
         asyncio.run(replay(log, missing, Pace()))
@@ -110,7 +110,7 @@ def test_missing_topic_is_one_clear_line(settings: Settings, log: EventLog) -> N
 
 
 def test_broker_that_comes_back_costs_nothing(own_settings: tuple[Broker, Settings], log: EventLog) -> None:
-    """Through a broker killed in the middle and started again, every event is acknowledged and stands there once."""
+    """Although the broker is killed and started again in the middle, every event is acknowledged and stored once."""
     broker, settings = own_settings
 
     def bounce() -> None:
@@ -130,7 +130,7 @@ def test_broker_that_comes_back_costs_nothing(own_settings: tuple[Broker, Settin
 def test_broker_that_stays_away_is_one_clear_line(
     own_settings: tuple[Broker, Settings], log: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broker that is gone for good ends the replay with the count of what was acknowledged."""
+    """A broker that does not come back ends the replay with the number of acknowledged events."""
     broker, settings = own_settings
     monkeypatch.setattr(replay_module, "ACKNOWLEDGE_S", 3.0)
     killer = Timer(1, broker.kill)
@@ -143,7 +143,7 @@ def test_broker_that_stays_away_is_one_clear_line(
 
 @pytest.mark.parametrize(("speed", "elapsed_s", "due"), [(1, 0.999, 1), (1, 1.0, 3), (10, 0.1, 3), (1, 5.0, 4)])
 def test_speed_follows_event_time(speed: float, elapsed_s: float, due: int) -> None:
-    """At `speed` an event is due when event time has come that far; a late one together with the row before it."""
+    """An event is due when event time, at `speed`, has reached it; a late one is due with the row before it."""
     rows = {
         "user_id": list("abcd"),
         "item_id": list("abcd"),
@@ -154,7 +154,7 @@ def test_speed_follows_event_time(speed: float, elapsed_s: float, due: int) -> N
 
 
 def _read(settings: Settings) -> dict[int, list[tuple[bytes, bytes]]]:
-    """Every record of the actions topic, by partition, in offset order."""
+    """Return every record of the actions topic, by partition, in offset order."""
     partitions = [TopicPartition(settings.topics.actions, number) for number in range(PARTITIONS)]
     with closing(kafka.KafkaConsumer(**settings.kafka.client_options(), auto_offset_reset="earliest")) as consumer:
         consumer.assign(partitions)

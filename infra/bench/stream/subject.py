@@ -1,4 +1,4 @@
-"""What the stream benchmarks measure: a program that reads a topic of actions, the worker or a baseline.
+"""The subject of a stream benchmark: a program that reads a topic of actions, the worker or a baseline.
 
 The broker reports the progress of a program: the offsets that its consumer group has committed. Reading them costs the
 program nothing. A program that commits none reports its own count over HTTP.

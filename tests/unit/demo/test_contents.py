@@ -22,14 +22,14 @@ EVENTS = [(0, 10), (1, 11), (0, 20), (0, 30), (1, 31), (0, 40), (0, 50), (1, 60)
 
 
 def _actions(events: list[tuple[int, int]]) -> Actions:
-    """One item per event time, no event ids, so that the state applies every event that it gets."""
+    """Return actions with one item per event time and no event ids, so that the state applies every event."""
     actions = np.zeros(len(events), ACTION_DTYPE)
     actions["item"] = actions["timestamp_ms"] = [time_ms for _, time_ms in events]
     return actions
 
 
 def _state(events: list[tuple[int, int]]) -> StoredSequences:
-    """The state of a worker that was given these events, through changelog records."""
+    """Return the state of a worker that has applied these events, as read from changelog records."""
     state, count = PartitionState(TriggerPolicy(), LIMITS), len(events)
     state.load(USERS, nothing_stored(len(USERS), LIMITS))
     names = [USERS[user] for user, _ in events]
@@ -71,7 +71,7 @@ def test_a_doubled_event_is_found_at_every_place(event: tuple[int, int]) -> None
 
 
 def test_displaced_actions_count_neither_as_lost_nor_as_doubled() -> None:
-    """In full sequences a doubled event displaces the oldest one, and a lost event makes room for an older one."""
+    """In a full sequence a doubled event displaces the oldest action, and a lost one leaves room for an older."""
     events = [(0, time_ms) for time_ms in range(1, 13)]
     assert _differences(events, events) == Differences()
     assert _differences([*events, (0, 9)], events) == Differences(duplicated=1)

@@ -1,4 +1,4 @@
-"""The yardstick of the recount, measured against the plainest reading of the laws."""
+"""The reference of the recount, tested against the plainest reading of the invariants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_IDS = np.zeros(6, np.uint64)
 
 
 def test_plain_appends_are_kept_in_order_of_arrival() -> None:
-    """Events of users whose time never goes back stay as they came, ties by arrival."""
+    """Events of users whose event time never decreases keep their order of arrival."""
     users, times = np.array([1, 0, 1, 1, 0, 1]), np.array([5, 1, 5, 7, 1, 9])
     histories = recompute(3, users, times, NO_IDS, 4)
     assert histories.rows.tolist() == [1, 4, 0, 2, 3, 5]
@@ -19,8 +19,8 @@ def test_plain_appends_are_kept_in_order_of_arrival() -> None:
     assert histories.last_rows.tolist() == [4, 5, -1]
 
 
-def test_a_late_event_goes_where_its_time_says() -> None:
-    """A late event is applied and placed by event time; it is the last one applied all the same."""
+def test_a_late_event_is_placed_by_its_event_time() -> None:
+    """A late event is placed by event time, and is still the last one applied."""
     users, times = np.zeros(4, np.int64), np.array([10, 30, 30, 20])
     histories = recompute(1, users, times, NO_IDS[:4], 8)
     assert histories.rows.tolist() == [0, 3, 1, 2]
@@ -28,7 +28,7 @@ def test_a_late_event_goes_where_its_time_says() -> None:
 
 
 def test_a_late_event_older_than_a_full_sequence_is_dropped() -> None:
-    """What is older than everything kept in a full sequence is not applied; with room left it would be."""
+    """An event older than everything in a full sequence is not applied; with room left it is."""
     users, times = np.zeros(4, np.int64), np.array([10, 20, 30, 5])
     assert recompute(1, users, times, NO_IDS[:4], 3).rows.tolist() == [0, 1, 2]
     assert recompute(1, users, times, NO_IDS[:4], 4).rows.tolist() == [3, 0, 1, 2]
@@ -44,8 +44,8 @@ def test_an_event_id_among_the_kept_ones_is_applied_once() -> None:
     assert kept_for_one.counts.tolist() == [4, 1]
 
 
-def test_the_vectorised_way_equals_the_walk() -> None:
-    """Histories of many users at once equal those of each user walked alone as if it were irregular."""
+def test_all_users_at_once_equal_each_user_alone() -> None:
+    """Histories of many users at once equal those of each user processed event by event."""
     seed = 77
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)

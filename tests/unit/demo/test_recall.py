@@ -1,4 +1,4 @@
-"""What the comparison of readers must get right, against the obvious way of computing it."""
+"""The comparison of readers equals the obvious way of computing it."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ def _is_hit(scores: np.ndarray, target: int, seen: set[int]) -> bool:
 
 
 def test_held_is_the_newest_publication_strictly_before_the_time() -> None:
-    """A reader at time t holds the last published of those with event time below t, and nothing of anybody else."""
+    """A reader at time t has the last embedding of its user with an event time below t, never another user's."""
     publications = Publications(np.array([3, 3, 7, 3]), np.array([100, 200, 150, 200]), np.zeros((4, 2), np.float32))
     users = np.array([3, 3, 3, 3, 7, 5, 7])
     before_ms = np.array([100, 101, 200, 201, 151, 500, 150])
     assert held(publications, users, before_ms).tolist() == [-1, 0, 0, 3, 2, -1, -1]
 
 
-def test_nobody_holds_anything_when_nothing_was_published() -> None:
-    """Without publications every reader is empty-handed."""
+def test_without_publications_no_reader_has_an_embedding() -> None:
+    """Without publications every reader has index -1."""
     nothing = Publications(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
     assert held(nothing, np.array([0, 1]), np.array([5, 5])).tolist() == [-1, -1]
 
 
 def test_last_midnight_is_utc_and_includes_midnight_itself() -> None:
-    """An action at midnight sees what that midnight's batch made of everything before it."""
+    """An action at midnight uses the batch of that midnight, which contains everything before it."""
     times = np.array([3 * DAY_MS, 3 * DAY_MS - 1, 3 * DAY_MS + 5])
     assert last_midnight_ms(times).tolist() == [3 * DAY_MS, 2 * DAY_MS, 3 * DAY_MS]
 
 
 def test_seen_items_are_those_of_strictly_earlier_actions_each_once() -> None:
-    """Actions of the same time do not see each other, a repeated item counts once, other users' do not count."""
+    """Actions of the same time do not count, a repeated item counts once, other users' items do not count."""
     log = Acts(np.array([0, 0, 0, 1, 0]), np.array([4, 4, 9, 5, -1]), np.array([10, 20, 30, 5, 6]))
     query, item = SeenItems(log).before(np.array([0, 0, 1]), np.array([30, 31, 5]))
     assert sorted(zip(query.tolist(), item.tolist(), strict=True)) == [(0, 4), (1, 4), (1, 9)]
 
 
 def test_hits_equal_the_obvious_ranking() -> None:
-    """Counting scores that reach the target's gives what ranking the unseen items one action at a time gives."""
+    """Counting the scores that reach the target's equals ranking the unseen items, one action at a time."""
     print(f"seed {SEED}")
     rng = np.random.default_rng(SEED)
     log = _acts(rng, 700)
@@ -84,8 +84,8 @@ def test_hits_equal_the_obvious_ranking() -> None:
     assert 0 < sum(expected) < len(expected)
 
 
-def test_a_tie_is_not_to_the_readers_credit() -> None:
-    """An embedding that scores every item alike finds nothing among more than ten items."""
+def test_a_tie_is_a_miss() -> None:
+    """An embedding that gives every item the same score has no hit among more than ten items."""
     act = Acts(np.array([0]), np.array([0]), np.array([10]))
     flat = np.zeros((1, 2), np.float32)
     assert not hits(act, np.array([0]), flat, np.ones((TOP + 1, 2), np.float32), SeenItems(act))[0]
@@ -93,7 +93,7 @@ def test_a_tie_is_not_to_the_readers_credit() -> None:
 
 
 def test_popularity_equals_counting_the_week_before_each_action() -> None:
-    """The running counts give what counting each action's own seven days gives, older actions breaking ties."""
+    """Running counts equal counting the seven days before each action, with older actions as tie-breakers."""
     print(f"seed {SEED}")
     log = _acts(np.random.default_rng(SEED), 900)
     newer = Acts(log.user[400:], log.item[400:], log.time_ms[400:])

@@ -1,4 +1,4 @@
-"""The cut between the past and what is replayed."""
+"""The cut between the past and the replayed events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _log(times_ms: list[int]) -> EventLog:
 
 
 def test_the_cut_is_the_last_midnight_that_leaves_enough() -> None:
-    """The newer part begins with the first event of a day and has at least the wanted events, no day more."""
+    """The newer part begins with the first event of a day, has enough events, and would not with one day less."""
     log = _log([DAY_MS - 5, DAY_MS + 1, DAY_MS + 9, 2 * DAY_MS, 2 * DAY_MS + 3, 3 * DAY_MS])
     assert cut_at_midnight("", log, 1).cut == 5
     assert cut_at_midnight("", log, 2).cut == 3
@@ -33,7 +33,7 @@ def test_the_cut_is_the_last_midnight_that_leaves_enough() -> None:
 
 
 def test_both_parts_together_are_the_log() -> None:
-    """No event is in both parts or in none, and users keep their numbers."""
+    """Every event is in exactly one part, and users keep their numbers."""
     parts = cut_at_midnight("", _log([0, 5, DAY_MS, DAY_MS + 4]), 2)
     both = np.concatenate([parts.older.user_index, parts.newer.user_index])
     assert both.tolist() == parts.log.user_index.tolist()
@@ -41,13 +41,13 @@ def test_both_parts_together_are_the_log() -> None:
     assert parts.newer.user_keys == parts.log.user_keys
 
 
-def test_a_log_within_one_day_is_refused() -> None:
-    """Without a midnight inside there is nothing to train on: one clear error."""
+def test_a_log_within_one_day_is_rejected() -> None:
+    """A log without a midnight has nothing to train on, which is one clear error."""
     with pytest.raises(LogTooShort, match="too short for the demo"):
         cut_at_midnight("", _log([1, 2, 3]), 2)
 
 
 def test_items_are_named_by_row() -> None:
-    """The item of a row is the id at its index."""
+    """The index of a row leads to the id of its item."""
     ids, index = distinct_items(_log([0, 1, 2]))
     assert [ids[i] for i in index] == ["i0", "i1", "i0"]

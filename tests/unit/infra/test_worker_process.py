@@ -67,14 +67,14 @@ def test_waiting_ends_when_the_process_does_or_the_time_is_up(tmp_path: Path) ->
 
 
 def test_leaving_the_block_ends_the_process(tmp_path: Path) -> None:
-    """No process is left after the block, whatever happens inside."""
+    """No process is left after the block, also when the block fails."""
     with pytest.raises(RuntimeError), running(worker_program({}, tmp_path / "log")) as worker:
         raise RuntimeError
     assert not psutil.pid_exists(worker.pid)
 
 
 def test_a_process_gets_the_time_to_stop_that_the_block_grants(tmp_path: Path) -> None:
-    """With grace the process ends by SIGTERM at the end of the block and runs its own end."""
+    """A block with grace ends with SIGTERM, which the process can handle."""
     code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(7)); print('up', flush=True); {}"
     with running(_program(code.format("time.sleep(60)"), tmp_path), grace_s=30) as process:
         process.wait_until(lambda: "up" in process.output(), "its first line", 30)
