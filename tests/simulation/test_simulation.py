@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from infra.harness.simulation import history as h
 from infra.harness.simulation.schedule import STEPS, as_source, failure, histories, shortest
-from infra.harness.simulation.world import run_history
+from infra.harness.simulation.simulation import run_history
 from streams.core.policy import Reason, TriggerPolicy
 
 

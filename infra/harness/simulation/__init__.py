@@ -1,1 +1,1 @@
-"""A deterministic simulation of one partition: the real core over a broker of lists, with an independent model."""
+"""A deterministic simulation of one partition: the real core on an in-memory broker, beside an independent model."""

@@ -1,7 +1,8 @@
-"""`python -m infra.harness.simulation --seed N --runs M`: histories of trouble against the real core.
+"""`python -m infra.harness.simulation --seed N --runs M`: run random histories with faults against the real core.
 
-No broker and no Faust. After a violation the shortest history that shows it is printed, and the exit code is 1. The
-last line on standard output is `{"bench":"simulate","seed":…,"histories":…,"violations":…,"digest":…}`.
+Neither a broker nor Faust is involved. After a violation, the shortest history that reproduces it is printed, and the
+exit code is 1. The last line on standard output is
+`{"bench":"simulate","seed":…,"histories":…,"violations":…,"digest":…}`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ PROGRESS_EVERY_S = 10.0
 
 
 def simulate(
-    seed: Annotated[int | None, typer.Option(help="Root seed; a fresh one is drawn and printed without it.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="How many histories.")] = 1_000,
+    seed: Annotated[int | None, typer.Option(help="Root seed; drawn at random if absent, and printed.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Number of histories.")] = 1_000,
 ) -> None:
-    """Check the laws of the stream core under crashes, rebalances, torn checkpoints and bad input."""
+    """Check the invariants of the stream core under crashes, rebalances, torn checkpoints and bad input."""
     seed = SystemRandom().randrange(10**9) if seed is None else seed
     typer.echo(f"seed {seed}, {runs} histories")
     violations, done, reported, digest = 0, 0, time.monotonic(), hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Histories: what happens to one partition, as data. Trouble is a step like any other."""
+"""Histories: what happens to one partition, as data. A fault is a step like any other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streams.core.policy import Reason, TriggerPolicy
 
 @dataclass(frozen=True)
 class Act:
-    """A user acts; the event arrives in order."""
+    """A user acts, and the event arrives in order."""
 
     user: int
     strong: bool = False
@@ -19,7 +19,7 @@ class Act:
 
 @dataclass(frozen=True)
 class Late:
-    """An event arrives that is older than the clock by so much."""
+    """An event arrives `behind_ms` late."""
 
     user: int
     behind_ms: int
@@ -27,75 +27,75 @@ class Late:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A producer sends its n-th last event again."""
+    """A producer sends its `back`-th last event again."""
 
     back: int
 
 
 @dataclass(frozen=True)
 class Tombstone:
-    """A user is to be forgotten."""
+    """A tombstone arrives: the user is to be forgotten."""
 
     user: int
 
 
 @dataclass(frozen=True)
 class Poison:
-    """A record arrives that is no action."""
+    """A record arrives that is not an action."""
 
     kind: int
 
 
 @dataclass(frozen=True)
 class Poll:
-    """The worker takes a batch of so many records."""
+    """The worker fetches and applies the next records."""
 
     records: int
 
 
 @dataclass(frozen=True)
 class Redeliver:
-    """The worker is given its last records once more."""
+    """The worker receives its last records once more."""
 
     records: int
 
 
 @dataclass(frozen=True)
 class Silence:
-    """Nothing arrives for a while; the worker wakes when it must."""
+    """Nothing arrives for a while; timers fire when they are due."""
 
     ms: int
 
 
 @dataclass(frozen=True)
 class ClockJump:
-    """The worker's clock is set, back or forth."""
+    """The worker's clock is set forward or back."""
 
     ms: int
 
 
 @dataclass(frozen=True)
 class Encode:
-    """The encoder takes so many users of the queue."""
+    """The encoder takes users from the queue."""
 
     users: int
 
 
 @dataclass(frozen=True)
 class Publish:
-    """What was encoded is handed to the producer."""
+    """The worker hands the oldest encoded job to its producer."""
 
 
 @dataclass(frozen=True)
 class Deliver:
-    """The broker receives so many outputs."""
+    """The broker receives the oldest outputs in flight."""
 
     outputs: int
 
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """The worker hears of every output that was received."""
+    """The broker acknowledges every output it has received."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TornCheckpoint:
-    """The worker dies right before side effect number `step` of a checkpoint."""
+    """The worker dies right before side effect number `step` of a checkpoint; its store loses the last writes."""
 
     step: int
     lost_writes: int = 0
@@ -120,14 +120,14 @@ class TornCheckpoint:
 
 @dataclass(frozen=True)
 class Crash:
-    """The worker dies and starts again; its store has lost the last few writes."""
+    """The worker dies and starts again; its store loses the last writes."""
 
     lost_writes: int = 0
 
 
 @dataclass(frozen=True)
 class TornRestore:
-    """The worker dies, and once more right before write number `step` of its restore."""
+    """The worker dies, and dies again right before write number `step` of its restore."""
 
     step: int
 
@@ -184,40 +184,40 @@ _KINDS: list[tuple[int, Callable[[Random], Step]]] = [
 
 @dataclass(frozen=True)
 class History:
-    """A policy and what happens under it."""
+    """A policy, and the steps that happen under it."""
 
     policy: TriggerPolicy
     steps: tuple[Step, ...]
 
 
-def random_history(random: Random, steps: int) -> History:
-    """A history of `steps` steps; the same generator state gives the same history."""
+def random_history(rng: Random, steps: int) -> History:
+    """Return a history of `steps` steps; the same generator state gives the same history."""
     weights = [weight for weight, _ in _KINDS]
-    makers = random.choices([make for _, make in _KINDS], weights, k=steps)
-    return History(random_policy(random), tuple(make(random) for make in makers))
+    makers = rng.choices([make for _, make in _KINDS], weights, k=steps)
+    return History(random_policy(rng), tuple(make(rng) for make in makers))
 
 
-def random_policy(random: Random) -> TriggerPolicy:
-    """A policy under which every action is encoded sooner or later."""
+def random_policy(rng: Random) -> TriggerPolicy:
+    """Return a policy under which every action is encoded eventually."""
     priorities = list(Reason)
-    random.shuffle(priorities)
-    every_n = random.choice([1, 1, 3, 0])
+    rng.shuffle(priorities)
+    every_n = rng.choice([1, 1, 3, 0])
     timers = [(2_000, 0), (0, 1_500), (0, 3_000), (2_000, 1_500)]
-    max_staleness_ms, session_gap_ms = random.choice([*timers, (0, 0)] if every_n == 1 else timers)
+    max_staleness_ms, session_gap_ms = rng.choice([*timers, (0, 0)] if every_n == 1 else timers)
     return TriggerPolicy(
         every_n=every_n,
-        strong=frozenset({"buy"}) if random.random() < 0.5 else frozenset(),
-        first_n=random.choice([0, 2]),
+        strong=frozenset({"buy"}) if rng.random() < 0.5 else frozenset(),
+        first_n=rng.choice([0, 2]),
         max_staleness_ms=max_staleness_ms,
         session_gap_ms=session_gap_ms,
-        cooldown_ms=random.choice([0, 0, 300]),
-        spread_ms=random.choice([0, 400]),
+        cooldown_ms=rng.choice([0, 0, 300]),
+        spread_ms=rng.choice([0, 400]),
         priorities=tuple(priorities),
     )
 
 
 def shrink(history: History, fails: Callable[[History], bool]) -> History:
-    """Leave out steps as long as the history still fails: first many at a time, at last one by one."""
+    """Remove steps while the history still fails, first many at a time, in the end one by one."""
     steps, size = history.steps, max(len(history.steps) // 2, 1)
     while size:
         begin = 0

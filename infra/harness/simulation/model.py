@@ -1,4 +1,4 @@
-"""What is right, told as plainly as possible: a dictionary of sorted lists, folded over the source log."""
+"""The expected sequences, as plainly as possible: a dictionary of sorted lists, folded over the source log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Event:
-    """One record of the source log as its sender meant it."""
+    """The content of one record of the source log."""
 
     user: bytes
     timestamp_ms: int
@@ -29,19 +29,20 @@ class Sequence:
 
     @property
     def items(self) -> tuple[int, ...]:
+        """Items of the kept actions, oldest first."""
         return tuple(event.item for event in self.kept)
 
 
 @dataclass
 class Model:
-    """The source log (None: a record that is no action), and every sequence after every record of it."""
+    """The source log (None for a record that is not an action), and every sequence after each of its records."""
 
     length_max: int
     log: list[Event | None] = field(default_factory=list)
     past: dict[bytes, list[Sequence]] = field(default_factory=dict)
 
     def append(self, event: Event | None) -> None:
-        """The next record of the log."""
+        """Append the next record of the log."""
         offset = len(self.log)
         self.log.append(event)
         if event is not None:
@@ -51,7 +52,7 @@ class Model:
                 past.append(after)
 
     def at(self, user: bytes, offset: int) -> Sequence:
-        """The user's sequence once all records before `offset` are applied."""
+        """Return the user's sequence after all records before `offset`."""
         return next(s for s in reversed(self.past.get(user, [Sequence()])) if s.changed_at < offset)
 
     def _after(self, before: Sequence, event: Event, offset: int) -> Sequence:

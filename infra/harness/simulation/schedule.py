@@ -1,4 +1,4 @@
-"""Many histories from one seed, and the shortest form of the first that breaks a law."""
+"""Many histories from one seed, and the shortest form of the first that violates an invariant."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from random import Random
 
 from infra.harness.simulation.history import History, random_history, shrink
-from infra.harness.simulation.world import Digest, run_history
+from infra.harness.simulation.simulation import Digest, run_history
 
 STEPS = 60
 
 
 def histories(seed: int, runs: int) -> Iterator[History]:
-    """The histories of a seed; the n-th does not depend on how many there are."""
+    """Return the histories of a seed; the n-th does not depend on `runs`."""
     return (random_history(Random(f"{seed}/{run}"), STEPS) for run in range(runs))
 
 
 def failure(history: History, digest: Digest | None = None) -> Exception | None:
-    """What a history breaks, None when it breaks nothing. Any exception counts: no input stops a worker."""
+    """Return the violation of a history, None without one; any exception counts, because no input may stop a worker."""
     try:
         run_history(history, digest)
     except Exception as error:
@@ -26,12 +26,12 @@ def failure(history: History, digest: Digest | None = None) -> Exception | None:
 
 
 def shortest(history: History) -> History:
-    """The shortest history that fails in the same way."""
+    """Return the shortest history that fails in the same way."""
     kind = type(failure(history))
     return shrink(history, lambda shorter: type(failure(shorter)) is kind)
 
 
 def as_source(history: History) -> str:
-    """A history as Python, ready to become a regression test."""
+    """Return a history as Python source, ready to become a regression test."""
     steps = "".join(f"    {step},\n" for step in history.steps)
     return f"{history.policy}\n[\n{steps}]"

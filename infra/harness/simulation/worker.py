@@ -1,4 +1,4 @@
-"""A worker without Kafka, Faust or torch: the real decoding, state, codec, checkpoint and store around lists."""
+"""A worker without Kafka, Faust or torch: the real decoding, state, codec, checkpoint and reader, kept in memory."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RECORDS_PER_RESTORE_WRITE = 3
 
 
 class Violation(AssertionError):
-    """A law is broken."""
+    """An invariant is violated."""
 
 
 class Died(Exception):
-    """The worker is gone."""
+    """The worker has died."""
 
 
 class Disk(MemoryStore):
-    """A store that remembers what each write left, so that a crash can take the last ones back."""
+    """A store that keeps its contents after each write, so that a crash can undo the last writes."""
 
     def __init__(self) -> None:
         super().__init__(records_per_write=2)
@@ -44,6 +44,7 @@ class Disk(MemoryStore):
         self._past: deque[dict[bytes, bytes]] = deque([{}], maxlen=6)
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
+        """Write one batch per step, with a side effect before each."""
         steps = super().write_steps(records, changelog_offset)
         while True:
             self.effect("store")
@@ -53,15 +54,15 @@ class Disk(MemoryStore):
             yield
 
     def crash(self, lost_writes: int) -> None:
-        """Forget the last writes, or all that is remembered."""
+        """Undo the last writes, as far back as they are kept."""
         for _ in range(min(lost_writes, len(self._past) - 1)):
             self._past.pop()
         self.records = dict(self._past[-1])
 
 
 @dataclass
-class Sent:
-    """Outputs on their way to the broker."""
+class InFlight:
+    """Outputs in flight to the broker."""
 
     outputs: list[Output]
     job: EncodeJob | None
@@ -70,7 +71,7 @@ class Sent:
 
 @dataclass
 class Worker:
-    """One life of a worker that owns the partition. Everything public is for the checks to look at."""
+    """A worker that owns the partition, from one start to one crash; public attributes are for the checks."""
 
     broker: Broker
     disk: Disk
@@ -80,19 +81,21 @@ class Worker:
     effect: Callable[[str], None]
     """Called right before each side effect; may raise."""
     on_applied: Callable[[int, int], None]
-    """Called with each range of offsets that has been applied for the first time in this life."""
-    refused: set[int] = field(default_factory=set)
+    """Called with each range of offsets that this worker has applied for the first time."""
+    rejected: set[int] = field(default_factory=set)
+    """Source offsets of rejected records."""
     queue: dict[bytes, int] = field(default_factory=dict)
+    """Priority of each user in the encode queue."""
     jobs: deque[EncodeJob] = field(default_factory=deque)
-    sent: deque[Sent] = field(default_factory=deque)
+    in_flight: deque[InFlight] = field(default_factory=deque)
     handed_over_ms: dict[bytes, int] = field(default_factory=dict)
-    """Processing time of each user's last hand-over, or of the acknowledgement that followed."""
+    """Processing time of each user's last hand-over, or of the acknowledgement after it."""
     unencoded_since_ms: dict[bytes, int] = field(default_factory=dict)
-    """Processing time of the oldest action applied in this life that no job contains."""
+    """Processing time of each user's oldest action that this worker applied and no job contains."""
     shed_users: set[bytes] = field(default_factory=set)
 
     def start(self) -> None:
-        """Fence, restore, prove, note what was published."""
+        """Fence predecessors, restore, prove the restore complete, and seed the state."""
         self.started_ms = self.now_ms
         self.epoch = self.broker.fence()
         self.disk.effect = self.effect
@@ -100,7 +103,7 @@ class Worker:
         mark = self.disk.mark()
         committed = self.broker.committed_offset
         if (mark.source_offset if mark else None) != committed:
-            raise Violation(f"restored mark {mark} but committed offset {committed}")
+            raise Violation(f"the restored mark is {mark}, but offset {committed} is committed")
         self.next_offset = mark.source_offset if mark else 0
         self.state = PartitionState(self.policy, LIMITS)
         outputs = self.broker.outputs[mark.output_offset if mark else 0 :]
@@ -119,7 +122,7 @@ class Worker:
     # -- events
 
     def poll(self, records: int) -> None:
-        """Process the next records, in batches whose users fit into memory."""
+        """Apply the next records, in batches whose users fit into memory."""
         end = min(self.next_offset + records, len(self.broker.source))
         while self.next_offset < end:
             cut = min(end, self.next_offset + LIMITS.hot_users_max)
@@ -128,16 +131,16 @@ class Worker:
             self.next_offset = cut
 
     def process(self, begin: int, end: int) -> None:
-        """Apply records [begin, end) as one batch."""
+        """Apply the records [begin, end) as one batch."""
         records = self.broker.source[begin:end]
         decoded = decode_actions(records, now_ms=self.now_ms, limits=DECODE)
-        self.refused |= {records[each.index].offset for each in decoded.rejected}
+        self.rejected |= {records[each.index].offset for each in decoded.rejected}
         if len(decoded.actions):
             self.load(decoded.actions.users)
             self._perform(self.state.apply(decoded.actions, self.now_ms))
 
     def load(self, users: Sequence[bytes]) -> None:
-        """Bring users into memory, at the cost of a checkpoint, or of draining the encoder, when it is full."""
+        """Load users into memory; when it is full, checkpoint first, and then drain the encoder."""
         for attempt in range(3):
             if attempt:
                 self._checkpoint_for_room() if attempt == 1 else self.drain()
@@ -156,8 +159,8 @@ class Worker:
         except Fenced as error:
             raise Died from error
 
-    def wake(self) -> None:
-        """Do all that has fallen due."""
+    def fire_timers(self) -> None:
+        """Fire all timers that are due."""
         for _ in range(100):
             due_ms = self.state.next_deadline_ms
             if due_ms is None or due_ms > self.now_ms:
@@ -166,12 +169,12 @@ class Worker:
             self._perform(effects)
             for user in effects.to_load:
                 self.load([user])
-        raise Violation("waking does not come to an end")
+        raise Violation("firing timers does not come to an end")
 
     def _perform(self, effects: Effects) -> None:
         for user, priority in zip(effects.due, effects.priorities.tolist(), strict=True):
             if user in self.queue:
-                raise Violation(f"{user!r} was handed over while it waits")
+                raise Violation(f"{user!r} was handed over while it was queued")
             if self.now_ms < self.handed_over_ms.get(user, -(10**9)) + self.policy.cooldown_ms:
                 raise Violation(f"{user!r} was handed over within its cooldown")
             self.queue[user] = priority
@@ -179,12 +182,12 @@ class Worker:
             self.handed_over_ms[user] = self.now_ms
         if effects.forgotten:
             pairs = zip(effects.forgotten, effects.forgotten_offsets.tolist(), strict=True)
-            self.sent.append(Sent([Output(user, None, offset) for user, offset in pairs], None))
+            self.in_flight.append(InFlight([Output(user, None, offset) for user, offset in pairs], None))
 
     # -- encoding
 
     def encode(self, users: int) -> None:
-        """The encoder takes the most valuable users."""
+        """Begin a job for the users of the highest priority."""
         taken = sorted(self.queue, key=lambda user: -self.queue[user])[:users]
         for user in taken:
             del self.queue[user]
@@ -195,7 +198,7 @@ class Worker:
             self.jobs.append(job)
 
     def publish(self) -> None:
-        """Hand the oldest encoded job to the producer."""
+        """Hand the oldest encoded job to the producer, without outdated users."""
         if not self.jobs:
             return
         job = self.jobs.popleft()
@@ -205,18 +208,18 @@ class Worker:
             Output(user, self.version, int(job.offsets[row]), tuple(items[starts[row] : starts[row + 1]]))
             for row, user in enumerate(job.sequences.users)
         ]
-        self.sent.append(Sent(outputs, job))
+        self.in_flight.append(InFlight(outputs, job))
 
     def deliver(self, outputs: int) -> None:
-        """The broker receives the oldest outputs on their way, in order."""
-        for sent in [sent for sent in self.sent if not sent.delivered][:outputs]:
+        """Let the broker receive the oldest outputs in flight, in order."""
+        for sent in [each for each in self.in_flight if not each.delivered][:outputs]:
             self.broker.outputs += sent.outputs
             sent.delivered = True
 
     def acknowledge(self) -> None:
-        """Hear of what the broker has received."""
-        while self.sent and self.sent[0].delivered:
-            sent = self.sent.popleft()
+        """Process the acknowledgements of outputs that the broker has received."""
+        while self.in_flight and self.in_flight[0].delivered:
+            sent = self.in_flight.popleft()
             self.output_offset += len(sent.outputs)
             if sent.job is not None:
                 users = sent.job.sequences.users
@@ -224,7 +227,7 @@ class Worker:
                 self.handed_over_ms |= dict.fromkeys(users, self.now_ms)
 
     def shed(self, delay_ms: int) -> None:
-        """Shed the least valuable user of the queue."""
+        """Shed the queued user of the lowest priority."""
         if self.queue:
             user = min(self.queue, key=lambda user: self.queue[user])
             del self.queue[user]
@@ -233,8 +236,8 @@ class Worker:
             self.state.requeue([user], self.now_ms, delay_ms)
 
     def drain(self) -> None:
-        """Encode and publish all that is due."""
-        while self.queue or self.jobs or self.sent:
+        """Encode and publish everything in the queue."""
+        while self.queue or self.jobs or self.in_flight:
             self.encode(100)
             self.publish()
             self.deliver(100)
@@ -244,19 +247,19 @@ class Worker:
     # -- checkpoints
 
     def checkpoint(self) -> None:
-        """Run the real checkpoint; raises what `effect` raises, and `Fenced`."""
+        """Run the real checkpoint; raise `Fenced`, or what `effect` raises."""
         mark = CheckpointMark(self.next_offset, self.output_offset)
         transaction = Transaction(self.broker, self.epoch, self.effect)
         run(checkpoint(self.state, mark, self, transaction, self.disk))
 
     async def acknowledged(self) -> None:
-        """All outputs reach the broker (the port `Outputs`)."""
+        """Let all outputs reach the broker; implements `streams.storage.checkpoint.Outputs`."""
         self.effect("outputs")
-        self.deliver(len(self.sent))
+        self.deliver(len(self.in_flight))
 
 
 def run(steps: Coroutine[Any, Any, Any]) -> None:
-    """Run a coroutine that waits for nothing outside."""
+    """Run a coroutine that awaits nothing external."""
     try:
         while True:
             steps.send(None)

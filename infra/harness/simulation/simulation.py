@@ -1,14 +1,15 @@
-"""One history, run against the real code with the perfect model beside it, and checked after every step.
+"""Run one history against the real code with an independent model beside it, and check both after every step.
 
-What is checked, by law of the design:
+The checks, by invariant of the design:
 
-1. an embedding's items are those of the model at the source offset it names;
-2. and 3. every user's sequence in memory, and in the store when the user is not in memory, is the model's; what a
-   restore from the changelog yields is the model's sequence at the committed offset;
-4. a user with an unencoded action never waits longer than its policy says; in the end nobody is left out;
-5. per user and version, source offsets in the output topic increase strictly;
-6. exactly the poisonous records are refused;
-7. never more users in memory than the limit.
+1. (parity) an embedding's items are those of the model at the source offset that the embedding states;
+2. and 3. (exactly once, order) every user's sequence, in memory or in the store, equals the model's; a restore from the
+   changelog yields the model's sequence at the committed offset;
+4. (freshness) a user with an unencoded action never waits longer than its policy allows, and in the end every user is
+   covered by an output;
+5. (monotone) per user and version, source offsets in the output topic increase strictly;
+6. (no poison) exactly the malformed records are rejected;
+7. (bounded) there are never more users in memory than the limit.
 """
 
 from __future__ import annotations
@@ -39,30 +40,32 @@ POISON = [
 ]
 SENDERS = (h.Act, h.Late, h.Duplicate, h.Tombstone, h.Poison)
 RESTARTS = (h.TornCheckpoint, h.Crash, h.TornRestore, h.Rebalance, h.NewRelease)
-"""After these the worker has not woken yet when the next step comes."""
-NOT_YET = 10**9
+"""After these steps the worker has just started, and its timers have not fired yet."""
+NEVER_MS = 10**9
+"""Stands for "no bound"."""
 
 
 def run_history(history: h.History, digest: Digest | None = None) -> list[str]:
-    """Run a history to its end; return its event log. Raises `Violation`.
+    """Run a history to its end and return its event log; raise `Violation`.
 
-    `digest` is updated after every step with the plain values of the log, which no renaming changes.
+    `digest` is updated after every step with plain values, so that renaming a class does not change it.
     """
-    world = World(history, digest=digest)
+    simulation = Simulation(history, digest=digest)
     for step in history.steps:
-        world.take(step)
-    world.settle()
-    return world.event_log
+        simulation.take(step)
+    simulation.finish()
+    return simulation.event_log
 
 
 class Digest(Protocol):
-    """A hash of `hashlib`."""
+    """A hash object of `hashlib`."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes, /) -> None:
+        """Add data to the hash."""
 
 
 class CrashAt:
-    """Lets so many side effects happen, then the worker dies; None: for ever."""
+    """Lets `left` side effects happen, after which the worker dies; None for no crash."""
 
     def __init__(self) -> None:
         self.left: int | None = None
@@ -75,22 +78,22 @@ class CrashAt:
 
 
 @dataclass
-class World:
-    """Everything there is: broker, worker, model, and the clock."""
+class Simulation:
+    """A broker, a worker, the model and the clock."""
 
     history: h.History
     broker: Broker = field(default_factory=Broker)
     model: Model = field(default_factory=lambda: Model(LIMITS.sequence_length))
     now_ms: int = BEGIN_MS
     clock_offset_ms: int = 10_000
-    """The worker's clock is ahead of the senders', or it would not believe the times of tombstones."""
+    """Lead of the worker's clock over the senders'; without it, the worker would cap the times of tombstones."""
     version: int = 1
     event_log: list[str] = field(default_factory=list)
     digest: Digest | None = None
 
     def __post_init__(self) -> None:
         self.crash_at = CrashAt()
-        self._refused: set[int] = set()
+        self._rejected: set[int] = set()
         self._checked_outputs = 0
         self._trusted_ms = 0
         self._newest: dict[tuple[bytes, int | None], int] = {}
@@ -121,18 +124,18 @@ class World:
         self.worker.start()
 
     def take(self, step: h.Step) -> None:
-        """Do one step, let due deadlines fire, and check everything."""
+        """Take one step, fire due timers, and check everything."""
         self._steps[type(step)](step)
         if not isinstance(step, RESTARTS):
-            self._alive(self.worker.wake)
+            self._alive(self.worker.fire_timers)
         self._check(sequences=not isinstance(step, SENDERS))
         self.event_log.append(f"{step} {self.now_ms} {self.worker.next_offset} {self.broker.outputs[-1:]}")
         if self.digest is not None:
             last = [astuple(output) for output in self.broker.outputs[-1:]]
             self.digest.update(f"{astuple(step)} {self.now_ms} {self.worker.next_offset} {last}\n".encode())
 
-    def settle(self) -> None:
-        """Let everything come to rest; then nobody may be left out, and a restore must give the same."""
+    def finish(self) -> None:
+        """Process everything that is left; then every user must be covered, and a restore must yield the same state."""
         self.take(h.Poll(10**6))
         policy = self.history.policy
         for _ in range(4):
@@ -144,9 +147,9 @@ class World:
         self.take(h.Checkpoint())
         self.take(h.Crash())
         self.take(h.Rebalance(checkpointed=True, keeps_disk=False))
-        refused = {offset for offset, event in enumerate(self.model.log) if event is None}
-        if self._refused != refused:
-            raise Violation(f"refused {sorted(self._refused)}, poisonous {sorted(refused)}")
+        malformed = {offset for offset, event in enumerate(self.model.log) if event is None}
+        if self._rejected != malformed:
+            raise Violation(f"rejected are {sorted(self._rejected)}, malformed are {sorted(malformed)}")
 
     # -- the sender
 
@@ -190,13 +193,14 @@ class World:
         worker = Worker(
             self.broker, disk, self.history.policy, self.version, self._clock_ms(), self.crash_at, self._note_applied
         )
-        worker.refused = self._refused
+        worker.rejected = self._rejected
         return worker
 
     def _clock_ms(self) -> int:
         return self.now_ms + self.clock_offset_ms
 
     def _alive(self, act: Callable[[], None]) -> None:
+        """Call a method of the worker after setting its clock."""
         self.worker.now_ms = self._clock_ms()
         act()
 
@@ -206,7 +210,7 @@ class World:
         self.worker.process(begin, end)
 
     def _note_applied(self, begin: int, end: int) -> None:
-        """Remember since when users wait for an embedding, for the law of freshness."""
+        """Record since when users wait for an embedding, for the check of freshness."""
         for offset, event in enumerate(self.model.log[begin:end], begin):
             if event is None or self.model.at(event.user, offset + 1).changed_at != offset:
                 continue
@@ -216,14 +220,14 @@ class World:
                 self.worker.unencoded_since_ms.setdefault(event.user, self.worker.now_ms)
 
     def _pass(self, ms: int) -> None:
-        """Time passes in steps of one bucket, so that deadlines fire when they should."""
+        """Let time pass in steps of one bucket, so that deadlines fire on time."""
         until_ms = self.now_ms + ms
         while self.now_ms < until_ms:
             self.now_ms = min(self.now_ms + BUCKET_MS, until_ms)
-            self._alive(self.worker.wake)
+            self._alive(self.worker.fire_timers)
 
     def _jump(self, step: h.ClockJump) -> None:
-        if step.ms < 0:  # deadlines of before hold on the clock that was set back: they come later by the jump
+        if step.ms < 0:  # older deadlines refer to the clock before it was set back, so they come later by the jump
             self._trusted_ms = max(self._trusted_ms, self._clock_ms())
             self.worker.handed_over_ms.clear()
         self.clock_offset_ms = max(self.clock_offset_ms + step.ms, 0)
@@ -258,12 +262,12 @@ class World:
         self.worker = self._new_worker(old.disk if step.keeps_disk else Disk())
         self.worker.start()
         self._check_restored()
-        old.sent.clear()  # what it still had on the way is lost; a subscriber drops what would come too late
+        old.in_flight.clear()  # outputs in flight are lost; a subscriber ignores those that arrive too late
         before = (self.broker.committed_offset, dict(self.broker.changelog))
         with suppress(Fenced):
             old.checkpoint()
         if before != (self.broker.committed_offset, self.broker.changelog):
-            raise Violation("a worker wrote to a partition that it has lost")
+            raise Violation("a worker wrote to a partition that it had lost")
 
     def _new_release(self, _: h.NewRelease) -> None:
         self.version += 1
@@ -280,7 +284,7 @@ class World:
             self._compare(self.worker.next_offset)
 
     def _compare(self, offset: int) -> None:
-        """Every sequence, wherever it is, is the model's once all records before `offset` are applied."""
+        """Compare every sequence, in memory or in the store, with the model's after all records before `offset`."""
         state = self.worker.state._sequences
         hot = [user for user in self.model.past if user in state.row_of]
         actions, starts = state.kept(state.rows_of(hot))
@@ -299,12 +303,12 @@ class World:
                 right.count,
                 right.changed_at,
             ):
-                raise Violation(f"{user!r} holds {kept}, {headers[row]} instead of {right}")
+                raise Violation(f"{user!r} has {kept} and header {headers[row]}, expected {right}")
 
     def _check_restored(self) -> None:
-        """The worker has just started: nothing but the restored state can be seen."""
+        """Check a worker that has just started, whose only state is the restored one."""
         if self.worker.state.hot_users:
-            raise Violation("a worker began with users in memory")
+            raise Violation("a worker started with users in memory")
         self._compare(self.broker.committed_offset or 0)
 
     def _check_outputs(self) -> None:
@@ -320,25 +324,27 @@ class World:
         right = self.model.at(output.user, output.offset + 1)
         is_tombstone = output.version is None
         if (output.offset, output.items, is_tombstone) != (right.changed_at, right.items, not right.items):
-            raise Violation(f"{output} should hold {right}")
+            raise Violation(f"{output} differs from the expected {right}")
 
     def _check_freshness(self) -> None:
         worker, policy = self.worker, self.history.policy
-        wait_ms = 0 if policy.every_n == 1 else policy.max_staleness_ms or NOT_YET
-        in_work = {user for job in worker.jobs for user in job.sequences.users}
-        in_work |= {user for sent in worker.sent if sent.job is not None for user in sent.job.sequences.users}
+        wait_ms = 0 if policy.every_n == 1 else policy.max_staleness_ms or NEVER_MS
+        in_job = {user for job in worker.jobs for user in job.sequences.users}
+        in_job |= {user for sent in worker.in_flight if sent.job is not None for user in sent.job.sequences.users}
         for user, since_ms in worker.unencoded_since_ms.items():
-            if user in worker.queue or user in in_work or user in worker.shed_users:
+            if user in worker.queue or user in in_job or user in worker.shed_users:
                 continue
-            # A cooldown may have begun in an earlier life, and a deadline on a clock that was set back since.
+            # A cooldown may have begun under an earlier worker, and a deadline on a clock that has been set back since.
             from_ms = max(worker.started_ms, self._trusted_ms)
             cooled_ms = worker.handed_over_ms.get(user, from_ms) + policy.cooldown_ms
             bound_ms = max(since_ms + wait_ms, self._trusted_ms + wait_ms, cooled_ms) + 2 * BUCKET_MS
             if worker.now_ms > bound_ms:
-                raise Violation(f"{user!r} waits since {since_ms}, bound {bound_ms}, now {worker.now_ms}")
+                raise Violation(
+                    f"{user!r} has waited since {since_ms}; the bound was {bound_ms}, now it is {worker.now_ms}"
+                )
 
     def _check_covered(self, user: bytes) -> None:
         last = max((o.offset for o in self.broker.outputs if o.user == user), default=-1)
         right = self.model.at(user, len(self.model.log))
         if last != right.changed_at:
-            raise Violation(f"the last output of {user!r} is of offset {last} instead of {right.changed_at}")
+            raise Violation(f"the last output of {user!r} has offset {last}, expected {right.changed_at}")
