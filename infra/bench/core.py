@@ -1,12 +1,12 @@
-"""`python -m infra.bench.core`: what the stream core costs, without broker and without decoding.
+"""`python -m infra.bench.core`: the cost of the stream core, without a broker and without decoding.
 
-- microseconds an event for batches of 2,000 events: skewed over 20,000 users in memory, all distinct users, and all
+- microseconds per event for batches of 2,000 events: skewed over 20,000 users in memory, all distinct users, and all
   distinct users that must be read from RocksDB first;
-- microseconds a changed user for snapshot and codec, and a record for RocksDB;
-- changelog bytes an event, keys and values, by chunk length: 150,000 events of 20,000 users between two checkpoints.
+- microseconds per changed user for snapshot and codec, and per record for RocksDB;
+- changelog bytes per event, keys and values, by chunk length: 150,000 events of 20,000 users between two checkpoints.
 
-Times are CPU time of the one thread. Users are drawn as 20,000 r³, r uniform: the
-busiest tenth acts in 46 % of all events.
+Times are CPU time of the one thread. Users are drawn as 20,000 r³, r uniform: the busiest tenth causes 46 % of the
+events.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ BEGIN_MS = 1_700_000_000_000
 
 
 def bench(runs: Annotated[int, typer.Option(min=1, help="Repetitions; figures are medians.")] = 5) -> None:
-    """Measure the stream core alone."""
+    """Measure the stream core by itself."""
     rounds = [measure(seed) for seed in range(runs)]
     spreads = {name: Spread(tuple(each[name] for each in rounds)) for name in rounds[0]}
     chunk_bytes = {length: changelog_bytes(length) for length in (8, 16, 32)}
     print_table("stream core", ["figure", "median (range)"], [[name, str(spread)] for name, spread in spreads.items()])
     rows = [[str(length), *(f"{figure:.1f}" for figure in figures)] for length, figures in chunk_bytes.items()]
-    print_table("changelog bytes an event, by chunk length", ["C", "first", "second", "third checkpoint"], rows)
+    print_table("changelog bytes per event, by chunk length", ["C", "first", "second", "third checkpoint"], rows)
     print_result(
         {"bench": "core", "machine": machine()}
         | {name: round(spread.median, 3) for name, spread in spreads.items()}
@@ -50,7 +50,7 @@ def bench(runs: Annotated[int, typer.Option(min=1, help="Repetitions; figures ar
 
 
 def measure(seed: int) -> dict[str, float]:
-    """One round of all times, in microseconds."""
+    """Return all times of one round, in microseconds."""
     rng = np.random.default_rng(seed)
     limits = StateLimits()
     state = _warm_state(limits, rng)
@@ -78,7 +78,7 @@ def measure(seed: int) -> dict[str, float]:
 
 
 def changelog_bytes(chunk_length: int) -> list[float]:
-    """Bytes of keys and values an event, for three checkpoints in a row."""
+    """Return bytes of keys and values per event, for three checkpoints in a row."""
     limits, rng = StateLimits(chunk_length=chunk_length), np.random.default_rng(7)
     state = PartitionState(TriggerPolicy(), limits)
     state.load(_names(np.arange(USERS)), nothing_stored(USERS, limits))
@@ -94,7 +94,7 @@ def changelog_bytes(chunk_length: int) -> list[float]:
 
 
 def _warm_state(limits: StateLimits, rng: np.random.Generator) -> PartitionState:
-    """All users in memory, 40 events each, every page of their sequences touched."""
+    """Return a state with all users in memory, 40 events each, so that every memory page of it has been touched."""
     state = PartitionState(TriggerPolicy(), limits)
     names = _names(np.arange(USERS))
     state.load(names, nothing_stored(USERS, limits))
@@ -104,19 +104,19 @@ def _warm_state(limits: StateLimits, rng: np.random.Generator) -> PartitionState
 
 
 def _time_batches(state: PartitionState, batches: list[ActionBatch]) -> float:
-    """Median microseconds an event; encoding is acknowledged in between and not counted."""
+    """Return median microseconds per event; jobs are finished between batches, off the clock."""
     times = []
     for batch in batches:
         began = time.thread_time()
         state.missing(batch.users)
         effects = state.apply(batch, BEGIN_MS)
         times.append(time.thread_time() - began)
-        _acknowledge(state, effects.due)
+        _finish_jobs(state, effects.due)
     return float(np.median(times)) / BATCH * 1e6
 
 
 def _time_cold(store: PartitionStore, batches: list[ActionBatch], limits: StateLimits) -> float:
-    """Median microseconds an event when no user is in memory: read, decode, load, apply."""
+    """Return median microseconds per event when no user is in memory: read, decode, load, apply."""
     times = []
     for batch in batches:
         state = PartitionState(TriggerPolicy(), limits)
@@ -129,10 +129,10 @@ def _time_cold(store: PartitionStore, batches: list[ActionBatch], limits: StateL
 
 
 def _apply(state: PartitionState, batch: ActionBatch) -> None:
-    _acknowledge(state, state.apply(batch, BEGIN_MS).due)
+    _finish_jobs(state, state.apply(batch, BEGIN_MS).due)
 
 
-def _acknowledge(state: PartitionState, users: list[bytes]) -> None:
+def _finish_jobs(state: PartitionState, users: list[bytes]) -> None:
     job = state.begin_job(users)
     state.finish_job(job.sequences.users, job.offsets, BEGIN_MS)
 
@@ -154,7 +154,7 @@ def _names(users: I64) -> list[bytes]:
 
 
 def _batch(users: I64, rng: np.random.Generator, offset: int) -> ActionBatch:
-    """In order, each event with an id of its own: what a healthy producer sends."""
+    """Return events in order, each with its own id, as a healthy producer sends them."""
     actions = np.zeros(len(users), ACTION_DTYPE)
     actions["item"] = rng.integers(1, 2**63, len(users))
     actions["event_id"] = rng.integers(1, 2**63, len(users))

@@ -1,4 +1,4 @@
-"""The contract of a store, kept by RocksDB and by the one in memory; and what only files on a disk can do."""
+"""The contract of a store, on RocksDB and in memory; and the failures that only files on disk can have."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ AnyStore = PartitionStore | MemoryStore
 
 @pytest.fixture(params=["rocksdb", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyStore]:
+    """Yield an empty store of each kind."""
     if request.param == "memory":
         yield MemoryStore()
         return
@@ -33,27 +34,27 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyStore]:
 
 
 def head(user: bytes, *, due_ms: int = NEVER, had_deadline: bool = False) -> Record:
-    """A head record with no actions."""
+    """Return a head record without actions."""
     header = new_headers(1, LIMITS)
     header["due_ms"], header["flags"] = due_ms, had_deadline
     return head_key(user), seal(head_key(user), header.tobytes())
 
 
-def test_reads_what_was_written(store: AnyStore) -> None:
-    """Values come back by key, None for what is missing or was deleted."""
+def test_a_written_value_is_read(store: AnyStore) -> None:
+    """Values are returned by key, None for missing and deleted ones."""
     store.write([(b"ca\x00", b"1"), (b"cb\x00", b"2")], 10)
     store.write([(b"ca\x00", None), (b"cc\x00", b"\x00" * 600)], 12)
     assert store.get_many([b"ca\x00", b"cb\x00", b"cc\x00", b"cx\x00"]) == [None, b"2", b"\x00" * 600, None]
     assert store.get_many([]) == []
 
 
-def test_new_store_knows_nothing(store: AnyStore) -> None:
+def test_a_new_store_is_empty(store: AnyStore) -> None:
     """An empty store has no changelog offset, no mark, no users and no deadlines."""
     assert (store.changelog_offset, store.mark(), list(store.heads()), list(store.pending())) == (None, None, [], [])
 
 
 def test_offset_comes_with_the_last_batch(store: AnyStore) -> None:
-    """While a write is under way the offset is still that of the write before; a write of nothing moves it too."""
+    """During a write the offset is that of the previous write; an empty write moves it, too."""
     store.write([], 4)
     records = [(b"c%05d\x00" % index, b"x") for index in range(2 * RECORDS_PER_WRITE + 1)]
     offsets = [store.changelog_offset for _ in store.write_steps(records, 9_000)]
@@ -62,14 +63,14 @@ def test_offset_comes_with_the_last_batch(store: AnyStore) -> None:
 
 
 def test_interrupted_write_keeps_the_old_offset(store: AnyStore) -> None:
-    """After a crash between batches some records are newer than the offset says, never older."""
+    """After a crash between batches, records may be newer than the offset, never older."""
     store.write([(b"ca\x00", b"old")], 4)
     steps = store.write_steps([(b"ca\x00", b"new")] * (RECORDS_PER_WRITE + 1), 9)
     next(steps)
     assert (store.get_many([b"ca\x00"]), store.changelog_offset) == ([b"new"], 4)
 
 
-def test_mark_is_the_last_checkpoint_s(store: AnyStore) -> None:
+def test_mark_is_that_of_the_last_checkpoint(store: AnyStore) -> None:
     """The mark record of the last checkpoint is read back."""
     store.write([encode_mark(CheckpointMark(5, 7))], 1)
     store.write([encode_mark(CheckpointMark(6, 9))], 2)
@@ -77,7 +78,7 @@ def test_mark_is_the_last_checkpoint_s(store: AnyStore) -> None:
 
 
 def test_deadlines_are_indexed(store: AnyStore) -> None:
-    """Users with a deadline are found with it; one whose deadline is gone is found no more."""
+    """Users with a deadline are found with it; users whose deadline was removed are not."""
     store.write([head(b"a", due_ms=500), head(b"b"), head(b"c", due_ms=-3)], 3)
     assert sorted(store.pending()) == [(b"a", 500), (b"c", -3)]
     store.write([head(b"a", had_deadline=True), head(b"c", due_ms=8, had_deadline=True)], 5)
@@ -85,8 +86,8 @@ def test_deadlines_are_indexed(store: AnyStore) -> None:
     assert [user for user, _ in store.heads()] == [b"a", b"b", b"c"]
 
 
-def test_scan_passes_page_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan over several pages gives every user once, also ids that are prefixes of one another."""
+def test_scan_crosses_page_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan over several pages yields every user once, also ids that are prefixes of one another."""
     monkeypatch.setattr("streams.storage.store.SCAN_USERS", 3)
     users = sorted([b"", b"a", b"aa", b"a\x00", b"b", b"\xff", b"\xff\xff"])
     store = PartitionStore.open(tmp_path / "store")
@@ -97,7 +98,7 @@ def test_scan_passes_page_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_reopened_store_has_everything(tmp_path: Path) -> None:
-    """What was written before a close is there after it, offset and all."""
+    """A reopened store has all records, the offset and the mark."""
     store = PartitionStore.open(tmp_path / "store")
     store.write([head(b"a", due_ms=500), encode_mark(CheckpointMark(5, 7))], 77)
     store.close()
@@ -108,8 +109,8 @@ def test_reopened_store_has_everything(tmp_path: Path) -> None:
     again.close()
 
 
-def test_held_lock_is_told(tmp_path: Path) -> None:
-    """A store that is open elsewhere cannot be opened; the error says to wait."""
+def test_held_lock_is_reported(tmp_path: Path) -> None:
+    """A store that is open elsewhere cannot be opened; the error text advises to wait."""
     store = PartitionStore.open(tmp_path / "store")
     with pytest.raises(StoreLocked, match="wait until its process has ended"):
         PartitionStore.open(tmp_path / "store")
@@ -118,7 +119,7 @@ def test_held_lock_is_told(tmp_path: Path) -> None:
 
 
 def test_close_releases_the_lock_with_a_scan_half_read(tmp_path: Path) -> None:
-    """A scan that was not read to its end does not hold the files."""
+    """A scan that was not read to its end does not keep the files locked."""
     store = PartitionStore.open(tmp_path / "store")
     store.write([head(b"%d" % index, due_ms=1) for index in range(10)], 1)
     half_read = store.pending()
@@ -135,7 +136,7 @@ def _filled(path: Path) -> None:
 
 
 def test_missing_manifest_is_damage(tmp_path: Path) -> None:
-    """Without its MANIFEST a store is damaged; destroyed, it can be opened anew, empty."""
+    """A store without its MANIFEST is damaged; after `destroy` it opens again, empty."""
     path = tmp_path / "store"
     _filled(path)
     for manifest in path.glob("MANIFEST*"):
@@ -150,7 +151,7 @@ def test_missing_manifest_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["truncated", "overwritten"])
 def test_broken_data_file_is_damage(tmp_path: Path, fault: str) -> None:
-    """A data file cut short or overwritten is found out, at the latest when it is read: no wrong value comes back."""
+    """A truncated or overwritten data file is detected at the latest when it is read; no wrong value is returned."""
     path = tmp_path / "store"
     _filled(path)
     files = list(path.glob("*.sst"))
@@ -187,7 +188,7 @@ for checkpoint in range(10**6):
 
 
 def test_altered_block_is_damage_and_never_a_short_scan(tmp_path: Path) -> None:
-    """A block with a wrong checksum ends a scan with an error, not as its end; the next open says damage too."""
+    """A block with a wrong checksum makes a scan fail instead of ending early; the next open fails, too."""
     path = tmp_path / "store"
     store = PartitionStore.open(path)
     rng = np.random.default_rng(3)
@@ -209,7 +210,7 @@ def test_altered_block_is_damage_and_never_a_short_scan(tmp_path: Path) -> None:
 
 
 def test_kill_leaves_a_store_no_older_than_its_offset(tmp_path: Path) -> None:
-    """After kill -9 a store opens, and every record is at least as new as the offset says."""
+    """After `kill -9` a store opens, and no record is older than the changelog offset."""
     path = tmp_path / "store"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None

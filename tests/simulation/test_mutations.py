@@ -1,4 +1,4 @@
-"""The simulation finds what is broken on purpose: each of these faults, alone, breaks a law within a few histories."""
+"""The simulation finds defects: each of these mutations, alone, violates an invariant within a few histories."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ Patch = pytest.MonkeyPatch
 
 
 def no_dedupe_by_offset(patch: Patch) -> None:
+    """Apply events again whose source offset was applied before."""
     apply = SequenceState.apply
 
     def forgetful(self: SequenceState, batch: ActionBatch) -> Applied:
@@ -41,11 +42,13 @@ def no_dedupe_by_offset(patch: Patch) -> None:
 
 
 def no_dedupe_by_event_id(patch: Patch) -> None:
+    """Apply events again whose event id is among the kept actions."""
     patch.setattr("streams.core.sequences._fingerprint", lambda ids: np.arange(len(ids)).astype(np.uint16))
     patch.setattr(SequenceState, "_repeated_in_batch", lambda self, ids, rows: rows[:0])
 
 
 def forgotten_users_come_back(patch: Patch) -> None:
+    """Apply events that are older than the tombstone of their user."""
     apply = SequenceState.apply
 
     def lenient(self: SequenceState, batch: ActionBatch) -> Applied:
@@ -56,6 +59,7 @@ def forgotten_users_come_back(patch: Patch) -> None:
 
 
 def late_events_do_not_rewrite_chunks(patch: Patch) -> None:
+    """Treat chunks as durable that a late event has changed."""
     begin = snapshots.begin
 
     def lazy(state: SequenceState) -> Any:
@@ -68,6 +72,8 @@ def late_events_do_not_rewrite_chunks(patch: Patch) -> None:
 
 
 def store_before_commit(patch: Patch) -> None:
+    """Write the store before the transaction commits."""
+
     async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
         snapshot = state.begin_checkpoint()
         records = [*encode(snapshot, state.limits), encode_mark(mark)]
@@ -85,6 +91,8 @@ def store_before_commit(patch: Patch) -> None:
 
 
 def outputs_after_commit(patch: Patch) -> None:
+    """Wait for outputs only after the transaction has committed."""
+
     class Late:
         def __init__(self, worker: Any) -> None:
             self.worker = worker
@@ -102,6 +110,7 @@ def outputs_after_commit(patch: Patch) -> None:
 
 
 def offset_in_the_first_batch(patch: Patch) -> None:
+    """Write the changelog offset with the first batch of a write instead of the last."""
     write_steps = MemoryStore.write_steps
 
     def hasty(self: MemoryStore, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
@@ -112,26 +121,32 @@ def offset_in_the_first_batch(patch: Patch) -> None:
 
 
 def no_fencing(patch: Patch) -> None:
+    """Let a replaced producer write."""
     patch.setattr(Transaction, "_reach", lambda self, name: self._effect(name))
 
 
-def published_outputs_are_not_noted(patch: Patch) -> None:
+def published_outputs_are_not_seeded(patch: Patch) -> None:
+    """Ignore what the output topic holds beyond the mark."""
     patch.setattr(partition_state.PartitionState, "seed_published", lambda self, users, offsets: None)
 
 
-def mark_passes_outputs_not_taken_up(patch: Patch) -> None:
+def mark_passes_unseen_outputs(patch: Patch) -> None:
+    """Let the mark pass outputs that the state does not contain yet."""
     patch.setattr(partition_state.PartitionState, "has_unseen_outputs", False)
 
 
 def outdated_embeddings_are_published(patch: Patch) -> None:
+    """Publish embeddings of users that were forgotten or published since their job began."""
     patch.setattr(partition_state.PartitionState, "drop_outdated", lambda self, job: np.arange(len(job)))
 
 
-def due_users_are_forgotten_in_a_crash(patch: Patch) -> None:
+def due_users_are_lost_in_a_crash(patch: Patch) -> None:
+    """Leave deadlines out of the store."""
     patch.setattr("streams.storage.store.deadline_of", lambda head: 2**63 - 1)
 
 
 def cooldown_is_ignored(patch: Patch) -> None:
+    """Hand users over within their cooldown."""
     hand_over = Triggers._hand_over
 
     def hasty(self: Triggers, headers: Any, live: Any, due: Any, now_ms: int) -> Any:
@@ -142,6 +157,7 @@ def cooldown_is_ignored(patch: Patch) -> None:
 
 
 def staleness_fires_late(patch: Patch) -> None:
+    """Fire the staleness timer 3 s late."""
     stale_ms = Triggers._stale_ms
 
     def late(self: Triggers, headers: Any, live: Any) -> I64:
@@ -151,6 +167,7 @@ def staleness_fires_late(patch: Patch) -> None:
 
 
 def a_batch_may_evict_its_own_users(patch: Patch) -> None:
+    """Spare no user when a batch makes room."""
     evict = partition_state.PartitionState.evict
 
     def careless(self: partition_state.PartitionState, room: int, *, spare: Sequence[bytes]) -> int:
@@ -160,10 +177,11 @@ def a_batch_may_evict_its_own_users(patch: Patch) -> None:
 
 
 def chunks_are_not_written(patch: Patch) -> None:
+    """Write heads without their chunks."""
     patch.setattr(codec, "_encode_chunks", lambda snapshot, limits: [])
 
 
-FAULTS: list[Callable[[Patch], None]] = [
+MUTATIONS: list[Callable[[Patch], None]] = [
     no_dedupe_by_offset,
     no_dedupe_by_event_id,
     forgotten_users_come_back,
@@ -172,10 +190,10 @@ FAULTS: list[Callable[[Patch], None]] = [
     outputs_after_commit,
     offset_in_the_first_batch,
     no_fencing,
-    published_outputs_are_not_noted,
-    mark_passes_outputs_not_taken_up,
+    published_outputs_are_not_seeded,
+    mark_passes_unseen_outputs,
     outdated_embeddings_are_published,
-    due_users_are_forgotten_in_a_crash,
+    due_users_are_lost_in_a_crash,
     cooldown_is_ignored,
     staleness_fires_late,
     a_batch_may_evict_its_own_users,
@@ -183,9 +201,9 @@ FAULTS: list[Callable[[Patch], None]] = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_fault_is_found(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
-    """A law breaks when this is broken."""
-    fault(monkeypatch)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    """Some known or generated history violates an invariant under this mutation."""
+    mutation(monkeypatch)
     known = (History(policy, tuple(steps)) for policy, steps in REGRESSIONS.values())
     assert any(failure(history) is not None for history in (*known, *histories(2024, HISTORIES)))

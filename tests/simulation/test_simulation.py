@@ -1,4 +1,4 @@
-"""The laws of the design under histories of trouble, with a perfect model beside the real code."""
+"""The invariants of the design under histories with faults, with an independent model beside the real code."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def _check(seed: int, runs: int) -> None:
             pytest.fail(f"seed {seed}, history {run}: {error}\n{as_source(shortest(history))}")
 
 
-def test_known_seed_breaks_no_law() -> None:
-    """A hundred histories that every run repeats break no law."""
+def test_known_seed_violates_nothing() -> None:
+    """A hundred histories, the same in every run, violate no invariant."""
     _check(seed=2024, runs=100)
 
 
-def test_fresh_seed_breaks_no_law() -> None:
-    """A hundred histories that no run repeats break no law; the seed is printed."""
+def test_fresh_seed_violates_nothing() -> None:
+    """A hundred histories, new in every run, violate no invariant; the seed is printed."""
     seed = SystemRandom().randrange(10**9)
     print(f"seed {seed}")
     _check(seed, runs=100)
 
 
 def test_same_seed_gives_same_event_log() -> None:
-    """One seed and one commit reproduce a whole history."""
+    """A seed and a commit reproduce a whole history."""
     first = [run_history(history) for history in histories(7, 3)]
     assert first == [run_history(history) for history in histories(7, 3)]
     assert len({tuple(log) for log in first}) == 3
@@ -69,8 +69,8 @@ STEP = st.one_of(
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), steps=st.lists(STEP, max_size=STEPS))
-def test_generated_histories_break_no_law(seed: int, steps: list[h.Step]) -> None:
-    """Whatever steps follow one another, under whatever policy, no law is broken."""
+def test_generated_histories_violate_nothing(seed: int, steps: list[h.Step]) -> None:
+    """No sequence of steps under any policy violates an invariant."""
     run_history(h.History(h.random_policy(Random(seed)), tuple(steps)))
 
 
@@ -95,7 +95,7 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             h.Rebalance(True, True),
         ],
     ),
-    "a deadline set while a forgotten user is in work is kept": (
+    "a deadline set while a forgotten user is in a job is kept": (
         SESSIONS,
         [h.Act(0), h.Poll(30), h.Checkpoint(), h.Tombstone(0), h.Silence(1000), h.Crash(), h.Act(0), h.Encode(30)],
     ),
@@ -103,11 +103,11 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
         TriggerPolicy(every_n=3, session_gap_ms=1_500),
         [h.Act(5), h.Poll(1), h.Silence(4000), h.Tombstone(5), h.Act(2), h.Act(5)],
     ),
-    "a mark does not pass outputs that the state has not taken up": (
+    "a mark does not pass unseen outputs": (
         EVERY_ACTION,
         [h.Act(5), h.Poll(1), h.Checkpoint(), h.Encode(1), h.Publish(), h.TornCheckpoint(2), h.Checkpoint(), h.Crash()],
     ),
-    "a shed user that is in work as well is not evicted": (
+    "a shed user that is also in a job is not evicted": (
         TriggerPolicy(every_n=3, first_n=2, session_gap_ms=1_500, max_staleness_ms=2_000),
         [
             *(h.Act(user) for user in (5, 0, 0, 2)),
@@ -115,7 +115,7 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Late(4, 40), h.Poll(30)),
         ],
     ),
-    "users that a timer made due leave memory before the cold ones come in": (
+    "users that a timer made due leave memory before cold users are loaded": (
         TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, cooldown_ms=300, spread_ms=400),
         [
             *(h.Act(1), h.Late(0, 5_000), h.Act(1), h.Late(2, 5_000), h.Act(2), h.Act(3), h.Act(3, True), h.Poll(1)),
@@ -132,7 +132,7 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Act(3), h.Poll(1), h.ClockJump(3_000)),
         ],
     ),
-    "an acknowledgement comes after a later job of a forgotten user ended and the user left memory": (
+    "an acknowledgement arrives after a later job of a forgotten user ended and the user was evicted": (
         TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, spread_ms=400),
         [
             *(h.Act(4), h.Act(1), h.Poll(5), h.Encode(30), h.Late(4, 300), h.Act(2), h.Tombstone(4), h.Poll(2)),
@@ -144,13 +144,13 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
 
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_regression(name: str) -> None:
-    """What once went wrong does not go wrong again."""
+    """A history that once violated an invariant no longer does."""
     policy, steps = REGRESSIONS[name]
     run_history(h.History(policy, tuple(steps)))
 
 
 def test_every_reason_is_met() -> None:
-    """The random policies use every trigger there is: none of the checks is vacuous."""
+    """The random policies use every trigger, so none of the checks is vacuous."""
     policies = [h.random_policy(Random(seed)) for seed in range(50)]
     assert {policy.every_n for policy in policies} >= {0, 1, 3}
     assert all(any(getattr(p, key) for p in policies) for key in ("strong", "first_n", "max_staleness_ms"))

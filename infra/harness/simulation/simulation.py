@@ -65,12 +65,13 @@ class Digest(Protocol):
 
 
 class CrashAt:
-    """Lets `left` side effects happen, after which the worker dies; None for no crash."""
+    """Lets `left` side effects happen, then raises `Died`; never raises while `left` is None."""
 
     def __init__(self) -> None:
         self.left: int | None = None
 
     def __call__(self, name: str) -> None:
+        """Count one side effect."""
         if self.left is not None:
             if not self.left:
                 raise Died(name)

@@ -1,4 +1,4 @@
-"""Short ways to say what a test feeds to the core."""
+"""Builders of batches and states for tests of the core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batch(
     actions: Sequence[str] | None = None,
     tombstones: Sequence[bool] | None = None,
 ) -> ActionBatch:
-    """Events at offsets from `offset` on; the item of each is its offset + 1."""
+    """Return events at consecutive offsets from `offset`; the item of each is its offset + 1."""
     count = len(users)
     rows = np.zeros(count, ACTION_DTYPE)
     rows["timestamp_ms"] = times_ms
@@ -35,14 +35,14 @@ def batch(
 
 
 def state_of(policy: TriggerPolicy, users: Sequence[bytes], limits: StateLimits = LIMITS) -> PartitionState:
-    """A state in which `users` are in memory, with nothing known of them."""
+    """Return a state in which `users` are in memory and new."""
     state = PartitionState(policy, limits)
     state.load(users, nothing_stored(len(users), limits))
     return state
 
 
 def items_of(state: PartitionState, user: bytes) -> list[int]:
-    """Items of a user in memory, oldest first."""
+    """Return the items of a user in memory, oldest first."""
     sequences = state._sequences
     actions, _ = sequences.kept(sequences.rows_of([user]))
     items: list[int] = actions["item"].tolist()

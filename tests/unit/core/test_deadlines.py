@@ -1,4 +1,4 @@
-"""The wheel of deadlines: never early, late by less than a bucket, nothing lost, free while nothing is due."""
+"""The deadline wheel: never early, late by less than a bucket, complete, and free while nothing is due."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from streams.core.deadlines import BUCKET_MS, Deadlines
 
 @settings(max_examples=200)
 @given(due_ms=st.lists(st.integers(0, 3_000), max_size=80), tick_ms=st.integers(1, 250), limit=st.integers(1, 30))
-def test_every_entry_comes_when_it_should(due_ms: list[int], tick_ms: int, limit: int) -> None:
-    """Each entry comes exactly once, not before its deadline and less than a bucket and a tick after it."""
+def test_every_entry_is_popped_on_time(due_ms: list[int], tick_ms: int, limit: int) -> None:
+    """Each entry is popped exactly once, not before its deadline and less than a bucket and a tick after it."""
     wheel = Deadlines()
     wheel.add(np.arange(len(due_ms)), np.array(due_ms, np.int64))
     wheel.add_cold([b"%d" % index for index in range(len(due_ms))], np.array(due_ms, np.int64))
@@ -33,7 +33,7 @@ def test_every_entry_comes_when_it_should(due_ms: list[int], tick_ms: int, limit
 
 
 def test_a_million_pending_are_exact_and_cost_nothing_while_not_due() -> None:
-    """With a million users pending, a look at the wheel takes microseconds, and those due come in their bucket."""
+    """A million pending users cost microseconds per look at the wheel, and those due are popped in their bucket."""
     wheel = Deadlines()
     rng = np.random.default_rng(3)
     due_ms = rng.integers(10_000, 3_600_000, 1_000_000)

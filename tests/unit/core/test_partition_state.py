@@ -1,4 +1,4 @@
-"""The state of a partition: who is handed over, what stays in memory, and what an acknowledgement ends."""
+"""The state of a partition: which users are handed over, which stay in memory, and how a job ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _clean(state: PartitionState) -> None:
 
 
 def test_waiting_user_is_handed_over_once() -> None:
-    """Actions of a user that waits in the queue hand nobody over: it is encoded with all of them."""
+    """Further actions of a queued user do not hand it over again; it is encoded with all of them."""
     state = state_of(TriggerPolicy(), [b"a"])
     assert state.apply(batch([b"a", b"a"], [1, 2]), NOW_MS).due == [b"a"]
     assert state.apply(batch([b"a"], [3], offset=2), NOW_MS).due == []
@@ -33,7 +33,7 @@ def test_waiting_user_is_handed_over_once() -> None:
 
 
 def test_action_during_encoding_hands_over_again() -> None:
-    """An action that comes while its user is being encoded is not covered by that embedding."""
+    """An action that arrives while its user is being encoded is not covered by that embedding."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
     job = state.begin_job([b"a"])
@@ -43,7 +43,7 @@ def test_action_during_encoding_hands_over_again() -> None:
 
 
 def test_unencoded_actions_are_counted_from_the_job() -> None:
-    """With every_n = 3, two actions during encoding do not fire, and the first one after it does."""
+    """Under every_n = 3, two actions during encoding do not fire, and the first one after it does."""
     state = state_of(TriggerPolicy(every_n=3), [b"a"])
     assert state.apply(batch([b"a"] * 3, [1, 2, 3]), NOW_MS).due == [b"a"]
     job = state.begin_job([b"a"])
@@ -53,7 +53,7 @@ def test_unencoded_actions_are_counted_from_the_job() -> None:
 
 
 def test_job_of_some_users() -> None:
-    """A job can be cut down to some of its rows, each with its own actions."""
+    """A job can be reduced to some of its users, each with its own actions."""
     state = state_of(TriggerPolicy(), [b"a", b"b", b"c"])
     state.apply(batch([b"a", b"b", b"c", b"b"], [1, 2, 3, 4]), NOW_MS)
     job = state.begin_job([b"a", b"b", b"c"]).select(np.array([1, 2]))
@@ -74,7 +74,7 @@ def test_revision_changes_at_anything_but_an_append() -> None:
 
 
 def test_forgotten_user_is_published_as_a_tombstone_once() -> None:
-    """A tombstone is an effect, for an unknown user too; one that the output topic holds already is none."""
+    """A tombstone is an effect, also for an unknown user, unless the output topic already holds it."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.load([b"b"], nothing_stored(1, LIMITS))
     state.seed_published([b"b"], np.array([7]))
@@ -83,7 +83,7 @@ def test_forgotten_user_is_published_as_a_tombstone_once() -> None:
 
 
 def test_embedding_of_a_forgotten_user_is_not_published() -> None:
-    """A job taken before the tombstone must not bring the user back to the output topic."""
+    """A job that began before a tombstone does not bring the user back to the output topic."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     state.apply(batch([b"a", b"b"], [1, 1]), NOW_MS)
     job = state.begin_job([b"a", b"b"])
@@ -99,8 +99,8 @@ def test_replay_publishes_nothing_that_is_published() -> None:
     assert state.apply(batch([b"a"], [3], offset=2), NOW_MS).due == [b"a"]
 
 
-def test_notes_of_cold_users_are_taken_up_by_waking() -> None:
-    """What is noted of a cold user asks for it to be loaded, and is known from then on."""
+def test_firing_timers_loads_users_with_unseen_outputs() -> None:
+    """A cold user with unseen outputs is asked for by the next timers; once loaded, its state contains them."""
     state = PartitionState(TriggerPolicy(), LIMITS)
     state.seed_published([b"a"], np.array([3]))
     assert state.has_unseen_outputs
@@ -112,7 +112,7 @@ def test_notes_of_cold_users_are_taken_up_by_waking() -> None:
 
 
 def test_dirty_queued_and_encoding_users_are_not_evicted() -> None:
-    """Only clean users with nothing under way make room, and users of the batch in hand stay."""
+    """Only clean users that are neither queued nor in a job are evicted, and spared users stay."""
     users = [b"%d" % index for index in range(LIMITS.hot_users_max)]
     state = state_of(TriggerPolicy(), users)
     state.apply(batch(users[:3], [1, 1, 1]), NOW_MS)
@@ -126,7 +126,7 @@ def test_dirty_queued_and_encoding_users_are_not_evicted() -> None:
 
 
 def test_users_of_an_open_snapshot_are_not_evicted() -> None:
-    """Until a checkpoint has ended, memory is the only place that has its users."""
+    """Users of a snapshot stay in memory until the checkpoint ends, because nothing else has their state."""
     state = state_of(TriggerPolicy(every_n=100), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
     snapshot = state.begin_checkpoint()
@@ -136,7 +136,7 @@ def test_users_of_an_open_snapshot_are_not_evicted() -> None:
 
 
 def test_evicts_those_untouched_for_longest() -> None:
-    """Room is made by the users whose last event is oldest."""
+    """The users whose last event is oldest are evicted first."""
     limits = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=8)
     users = [b"%d" % index for index in range(8)]
     state = state_of(TriggerPolicy(every_n=100), users, limits)
@@ -148,7 +148,7 @@ def test_evicts_those_untouched_for_longest() -> None:
 
 
 def test_deadline_of_an_evicted_user_asks_for_it_to_be_loaded() -> None:
-    """A user that waits for a timer may leave memory; when the timer comes it is loaded and fires."""
+    """A user with a pending timer may be evicted; when the timer is due, the user is asked for."""
     state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=1_000), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
     snapshot = state.begin_checkpoint()
@@ -159,14 +159,14 @@ def test_deadline_of_an_evicted_user_asks_for_it_to_be_loaded() -> None:
 
 
 def test_failed_checkpoint_leaves_everything_dirty() -> None:
-    """After abort_checkpoint the next snapshot holds what the failed one held."""
+    """After `abort_checkpoint`, the next snapshot has the content of the failed one."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     state.apply(batch([b"a"] * 5 + [b"b"], [1, 2, 3, 4, 5, 6]), NOW_MS)
     failed = state.begin_checkpoint()
     state.abort_checkpoint(failed)
     again = state.begin_checkpoint()
     assert list(again.users) == list(failed.users) == [b"a", b"b"]
-    again.headers["flags"] = failed.headers["flags"]  # whether an index entry may exist is not known after a failure
+    again.headers["flags"] = failed.headers["flags"]  # after a failure an index entry may or may not exist
     for column in ("headers", "tails", "chunk_numbers", "chunks"):
         assert getattr(again, column).tobytes() == getattr(failed, column).tobytes()
     state.commit_checkpoint(again)
@@ -174,7 +174,7 @@ def test_failed_checkpoint_leaves_everything_dirty() -> None:
 
 
 def test_shed_user_is_due_again_later() -> None:
-    """A user dropped from the queue is handed over again after the delay, for the same reason."""
+    """A user shed from the queue is handed over again after the delay, for the same reason."""
     state = state_of(TriggerPolicy(), [b"a"])
     reason = state.apply(batch([b"a"], [1]), NOW_MS).reasons.tolist()
     state.requeue([b"a"], NOW_MS, 500)
@@ -193,7 +193,7 @@ def test_failed_job_is_due_again_later() -> None:
 
 
 def test_event_of_a_user_not_loaded_is_an_error() -> None:
-    """A batch is applied whole or not at all: a user that is not in memory is a defect of the caller."""
+    """A batch with a user that is not in memory is not applied at all: that is a defect of the caller."""
     state = state_of(TriggerPolicy(), [b"a"])
     with pytest.raises(KeyError):
         state.apply(batch([b"a", b"x"], [1, 1]), NOW_MS)

@@ -9,7 +9,7 @@ from streams.core.policy import PolicyError, Reason, TriggerPolicy, parse_policy
 
 
 def test_policy_is_read() -> None:
-    """Every key of the table reaches the policy; other tables are left alone."""
+    """Every key of the table reaches the policy; other tables are ignored."""
     text = """
     [features]
     windows = ["1h"]
@@ -29,8 +29,8 @@ def test_policy_is_read() -> None:
     assert parse_policy("") == TriggerPolicy()
 
 
-def test_policy_tells_every_problem_at_once() -> None:
-    """Each fault is reported with the path of its key, all in one error."""
+def test_every_problem_is_reported_at_once() -> None:
+    """Each problem is reported with the path of its key, all in one error."""
     text = """
     every_n = 3
     [triggers]
@@ -65,15 +65,15 @@ def test_policy_tells_every_problem_at_once() -> None:
         ("max_staleness_ms = 100\nspread_ms = 100", "triggers.spread_ms"),
     ],
 )
-def test_policy_that_contradicts_itself_is_refused(table: str, path: str) -> None:
-    """A policy under which nothing fires, or whose bounds cannot hold, is refused."""
+def test_policy_that_contradicts_itself_is_rejected(table: str, path: str) -> None:
+    """A policy under which nothing fires, or whose bounds cannot hold, is rejected."""
     with pytest.raises(PolicyError) as caught:
         parse_policy(f"[triggers]\n{table}")
     assert [problem.split(":")[0] for problem in caught.value.problems] == [path]
 
 
 def test_text_that_is_no_toml_is_one_problem() -> None:
-    """Broken TOML is one problem, told in the parser's words."""
+    """Invalid TOML is one problem, with the parser's message."""
     with pytest.raises(PolicyError, match="not TOML: Expected"):
         parse_policy("[triggers")
 

@@ -1,4 +1,4 @@
-"""The sequences: the vectorised path against the one-by-one path, and the cases that only one of them has."""
+"""The sequences: the vectorised path against the path event by event, and the special cases of each."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _contents(state: SequenceState) -> list[object]:
 def test_batches_give_what_single_events_give(
     events: list[tuple[bytes, int, int, bool]], rising: bool, cuts: list[int]
 ) -> None:
-    """However events are cut into batches, sequences, revisions and outcomes are those of one event at a time."""
+    """Sequences, revisions and outcomes do not depend on how events are divided into batches."""
     if rising:
         events = [(user, index // 2, id_, dead) for index, (user, _, id_, dead) in enumerate(events)]
     cuts = sorted(min(cut, len(events)) for cut in cuts)
@@ -70,7 +70,7 @@ def test_batches_give_what_single_events_give(
 @settings(max_examples=200)
 @given(events=st.lists(EVENT, max_size=60))
 def test_slow_path_gives_what_the_fast_path_gives(events: list[tuple[bytes, int, int, bool]]) -> None:
-    """Every event taken one by one leaves the sequences that the vectorised path leaves."""
+    """Events applied one by one yield the same sequences as the vectorised path."""
     fast, slow = _fresh(), _fresh()
 
     def judge_all_slow(
@@ -83,8 +83,8 @@ def test_slow_path_gives_what_the_fast_path_gives(events: list[tuple[bytes, int,
     assert _contents(fast) == _contents(slow)
 
 
-def test_more_events_of_one_user_than_a_sequence_holds() -> None:
-    """A batch with 3 M events of one user leaves the newest M, and counts them all."""
+def test_batch_with_more_events_of_a_user_than_are_kept() -> None:
+    """After a batch with 3 M events of one user, the newest M are kept and all are counted."""
     state, length = _fresh(), LIMITS.sequence_length
     state.apply(batch([b"a"] * 3 * length, range(3 * length)))
     actions, _ = state.kept(state.rows_of([b"a"]))
@@ -92,8 +92,8 @@ def test_more_events_of_one_user_than_a_sequence_holds() -> None:
     assert state.headers["count"][state.rows_of([b"a"])] == 3 * length
 
 
-def test_twin_that_leaves_during_the_batch_is_no_duplicate() -> None:
-    """An event id is free again once its action is no longer kept, also when that happens inside a batch."""
+def test_id_of_an_action_that_leaves_during_the_batch_is_free() -> None:
+    """An event id can be used again once its action is no longer kept, even if that happens within a batch."""
     state, length = _fresh(), LIMITS.sequence_length
     state.apply(batch([b"a"], [0], event_ids=[7]))
     later = batch([b"a"] * (length + 1), range(1, length + 2), offset=1, event_ids=[0] * length + [7])
@@ -102,8 +102,8 @@ def test_twin_that_leaves_during_the_batch_is_no_duplicate() -> None:
     assert state.apply(again).outcomes.tolist() == [Outcome.DUPLICATE]
 
 
-def test_outcomes_are_told_apart() -> None:
-    """Late, duplicate (by id and by offset), too old, tombstone and forgotten events each have their outcome."""
+def test_each_outcome_is_reported() -> None:
+    """Late, duplicate (by id or offset), too old, tombstone and forgotten events each have their own outcome."""
     state, length = _fresh(), LIMITS.sequence_length
     state.apply(batch([b"a"] * length, range(100, 100 + length), event_ids=range(1, length + 1)))
     events = batch(
@@ -120,7 +120,7 @@ def test_outcomes_are_told_apart() -> None:
 
 
 def test_nothing_of_a_forgotten_user_stays_in_memory() -> None:
-    """After a tombstone the user's ring and fingerprints hold zeros only."""
+    """After a tombstone, the user's ring and fingerprints are all zero."""
     state = _fresh()
     state.apply(batch([b"a"] * 5, range(5), event_ids=range(1, 6)))
     state.apply(batch([b"a"], [9], offset=5, tombstones=[True]))
@@ -130,7 +130,7 @@ def test_nothing_of_a_forgotten_user_stays_in_memory() -> None:
 
 
 def test_no_more_users_than_the_limit() -> None:
-    """Loading beyond the limit is refused with a text that says what to do."""
+    """Loading beyond the limit is rejected with a text that states the remedy."""
     state = SequenceState(LIMITS)
     users = [str(user).encode() for user in range(LIMITS.hot_users_max + 1)]
     with pytest.raises(StateFull, match="checkpoint and evict first"):

@@ -1,4 +1,4 @@
-"""One owned partition as the encode queue sees it: what becomes of users that had to leave the queue."""
+"""The jobs of one owned partition: revisions per incarnation, and users that were shed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NOW_MS = 1_000_000
 NONE: Any = None
 
 
-def test_a_cache_of_another_incarnation_fits_nobody() -> None:
-    """What the encoder kept of a user is used again after the partition came back as it went, and not otherwise."""
+def test_a_cache_of_another_incarnation_is_not_used() -> None:
+    """Two incarnations of a partition never share a revision, so nothing cached under one is used under the other."""
     state = state_of(TriggerPolicy(), [b"a"])
     owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
 
@@ -35,8 +35,8 @@ def test_a_cache_of_another_incarnation_fits_nobody() -> None:
     assert [revision % 2**REVISION_BITS for revision in (*one, *other)] == [0, 0]
 
 
-def test_shed_users_are_due_again_after_a_while() -> None:
-    """Whoever is shed stays due, is handed over again after the delay and not before, and its embedding is whole."""
+def test_shed_users_are_handed_over_again_after_the_delay() -> None:
+    """A shed user stays due, is handed over again after the delay and not before, and its job is complete."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
     jobs = PartitionJobs(owned, NONE, Metrics(), encoder_version="v", incarnation=1, now_ms=lambda: NOW_MS)

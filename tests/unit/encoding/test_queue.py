@@ -23,7 +23,7 @@ HIGH, LOW = 3, 1
 
 
 class Runtime:
-    """Embeds a user `b"7"` as [7, 7]; `trouble` is called first, in the encoder thread, with the users."""
+    """Embeds user `b"7"` as [7, 7]; `trouble` is called first with the users, in the encoder thread."""
 
     version, dtype, embedding_dim, sequence_length = "v", "float32", 2, 8
 
@@ -33,6 +33,7 @@ class Runtime:
         self._trouble = trouble
 
     def embed(self, batch: SequenceBatch) -> F32:
+        """Return NaN for user 13, and the user's number for all others."""
         self.calls.append(list(batch.users))
         self._trouble(batch.users)
         self.extensions += len(batch) - 1
@@ -41,43 +42,49 @@ class Runtime:
         return np.repeat(np.array(values, np.float32)[:, None], 2, axis=1)
 
     def forget(self, users: Sequence[bytes]) -> None:
-        raise AssertionError("the queue forgets nobody")
+        """Fail, because the queue must not call this."""
+        raise AssertionError("the queue must not forget users")
 
     def clear(self) -> None:
+        """Count the calls."""
         self.cleared += 1
 
 
 @dataclass(eq=False)
-class Source:
-    """A partition in which everybody is due until published; remembers what became of whom."""
+class Owner:
+    """A `JobOwner` whose users are due until published; records the outcome of each."""
 
     published: dict[bytes, float] = field(default_factory=dict)
     order: list[bytes] = field(default_factory=list)
     rejected: list[bytes] = field(default_factory=list)
-    left_out: list[bytes] = field(default_factory=list)
+    shed: list[bytes] = field(default_factory=list)
     acknowledged: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.acknowledged.set()
 
     def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
+        """Return a job of all `users`."""
         return job(users)
 
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
+        """Record the embeddings, after the acknowledgement."""
         await self.acknowledged.wait()
         self.order += job.sequences.users
         self.published |= dict(zip(job.sequences.users, embeddings[:, 0].tolist(), strict=True))
 
     async def reject(self, job: EncodeJob, detail: str) -> None:
+        """Record the users."""
         assert "NaN" in detail
         self.rejected += job.sequences.users
 
     def requeue(self, users: Sequence[bytes]) -> None:
-        self.left_out += users
+        """Record the users."""
+        self.shed += users
 
 
 def job(users: Sequence[bytes]) -> EncodeJob:
-    """User n has 1 + n % 3 actions, and n as its source offset."""
+    """Return a job in which user n has 1 + n % 3 actions and source offset n."""
     numbers = np.array([int(user) for user in users], np.int64)
     lengths = 1 + numbers % 3
     actions = np.zeros(int(lengths.sum()), ACTION_DTYPE)
@@ -87,13 +94,15 @@ def job(users: Sequence[bytes]) -> EncodeJob:
     return EncodeJob(sequences, numbers, numbers + 100, np.full(len(users), Reason.EVERY_N, np.uint8))
 
 
-def put(queue: EncodeQueue, source: Source, users: Sequence[int], priority: int = LOW) -> None:
+def put(queue: EncodeQueue, owner: Owner, users: Sequence[int], priority: int = LOW) -> None:
+    """Queue users by number."""
     names = [b"%d" % user for user in users]
-    queue.put(source, names, [priority] * len(names), [Reason.EVERY_N] * len(names))
+    queue.put(owner, names, [priority] * len(names), [Reason.EVERY_N] * len(names))
 
 
 @asynccontextmanager
 async def running(queue: EncodeQueue) -> AsyncIterator[None]:
+    """Run the queue in the background."""
     task = asyncio.create_task(queue.run())
     try:
         yield
@@ -103,17 +112,18 @@ async def running(queue: EncodeQueue) -> AsyncIterator[None]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, `WAIT_S` at most."""
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-def test_a_user_waits_in_one_slot_and_several_partitions_share_a_call() -> None:
+def test_a_user_has_one_entry_and_several_partitions_share_a_call() -> None:
     """Ten actions of one user cost one embedding, and users of two partitions are encoded in one call."""
 
     async def scenario() -> None:
         runtime, metrics = Runtime(), Metrics()
-        queue, one, two = EncodeQueue(runtime, EncodeQueuePolicy(), metrics), Source(), Source()
+        queue, one, two = EncodeQueue(runtime, EncodeQueuePolicy(), metrics), Owner(), Owner()
         for _ in range(10):
             put(queue, one, [1, 2])
         put(queue, two, [5])
@@ -128,7 +138,7 @@ def test_a_user_waits_in_one_slot_and_several_partitions_share_a_call() -> None:
 
 
 def test_merged_jobs_keep_every_users_rows() -> None:
-    """What two partitions ask for is, user by user, what the merged job asks for."""
+    """A merged job has, user by user, the rows of the jobs that it was merged from."""
     jobs = [job([b"4", b"2"]), job([b"9"]), job([b"7", b"5", b"6"])]
     whole, row = merged(jobs), 0
     for each in jobs:
@@ -143,66 +153,66 @@ def test_merged_jobs_keep_every_users_rows() -> None:
 
 
 def test_priority_first_then_arrival_in_bounded_batches() -> None:
-    """Higher priority goes first, then who came earlier; who waits may move up, and no batch exceeds its limit."""
+    """A higher priority goes first, then earlier arrival; queued users can move up; no batch exceeds its limit."""
 
     async def scenario() -> None:
-        runtime, source = Runtime(), Source()
+        runtime, owner = Runtime(), Owner()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=2), Metrics())
-        put(queue, source, [1, 2, 3])
-        put(queue, source, [4], HIGH)
-        put(queue, source, [3], HIGH)
-        put(queue, source, [4], LOW)
+        put(queue, owner, [1, 2, 3])
+        put(queue, owner, [4], HIGH)
+        put(queue, owner, [3], HIGH)
+        put(queue, owner, [4], LOW)
         async with running(queue):
-            await until(lambda: len(source.published) == 4)
+            await until(lambda: len(owner.published) == 4)
         assert runtime.calls == [[b"4", b"3"], [b"1", b"2"]]
 
     asyncio.run(scenario())
 
 
 def test_batches_are_as_large_as_their_time_allows() -> None:
-    """Full batches that are fast double up to the limit; slow ones halve, down to a single user, and recover."""
+    """Batches double up to the limit while full ones are fast, halve while they are slow, and recover."""
 
     async def scenario() -> None:
         pauses_s = iter([0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.0])
-        runtime, source = Runtime(lambda users: time.sleep(next(pauses_s, 0.0))), Source()
+        runtime, owner = Runtime(lambda users: time.sleep(next(pauses_s, 0.0))), Owner()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=600, batch_ms=200.0), Metrics())
-        put(queue, source, range(100, 5_100))
+        put(queue, owner, range(100, 5_100))
         async with running(queue):
-            await until(lambda: len(source.published) == 5_000)
+            await until(lambda: len(owner.published) == 5_000)
         assert [len(call) for call in runtime.calls[:8]] == [256, 512, 600, 600, 300, 150, 75, 150]
 
     asyncio.run(scenario())
 
 
-def test_a_batch_gathers_for_the_time_allowed() -> None:
-    """With `wait_ms`, users that come shortly after the first share its batch."""
+def test_a_batch_gathers_users_for_wait_ms() -> None:
+    """Users that arrive within `wait_ms` of the first share its batch."""
 
     async def scenario() -> None:
-        runtime, source = Runtime(), Source()
+        runtime, owner = Runtime(), Owner()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(wait_ms=100), Metrics())
         async with running(queue):
-            put(queue, source, [1])
+            put(queue, owner, [1])
             await asyncio.sleep(0.01)
-            put(queue, source, [2])
-            await until(lambda: len(source.published) == 2)
+            put(queue, owner, [2])
+            await until(lambda: len(owner.published) == 2)
         assert runtime.calls == [[b"1", b"2"]]
 
     asyncio.run(scenario())
 
 
 def test_beyond_the_limit_the_newest_of_the_lowest_priority_are_shed() -> None:
-    """No more than `users_max` wait; who is shed goes back to its partition, is counted, and is not encoded."""
+    """At most `users_max` wait; a shed user is returned to its partition, counted, and not encoded."""
 
     async def scenario() -> None:
         metrics = Metrics()
         queue = EncodeQueue(Runtime(), EncodeQueuePolicy(users_max=4), metrics)
-        one, two = Source(), Source()
+        one, two = Owner(), Owner()
         put(queue, one, [1, 2])
         put(queue, two, [3])
         assert queue.has_room
         put(queue, two, [7, 8, 9], HIGH)
         assert (len(queue), queue.has_room) == (4, False)
-        assert (one.left_out, two.left_out) == ([b"2"], [b"3"])
+        assert (one.shed, two.shed) == ([b"2"], [b"3"])
         assert metrics.shed.value(reason=Reason.EVERY_N.label) == 2
         async with running(queue):
             await until(lambda: len(one.published) + len(two.published) == 4)
@@ -214,82 +224,82 @@ def test_beyond_the_limit_the_newest_of_the_lowest_priority_are_shed() -> None:
 
 
 def test_unacknowledged_batches_are_bounded() -> None:
-    """While `publishing_max` batches wait for the broker nothing more is encoded: users wait in their slots."""
+    """While `publishing_max` batches are unacknowledged, nothing more is encoded, and users stay in the queue."""
 
     async def scenario() -> None:
-        runtime, source = Runtime(), Source()
-        source.acknowledged.clear()
+        runtime, owner = Runtime(), Owner()
+        owner.acknowledged.clear()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_users_max=1, publishing_max=2), Metrics())
-        put(queue, source, [1, 2, 3, 4])
+        put(queue, owner, [1, 2, 3, 4])
         async with running(queue):
             await until(lambda: len(runtime.calls) == 2)
             await asyncio.sleep(0.05)
             assert (len(runtime.calls), len(queue)) == (2, 2)
-            source.acknowledged.set()
-            await until(lambda: len(source.published) == 4)
+            owner.acknowledged.set()
+            await until(lambda: len(owner.published) == 4)
 
     asyncio.run(scenario())
 
 
-def test_one_user_that_the_encoder_cannot_embed_is_refused_alone() -> None:
-    """Failing attempts are retried on empty caches and then halved: only the bad user is dead-lettered."""
+def test_only_the_user_that_the_encoder_cannot_embed_is_rejected() -> None:
+    """A failing batch is retried on empty caches, then halved, and only the user that causes it is rejected."""
 
     def trouble(users: Sequence[bytes]) -> None:
         if b"6" in users:
             raise RuntimeError("six")
 
     async def scenario() -> None:
-        runtime, source, metrics = Runtime(trouble), Source(), Metrics()
+        runtime, owner, metrics = Runtime(trouble), Owner(), Metrics()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
-        put(queue, source, [1, 2, 6, 3])
+        put(queue, owner, [1, 2, 6, 3])
         async with running(queue):
-            await until(lambda: len(source.published) == 3 and bool(source.rejected))
-        assert source.rejected == [b"6"]
-        assert source.published == {b"1": 1.0, b"2": 2.0, b"3": 3.0}
+            await until(lambda: len(owner.published) == 3 and bool(owner.rejected))
+        assert owner.rejected == [b"6"]
+        assert owner.published == {b"1": 1.0, b"2": 2.0, b"3": 3.0}
         assert metrics.encode_failures.value() == runtime.cleared == 6  # two attempts each at four, two and one user
         assert runtime.calls[0] == runtime.calls[1]
 
     asyncio.run(scenario())
 
 
-def test_an_encoder_that_recovers_loses_nobody() -> None:
-    """One failed attempt makes the worker unready; the next one serves the same users, and it is ready again."""
+def test_an_encoder_that_recovers_loses_no_user() -> None:
+    """A failed attempt makes the worker unready; a later one encodes the same users, and the worker is ready again."""
     failing = threading.Event()
     failing.set()
 
     def trouble(users: Sequence[bytes]) -> None:
         if failing.is_set():
-            raise RuntimeError("for now")
+            raise RuntimeError("failing")
 
     async def scenario() -> None:
-        source = Source()
+        owner = Owner()
         queue = EncodeQueue(Runtime(trouble), EncodeQueuePolicy(attempts_max=1_000, retry_backoff_ms=1), Metrics())
-        put(queue, source, [1, 2])
+        put(queue, owner, [1, 2])
         assert queue.healthy
         async with running(queue):
             await until(lambda: not queue.healthy)
             failing.clear()
-            await until(lambda: len(source.published) == 2)
+            await until(lambda: len(owner.published) == 2)
         assert queue.healthy
-        assert source.rejected == []
+        assert owner.rejected == []
 
     asyncio.run(scenario())
 
 
 def test_an_encoder_that_hangs_is_noticed() -> None:
-    """While the encoder sits on a batch the queue is busy, then unhealthy; once it goes on, the users are published."""
+    """While the encoder hangs, the queue is busy, then unhealthy; after it continues, the users are published."""
     go_on = threading.Event()
 
     async def scenario() -> None:
-        source = Source()
+        owner = Owner()
         queue = EncodeQueue(Runtime(lambda users: bool(go_on.wait(WAIT_S)) and None), POLICY, Metrics())
-        put(queue, source, [1])
+        put(queue, owner, [1])
         async with running(queue):
             await until(lambda: len(queue) == 0)
             assert queue.is_busy
             await until(lambda: not queue.healthy)
             go_on.set()
-            await until(lambda: len(source.published) == 1)
+            await until(lambda: len(owner.published) == 1)
         assert queue.healthy
         assert not queue.is_busy
 
@@ -300,10 +310,10 @@ POLICY = EncodeQueuePolicy(stuck_after_ms=30)
 
 
 def test_nan_is_dead_lettered_and_the_others_are_published() -> None:
-    """A user whose embedding is NaN is rejected; its neighbours in the batch, also of other partitions, are not."""
+    """A user whose embedding is NaN is rejected; the others in its batch, also of other partitions, are not."""
 
     async def scenario() -> None:
-        queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Source(), Source()
+        queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Owner(), Owner()
         put(queue, one, [1, 13])
         put(queue, two, [2])
         async with running(queue):
@@ -314,9 +324,9 @@ def test_nan_is_dead_lettered_and_the_others_are_published() -> None:
     asyncio.run(scenario())
 
 
-def test_a_partition_given_back_leaves_the_queue() -> None:
-    """`drop` forgets the users of one partition and of no other."""
-    queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Source(), Source()
+def test_a_revoked_partition_leaves_the_queue() -> None:
+    """`drop` removes the users of one partition and of no other."""
+    queue, one, two = EncodeQueue(Runtime(), EncodeQueuePolicy(), Metrics()), Owner(), Owner()
     put(queue, one, [1, 2], HIGH)
     put(queue, two, [3])
     queue.drop(one)
@@ -326,16 +336,16 @@ def test_a_partition_given_back_leaves_the_queue() -> None:
     assert not queue.is_busy
 
 
-def test_the_event_loop_turns_while_the_encoder_works() -> None:
-    """A micro-batch of 200 ms does not hold up the loop for as much as half of that, though 50 ms are its due."""
+def test_the_event_loop_continues_while_the_encoder_works() -> None:
+    """A micro-batch of 200 ms blocks the loop for less than half of that; 50 ms of blocking are intended."""
 
     async def scenario() -> None:
-        source = Source()
+        owner = Owner()
         queue = EncodeQueue(Runtime(lambda users: time.sleep(0.2)), EncodeQueuePolicy(), Metrics())
-        put(queue, source, [1])
+        put(queue, owner, [1])
         longest, last = 0.0, time.monotonic()
         async with running(queue):
-            while not source.published:
+            while not owner.published:
                 await asyncio.sleep(0.001)
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
         assert longest < 0.1

@@ -1,4 +1,4 @@
-"""A checkpoint's side effects come in one order, and a failure between any two leaves the state dirty."""
+"""A checkpoint's side effects have a fixed order, and a failure between any two leaves the state dirty."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MARK = CheckpointMark(source_offset=3, output_offset=11)
 
 
 class Broken(Exception):
-    pass
+    """The failure of a port."""
 
 
 class Recorder:
-    """Both ports; writes down what is asked of it and fails at one step."""
+    """Both ports; logs each call and fails at one step."""
 
     def __init__(self, fails_at: str = "") -> None:
         self.log: list[str] = []
@@ -36,31 +36,37 @@ class Recorder:
         self.log.append(step)
 
     async def acknowledged(self) -> None:
+        """Log the call."""
         self._note("acknowledged")
 
     async def begin(self) -> None:
+        """Log the call."""
         self._note("begin")
 
     async def append(self, records: Sequence[Record]) -> int:
+        """Log the call; return offset 41."""
         self._note("append")
         self.records = list(records)
         return 41
 
     async def send_source_offset(self, source_offset: int) -> None:
+        """Log the offset."""
         self._note(f"source offset {source_offset}")
 
     async def commit(self) -> None:
+        """Log the call."""
         self._note("commit")
 
 
 class Store(MemoryStore):
-    """A store that writes down when it is written."""
+    """A store that logs writes."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
+        """Log the write, then write."""
         self.recorder._note("store")
         return super().write_steps(records, changelog_offset)
 
@@ -85,7 +91,7 @@ def test_order_of_side_effects() -> None:
 
 @pytest.mark.parametrize("step", ["acknowledged", "begin", "append", "source offset 3", "commit"])
 def test_failure_before_the_commit_leaves_the_state_dirty(step: str) -> None:
-    """Whatever fails, the error passes through, the store is untouched, and the next checkpoint writes everything."""
+    """The error passes through, the store is unchanged, and the next checkpoint writes everything."""
     recorder, state = Recorder(fails_at=step), _state()
     store = Store(recorder)
     with pytest.raises(Broken):

@@ -1,4 +1,4 @@
-"""The codec: what is written is read, for ever; what is not what was written is found out."""
+"""The codec: every value decodes to what was encoded, also of old versions, and an altered value is detected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _random(dtype: np.dtype[np.void], count: int, seed: int) -> np.ndarray[tuple
 
 
 def _snapshot(users: list[bytes], tails: list[int], chunks: list[tuple[int, int]], seed: int = 0) -> Snapshot:
-    """Random headers and actions: `tails` actions for each user, `chunks` as (user index, number)."""
+    """Return random headers and actions: `tails` actions per user, `chunks` as (user index, number)."""
     headers = _random(HEADER_DTYPE, len(users), seed)
     headers["version"], headers["tail"] = 1, tails
     none = np.zeros(0, np.int64)
@@ -60,8 +60,8 @@ USERS = st.lists(st.binary(max_size=40), min_size=1, max_size=6, unique=True)
 
 
 @given(users=USERS, data=st.data(), seed=st.integers(0, 2**31))
-def test_what_is_written_is_read(users: list[bytes], data: st.DataObject, seed: int) -> None:
-    """Any header, tail and chunk comes back as it was, for any user id."""
+def test_decoding_inverts_encoding(users: list[bytes], data: st.DataObject, seed: int) -> None:
+    """Every header, tail and chunk decodes to what was encoded, for every user id."""
     tails = data.draw(st.lists(st.integers(0, 1), min_size=len(users), max_size=len(users)))
     chunks = [(user, data.draw(st.integers(0, 2**40))) for user in range(len(users))]
     snapshot = _snapshot(users, tails, chunks, seed)
@@ -80,8 +80,8 @@ def test_what_is_written_is_read(users: list[bytes], data: st.DataObject, seed: 
         assert chunk.tobytes() == snapshot.chunks[row].tobytes()
 
 
-def test_every_flipped_bit_is_found() -> None:
-    """Whichever single bit of a head, a chunk or a mark flips, decoding refuses it."""
+def test_every_flipped_bit_is_detected() -> None:
+    """A head, chunk or mark with any single bit flipped is rejected."""
     snapshot = _snapshot([USER], [1], [(0, 5)])
     (_, chunk), (_, head) = encode(snapshot, LIMITS)
     assert head is not None
@@ -101,8 +101,8 @@ def test_every_flipped_bit_is_found() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 83, 84, 100, 115, 117])
-def test_cut_or_padded_value_is_refused(length: int) -> None:
-    """A value of another length than its header says is corrupt, even under a right checksum."""
+def test_cut_or_padded_value_is_rejected(length: int) -> None:
+    """A value whose length differs from that in its header is corrupt, even with a right checksum."""
     (_, head) = encode(_snapshot([USER], [1], []), LIMITS)[0]
     assert head is not None
     assert len(head) == 116
@@ -111,16 +111,16 @@ def test_cut_or_padded_value_is_refused(length: int) -> None:
         decode_head(USER, seal(head_key(USER), body) if length >= 4 else b"\x00" * length)
 
 
-def test_value_of_another_user_is_refused() -> None:
-    """A value under another key does not pass for that user's."""
+def test_value_of_another_user_is_rejected() -> None:
+    """A value stored under the key of another user is corrupt."""
     (_, head) = encode(_snapshot([USER], [0], []), LIMITS)[0]
     assert head is not None
     with pytest.raises(CorruptValue, match="checksum"):
         decode_head(b"other", head)
 
 
-def test_other_chunk_under_the_same_key_is_refused() -> None:
-    """Chunk keys come round; a chunk of an earlier or later round is not taken for the one asked for."""
+def test_another_chunk_under_the_same_key_is_rejected() -> None:
+    """Chunk keys repeat; a chunk of an earlier or later round is not accepted for the requested one."""
     (_, chunk), _ = encode(_snapshot([USER], [0], [(0, 5)]), LIMITS)
     assert chunk_key(USER, 5, LIMITS) == chunk_key(USER, 5 + LIMITS.chunk_keys, LIMITS)
     with pytest.raises(CorruptValue, match="holds chunk 5 instead of 10"):
@@ -129,15 +129,15 @@ def test_other_chunk_under_the_same_key_is_refused() -> None:
         decode_chunk(USER, 5, None, LIMITS)
 
 
-def test_unknown_version_is_refused() -> None:
-    """A value of a version that this release does not know is not guessed at."""
+def test_unknown_version_is_rejected() -> None:
+    """A value of an unknown version is rejected, not guessed at."""
     body = b"\x02" + bytes(79)
     with pytest.raises(CorruptValue, match="version 2 is unknown"):
         decode_head(USER, seal(head_key(USER), body))
 
 
-def test_state_of_other_sizes_is_told() -> None:
-    """State written with another sequence or chunk length stops the worker, with both sizes in the text."""
+def test_state_of_other_sizes_is_rejected() -> None:
+    """State written with another sequence or chunk length raises an error that names both sizes."""
     headers = _random(HEADER_DTYPE, 1, 0)
     headers["chunk_length"], headers["chunks"] = 16, 16
     with pytest.raises(LayoutChanged, match="sequence_length 256 and chunk_length 16, the settings have 8 and 2"):
@@ -156,8 +156,8 @@ GOLDEN_CHUNK = (
 GOLDEN_MARK = "01ef03000000000000d307000000000000f421c343"
 
 
-def test_version_1_decodes_for_ever() -> None:
-    """Bytes that the first release wrote are read, field by field."""
+def test_version_1_still_decodes() -> None:
+    """Bytes that the first release wrote are decoded, field by field."""
     header, tail = decode_head(b"u1", bytes.fromhex(GOLDEN_HEAD))
     expected = (1, 1, 3, 1, 4, 5, 1006, 1005, 1006, 1700, 1800, 1900, 1950, 2, 2, 4)
     assert header.tolist() == [expected]

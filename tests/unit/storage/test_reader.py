@@ -1,4 +1,4 @@
-"""From memory through snapshot, codec and store back to memory: nothing changes on the way."""
+"""Sequences survive the way from memory through snapshot, codec and store back to memory unchanged."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _write(state: PartitionState, store: MemoryStore) -> int:
         st.lists(st.tuples(st.sampled_from(USERS), st.integers(0, 60), st.integers(0, 19)), max_size=12), max_size=8
     )
 )
-def test_reading_gives_what_is_in_memory(rounds: list[list[tuple[bytes, int, int]]]) -> None:
-    """After any appends, late events and tombstones, checkpointed round by round, the store holds them exactly."""
+def test_reading_yields_what_is_in_memory(rounds: list[list[tuple[bytes, int, int]]]) -> None:
+    """After any appends, late events and tombstones, the store holds exactly what memory holds at each checkpoint."""
     state, store, offset = state_of(POLICY, USERS), MemoryStore(), 0
     for number, events in enumerate(rounds):
         if events:
@@ -55,8 +55,8 @@ def test_reading_gives_what_is_in_memory(rounds: list[list[tuple[bytes, int, int
             assert read.stored.headers[column].tolist() == state._sequences.headers[column][rows].tolist()
 
 
-def test_one_new_action_rewrites_the_head_alone() -> None:
-    """A user with a full sequence costs one head for one new action, and one chunk for every C of them."""
+def test_one_new_action_rewrites_only_the_head() -> None:
+    """Each new action of a user with a full sequence costs one head, and every C of them one chunk."""
     state, store, length = state_of(POLICY, [b"a"]), MemoryStore(), LIMITS.sequence_length
     state.apply(batch([b"a"] * length, range(length)), NOW_MS)
     assert _write(state, store) == 1 + length // LIMITS.chunk_length
@@ -68,7 +68,7 @@ def test_one_new_action_rewrites_the_head_alone() -> None:
 
 
 def test_late_event_rewrites_the_chunks_behind_it() -> None:
-    """An event that belongs into the middle rewrites its chunk and all younger ones, none of the older."""
+    """An event in the middle rewrites its own chunk and all later ones, and no earlier one."""
     state, store = state_of(POLICY, [b"a"]), MemoryStore()
     state.apply(batch([b"a"] * 6, [0, 10, 20, 30, 40, 50]), NOW_MS)
     _write(state, store)
@@ -77,7 +77,7 @@ def test_late_event_rewrites_the_chunks_behind_it() -> None:
 
 
 def test_nothing_of_a_forgotten_user_stays_in_the_store() -> None:
-    """After a tombstone the user's records hold no action, whatever came before or after it between two checkpoints."""
+    """After a tombstone the store has no earlier action of the user, with or without later actions."""
     state, store = state_of(POLICY, [b"a"]), MemoryStore()
     state.apply(batch([b"a"] * 7, range(7)), NOW_MS)
     _write(state, store)
@@ -93,8 +93,8 @@ def test_nothing_of_a_forgotten_user_stays_in_the_store() -> None:
     assert read_users(store, [b"a"], LIMITS).stored.actions["timestamp_ms"].tolist() == [71]
 
 
-def test_corrupt_user_is_named_and_the_others_are_read() -> None:
-    """A broken head or chunk costs its own user: it is named, and reads as new."""
+def test_corrupt_user_is_reported_and_the_others_are_read() -> None:
+    """A corrupt head or chunk affects only its user, who is reported and gets an empty state."""
     state, store = state_of(POLICY, USERS), MemoryStore()
     state.apply(batch([b"a", b"a", b"a", b"b"], [1, 2, 3, 4]), NOW_MS)
     _write(state, store)
@@ -111,7 +111,7 @@ def test_corrupt_user_is_named_and_the_others_are_read() -> None:
 
 
 def test_state_of_other_sizes_is_not_read() -> None:
-    """State written with another chunk length raises, whoever is read."""
+    """State written with another chunk length raises for every user."""
     state, store = state_of(POLICY, [b"a"]), MemoryStore()
     state.apply(batch([b"a"], [1]), NOW_MS)
     _write(state, store)
@@ -119,8 +119,8 @@ def test_state_of_other_sizes_is_not_read() -> None:
         read_users(store, [b"a"], StateLimits(sequence_length=8, chunk_length=4))
 
 
-def test_reading_nobody() -> None:
-    """Reading an empty list of users gives empty columns."""
+def test_reading_no_users() -> None:
+    """Reading an empty list of users yields empty columns."""
     read = read_users(MemoryStore(), [], LIMITS)
     assert (len(read.stored.headers), read.stored.starts.tolist()) == (0, [0])
     assert np.array_equal(read.stored.actions, read.stored.actions[:0])

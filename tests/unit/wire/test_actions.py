@@ -1,4 +1,4 @@
-"""What becomes a row, what is rejected and why."""
+"""Decoding of actions: every record becomes a row or is rejected with its reason."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ GOOD: dict[str, Any] = {"user_id": "ann", "item_id": "i1", "action": "view", "ti
 
 @dataclass(frozen=True)
 class FetchedRecord:
+    """A record as a consumer returns it."""
+
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]] = ()
@@ -31,15 +33,17 @@ class FetchedRecord:
 
 
 def record_of(event: object, *, key: bytes | None = b"ann", offset: int = 0) -> FetchedRecord:
+    """Return a record whose value is `event` in JSON."""
     return FetchedRecord(key, json.dumps(event).encode(), offset=offset)
 
 
 def decode(*records: FetchedRecord) -> Decoded:
+    """Decode records under the default limits."""
     return decode_actions(records, now_ms=NOW_MS, limits=LIMITS)
 
 
-def refusal_of(record: FetchedRecord) -> tuple[RejectReason, str]:
-    """Decode a record between two good ones, which it must leave alone."""
+def rejection_of(record: FetchedRecord) -> tuple[RejectReason, str]:
+    """Return reason and detail of a record that is decoded between two valid ones, which must not be affected."""
     decoded = decode(record_of(GOOD, offset=4), record, record_of(GOOD, offset=6))
     assert decoded.actions.offsets.tolist() == [4, 6]
     [rejected] = decoded.rejected
@@ -47,8 +51,8 @@ def refusal_of(record: FetchedRecord) -> tuple[RejectReason, str]:
     return rejected.reason, rejected.detail
 
 
-def test_every_field_lands_in_its_column() -> None:
-    """A full event fills each column: ids by `item_key`, names by `name_code`, numbers as they are."""
+def test_every_field_is_decoded_to_its_column() -> None:
+    """A complete event fills every column: ids by `item_key`, names by `name_code`, numbers unchanged."""
     event = {**GOOD, "surface": "home", "duration_ms": 1_500, "event_id": "e-1", "extra": [1, {"x": None}]}
     decoded = decode(record_of(event, offset=7))
     assert decoded.rejected == []
@@ -67,13 +71,13 @@ def test_every_field_lands_in_its_column() -> None:
 
 @pytest.mark.parametrize("absent", [{}, {"surface": None, "duration_ms": None, "event_id": None}])
 def test_an_absent_optional_field_is_zero(absent: dict[str, None]) -> None:
-    """A missing or null optional field leaves 0 in its column."""
+    """A missing or null optional field is 0 in its column."""
     row = decode(record_of({**GOOD, **absent})).actions.actions[0]
     assert (row["surface"], row["duration_ms"], row["event_id"]) == (0, 0, 0)
 
 
 def test_only_absent_event_ids_are_zero() -> None:
-    """Events with and without an id in one batch keep their own."""
+    """Only absent event ids are 0 in a batch of events with and without an id."""
     decoded = decode(record_of(GOOD), record_of({**GOOD, "event_id": "e"}), record_of(GOOD))
     assert decoded.actions.actions["event_id"].tolist() == [0, item_key("e"), 0]
 
@@ -121,8 +125,8 @@ BAD_EVENTS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize(("event", "reason", "detail"), BAD_EVENTS.values(), ids=BAD_EVENTS.keys())
 def test_a_bad_field_has_its_reason(event: object, reason: str, detail: str) -> None:
-    """Each fault of a field is rejected with its own reason, and the detail names what is wrong."""
-    got_reason, got_detail = refusal_of(record_of(event))
+    """Each invalid field is rejected with its own reason, and the detail names the problem."""
+    got_reason, got_detail = rejection_of(record_of(event))
     assert got_reason == reason
     assert detail in got_detail
 
@@ -155,12 +159,12 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize(("record", "reason"), BAD_RECORDS.values(), ids=BAD_RECORDS.keys())
 def test_a_bad_record_has_its_reason(record: FetchedRecord, reason: str) -> None:
-    """Each fault of key, value or encoding is rejected with its own reason, and its neighbours are kept."""
-    assert refusal_of(record)[0] == reason
+    """Each invalid key, value or encoding is rejected with its own reason, and the records around it are kept."""
+    assert rejection_of(record)[0] == reason
 
 
-def test_an_untimely_event_is_found_behind_another_fault() -> None:
-    """Event times are judged after the other faults, and still name the record they came in, in order."""
+def test_a_wrong_event_time_is_found_after_another_invalid_record() -> None:
+    """Event times are checked last, and their rejections still name the right record, in order."""
     untimely = record_of({**GOOD, "timestamp_ms": 5})
     decoded = decode(record_of(GOOD), untimely, FetchedRecord(b"ann", b"{"), untimely)
     assert [(one.index, one.reason) for one in decoded.rejected] == [
@@ -171,7 +175,7 @@ def test_an_untimely_event_is_found_behind_another_fault() -> None:
 
 
 def test_every_reason_is_reached() -> None:
-    """The closed set holds no reason that the cases above do not produce."""
+    """Every reason of the closed set is produced by a case above."""
     reached = {reason for _, reason, _ in BAD_EVENTS.values()} | {reason for _, reason in BAD_RECORDS.values()}
     assert reached == set(RejectReason)
 
@@ -188,12 +192,12 @@ def test_every_reason_is_reached() -> None:
     ],
 )
 def test_the_limits_themselves_are_allowed(event: dict[str, object]) -> None:
-    """A value that stands exactly at a limit is an action."""
+    """A value exactly at a limit is accepted."""
     assert decode(record_of(event)).rejected == []
 
 
 def test_a_null_value_is_a_tombstone_at_its_record_time() -> None:
-    """A tombstone is a row with its record's time and zeros elsewhere, and keeps its place in the batch."""
+    """A tombstone becomes a row with its record's time and zeros elsewhere, at its place in the batch."""
     forget = FetchedRecord(b"bob", None, offset=5, timestamp=NOW_MS - 7)
     decoded = decode(record_of(GOOD, offset=4), forget, record_of(GOOD, offset=6))
     assert decoded.actions.users == [b"ann", b"bob", b"ann"]
@@ -204,27 +208,27 @@ def test_a_null_value_is_a_tombstone_at_its_record_time() -> None:
 
 @pytest.mark.parametrize("timestamp_ms", [-1, NOW_MS + 10**9])
 def test_a_tombstone_never_forgets_the_future(timestamp_ms: int) -> None:
-    """A record time that is unknown or ahead of the clock counts as now."""
+    """A record time that is unknown or ahead of the clock is replaced by the present."""
     decoded = decode(FetchedRecord(b"bob", None, timestamp=timestamp_ms))
     assert decoded.actions.actions["timestamp_ms"].tolist() == [NOW_MS]
 
 
-def test_an_old_tombstone_is_no_old_event() -> None:
-    """The limits on event time do not refuse a tombstone."""
+def test_an_old_tombstone_is_accepted() -> None:
+    """The limits on event time do not apply to a tombstone."""
     decoded = decode(FetchedRecord(b"bob", None, timestamp=5))
     assert decoded.actions.actions["timestamp_ms"].tolist() == [5]
 
 
 def test_confluent_framing_is_read() -> None:
-    """JSON behind a zero byte and a schema id is an action like any other, also among unframed ones."""
+    """JSON after a zero byte and a schema id is decoded, also among unframed values."""
     framed = FetchedRecord(b"ann", b"\0\0\0\0\x2a" + GOOD_BYTES)
     decoded = decode(record_of(GOOD), framed)
     assert decoded.rejected == []
     assert decoded.actions.actions[0] == decoded.actions.actions[1]
 
 
-def test_cloud_events_name_the_event() -> None:
-    """`ce_source` and `ce_id` together are the event id, unless the data brings its own."""
+def test_cloud_events_headers_give_the_event_id() -> None:
+    """`ce_source` and `ce_id` together are the event id, unless the data has its own."""
     headers = [("ce_specversion", b"1.0"), ("ce_source", b"/app"), ("ce_id", b"7"), ("content-type", b"json")]
     own = json.dumps({**GOOD, "event_id": "mine"}).encode()
     decoded = decode(
@@ -255,8 +259,8 @@ bad_records = st.sampled_from([record for record, _ in BAD_RECORDS.values() if l
 
 @settings(max_examples=200)
 @given(st.lists(st.one_of(events, bad_records), max_size=12), st.booleans())
-def test_columns_equal_the_obvious_reading(inputs: list[dict[str, object] | FetchedRecord], escape: bool) -> None:
-    """Whatever is good decodes as `json.loads` would read it, in order; whatever is bad costs itself alone."""
+def test_columns_equal_plain_decoding(inputs: list[dict[str, object] | FetchedRecord], escape: bool) -> None:
+    """Valid records decode as by `json.loads`, in order; an invalid record affects no other."""
     records = [
         FetchedRecord(str(one["user_id"]).encode(), json.dumps(one, ensure_ascii=escape).encode(), offset=offset)
         if isinstance(one, dict)
@@ -283,27 +287,27 @@ def test_columns_equal_the_obvious_reading(inputs: list[dict[str, object] | Fetc
 @settings(max_examples=300)
 @given(st.binary(max_size=60), st.none() | st.binary(max_size=6))
 def test_no_bytes_raise(value: bytes, key: bytes | None) -> None:
-    """Arbitrary bytes are rejected, never an exception."""
+    """Arbitrary bytes are rejected and never raise."""
     decoded = decode(FetchedRecord(key, value))
     assert len(decoded.rejected) == 1
 
 
 def test_fields_are_limited_by_the_settings_given() -> None:
-    """Two sets of limits in one process do not mix."""
+    """Two sets of limits in one process do not affect each other."""
     tight = DecodeLimits(id_chars_max=1)
     assert len(decode_actions([record_of(GOOD)], now_ms=NOW_MS, limits=tight).rejected) == 1
     assert decode(record_of(GOOD)).rejected == []
 
 
 def test_columns_do_not_share_memory_with_the_records() -> None:
-    """A row can be written to: the columns are the batch's own."""
+    """Columns are writable, because they do not share memory with the records."""
     decoded = decode(record_of(GOOD))
     decoded.actions.actions["item"][0] = np.uint64(3)
     assert decoded.actions.actions["item"][0] == 3
 
 
-def test_more_names_than_are_kept_still_have_their_codes() -> None:
-    """Names beyond the bound of those kept change no code and do not pile up."""
+def test_more_names_than_are_cached_still_have_their_codes() -> None:
+    """More names than the cache may hold change no code, and the cache stays bounded."""
     names = [f"name-{number}" for number in range(NAMES_KEPT_MAX + 10)]
     for _ in range(2):
         decoded = decode(*(record_of({**GOOD, "action": name}) for name in names))

@@ -1,4 +1,4 @@
-"""What a dead letter says beside what it carries."""
+"""The headers that a dead letter adds to its record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from streams.wire.dead_letters import DETAIL_CHARS_MAX, dead_letter_headers, err
 from tests.unit.wire.test_actions import NOW_MS, FetchedRecord
 
 
-def test_a_dead_letter_names_reason_and_origin_behind_its_own_headers() -> None:
+def test_a_dead_letter_has_reason_and_origin_after_its_own_headers() -> None:
     """The record's own headers come first, unchanged; reason, detail and origin follow as text."""
     record = FetchedRecord(b"ann", b"\xff{", [("traceparent", b"\x00\xff")], offset=12)
     [rejected] = decode_actions([record], now_ms=NOW_MS, limits=DecodeLimits()).rejected
@@ -23,6 +23,6 @@ def test_a_dead_letter_names_reason_and_origin_behind_its_own_headers() -> None:
 
 
 def test_a_detail_is_bounded() -> None:
-    """A long detail is cut, so a dead letter outgrows its record by a bounded number of bytes."""
+    """A long detail is truncated, so a dead letter is larger than its record by a bounded number of bytes."""
     headers = error_headers([], reason="encoder", detail="x" * 10_000, topic="t", partition=0, offset=0)
     assert dict(headers)["error-detail"] == b"x" * DETAIL_CHARS_MAX

@@ -1,4 +1,4 @@
-"""Vectors and their headers, there and back."""
+"""Encoding and decoding of embeddings and their headers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from streams.wire.embeddings import (
 
 
 def batch_of(vectors: Vector) -> EmbeddingBatch:
+    """Return a batch with distinct metadata per row."""
     count = len(vectors)
     return EmbeddingBatch(
         users=[f"user-{row}".encode() for row in range(count)],
@@ -43,14 +44,14 @@ ONE = batch_of(np.array([[0.5, -1.25, 3.0]], np.float32))
 
 
 def record_of(codec: EmbeddingCodec, **changed: bytes | None) -> tuple[bytes, bytes | None, list[tuple[str, bytes]]]:
-    """The first record of `ONE`, with headers replaced (or removed, by None)."""
+    """Return the first record of `ONE`, with headers replaced, or removed where None is given."""
     [(key, value, headers)] = encode_embeddings(ONE, codec)
     named = dict[str, bytes | None](headers) | {name.replace("_", "-"): text for name, text in changed.items()}
     return key, value, [(name, text) for name, text in named.items() if text is not None]
 
 
-def test_a_record_says_everything_in_headers() -> None:
-    """The headers of the contract, in its order, as text; the value is the bare vector, little-endian."""
+def test_all_metadata_is_in_headers() -> None:
+    """The headers are those of the contract, in its order, as text; the value is only the vector, little-endian."""
     [(key, value, headers)] = encode_embeddings(ONE, EmbeddingCodec.FLOAT32)
     assert key == b"user-0"
     assert value == bytes.fromhex("0000003f0000a0bf00004040")
@@ -66,8 +67,8 @@ def test_a_record_says_everything_in_headers() -> None:
     ]
 
 
-def test_other_codecs_write_what_they_say() -> None:
-    """float16 takes two bytes a number, little-endian; JSON is an array that any reader parses."""
+def test_float16_and_json() -> None:
+    """A float16 value has two bytes per number, little-endian; a JSON value is an array that any parser accepts."""
     assert record_of(EmbeddingCodec.FLOAT16)[1] == bytes.fromhex("003800bd0042")
     assert json.loads(record_of(EmbeddingCodec.JSON)[1] or b"") == [0.5, -1.25, 3.0]
 
@@ -79,8 +80,8 @@ def test_other_codecs_write_what_they_say() -> None:
         np.float32, st.tuples(st.integers(0, 5), st.integers(1, 9)), elements=st.floats(-6e4, 6e4, width=32)
     )
 )
-def test_there_and_back(codec: EmbeddingCodec, vectors: Vector) -> None:
-    """Every embedding reads back as it was written: exactly in float32 and JSON, rounded once in float16."""
+def test_decoding_inverts_encoding(codec: EmbeddingCodec, vectors: Vector) -> None:
+    """Every embedding decodes to what was encoded: exactly in float32 and JSON, rounded once in float16."""
     batch = batch_of(vectors)
     read = [decode_embedding(*message) for message in encode_embeddings(batch, codec)]
     expected = vectors.astype(np.float16).astype(np.float32) if codec is EmbeddingCodec.FLOAT16 else vectors
@@ -103,28 +104,28 @@ def test_there_and_back(codec: EmbeddingCodec, vectors: Vector) -> None:
 
 
 def test_a_null_value_is_a_tombstone() -> None:
-    """A tombstone reads back with its user and the offset of the deletion, -1 where a stranger wrote none."""
+    """A tombstone decodes to its user and the offset of the deletion, -1 if another producer wrote none."""
     assert decode_embedding(*encode_tombstone(b"ann", 41)) == Tombstone("ann", 41)
     assert decode_embedding(b"ann", None, []) == Tombstone("ann", -1)
 
 
-def test_headers_can_be_read_alone() -> None:
-    """What is known about an embedding is readable without its vector."""
+def test_metadata_can_be_decoded_alone() -> None:
+    """The metadata of an embedding can be decoded without its vector."""
     assert decode_metadata(record_of(EmbeddingCodec.FLOAT16)[2]).source_offset == 2**40
 
 
 @pytest.mark.parametrize("codec", EmbeddingCodec)
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_written(codec: EmbeddingCodec, number: float) -> None:
-    """A NaN or an infinity is rejected before anything of its batch is written, and counted in the text."""
+def test_a_number_that_is_not_finite_is_rejected(codec: EmbeddingCodec, number: float) -> None:
+    """A NaN or an infinity is rejected before any message of its batch, and the error text has the count."""
     vectors = np.ones((3, 2), np.float32)
     vectors[1, 1] = number
     with pytest.raises(MalformedEmbedding, match="1 of 3"):
         encode_embeddings(batch_of(vectors), codec)
 
 
-def test_a_number_too_large_for_float16_is_not_written() -> None:
-    """What would become an infinity in float16 is rejected there, and fine in float32."""
+def test_a_number_too_large_for_float16_is_rejected() -> None:
+    """A number that overflows in float16 is rejected there, and accepted in float32."""
     vectors = np.full((1, 2), 7e4, np.float32)
     with pytest.raises(MalformedEmbedding, match="float16"):
         encode_embeddings(batch_of(vectors), EmbeddingCodec.FLOAT16)
@@ -150,22 +151,22 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("value", "changed", "text"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_record_says_why(value: bytes, changed: dict[str, bytes | None], text: str) -> None:
-    """Each fault of a record raises one error that names it."""
+def test_a_malformed_record_raises(value: bytes, changed: dict[str, bytes | None], text: str) -> None:
+    """Each malformed record raises an error that names the problem."""
     key, _, headers = record_of(EmbeddingCodec.FLOAT32, **changed)
     with pytest.raises(MalformedEmbedding, match=text):
         decode_embedding(key, value, headers)
 
 
 def test_a_key_that_is_not_text_is_malformed() -> None:
-    """A user id that is not UTF-8 is named as such."""
+    """A key that is not UTF-8 raises an error that names the key."""
     _, value, headers = record_of(EmbeddingCodec.FLOAT32)
     with pytest.raises(MalformedEmbedding, match="key"):
         decode_embedding(b"\xff", value, headers)
 
 
 def test_a_read_vector_cannot_be_changed() -> None:
-    """Two holders of one embedding see the same numbers: the vector is read-only."""
+    """The vector of a decoded embedding is read-only."""
     embedding = decode_embedding(*record_of(EmbeddingCodec.FLOAT32))
     assert isinstance(embedding, Embedding)
     with pytest.raises(ValueError, match="read-only"):

@@ -1,4 +1,4 @@
-"""Which partition a key goes to: the same one by every client in use, or a user's events would part."""
+"""Partition of a key: equal for every client in use, so that all events of a user are in one partition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS = (1, 3, 4, 16, 100)
 
 
 class _Cluster:
-    """As much of kafka-python's cluster metadata as its partitioner asks for."""
+    """The part of kafka-python's cluster metadata that its partitioner reads."""
 
     def __init__(self, partitions: int) -> None:
         self._partitions = set(range(partitions))
@@ -39,7 +39,7 @@ class _Cluster:
 @pytest.mark.parametrize("partitions", COUNTS)
 @pytest.mark.parametrize("key", MURMUR2)
 def test_python_clients_place_keys_as_java_does(key: bytes, partitions: int) -> None:
-    """aiokafka (and so Faust) and kafka-python choose the partition that Java's default partitioner chooses."""
+    """Both aiokafka (and so Faust) and kafka-python choose the partition that Java's default partitioner chooses."""
     expected = (MURMUR2[key] & 0x7FFFFFFF) % partitions
     everywhere = list(range(partitions))
     kafka_python: Any = KafkaPythonPartitioner()
