@@ -153,6 +153,14 @@ async def left_open(log: Log) -> None:
     await writer._producer.client.close()
 
 
+CHECKPOINT_RECORDS = 11
+
+
+async def another_checkpoint(log: Log) -> None:
+    """A predecessor that commits ten records and a mark, and stops in order."""
+    await written(log, 1, CHECKPOINT_RECORDS - 1, 60)
+
+
 SHAPES: tuple[Shape, ...] = (
     few_large_values,
     many_small_ones,

@@ -1,4 +1,4 @@
-"""Cold starts never begin on incomplete state: counted, over six shapes of changelog, against the truth.
+"""Starts never begin on incomplete state: counted over six shapes of changelog and seven kinds of disk.
 
 The same count fails when the end of the restore is broken on purpose, one way at a time: those are the last tests.
 """
@@ -20,17 +20,39 @@ from streams.engine import partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
 from streams.storage.store import PartitionStore, StoreDamaged
-from tests.integration.changelogs import SHAPES, Log, Shape, an_open_transaction, left_open, many_small_ones, written
-from tests.integration.cold_starts import Starts, alone, started
+from tests.integration.changelogs import (
+    CHECKPOINT_RECORDS,
+    SHAPES,
+    Log,
+    Shape,
+    an_open_transaction,
+    another_checkpoint,
+    left_open,
+    many_small_ones,
+    written,
+)
+from tests.integration.cold_starts import (
+    Disk,
+    Starts,
+    alone,
+    altered,
+    kept,
+    of_another_log,
+    old,
+    started,
+    truncated,
+    without_manifest,
+)
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SEED = 31
 STARTS = 50
-"""Of each of the six shapes: 300 in all."""
+"""Number of starts per shape; with six shapes, 300 in all."""
+STARTS_PER_DISK = 12
 RACES = 20
-"""Starts beside a predecessor at work."""
+"""Number of starts beside a predecessor that is still writing."""
 COMMIT_S = 10
-"""Within which a predecessor at work that is not fenced commits once more."""
+"""Time within which a predecessor that is still writing and not fenced commits once more."""
 BROKEN_STARTS = 3
 Patch = pytest.MonkeyPatch
 
@@ -59,10 +81,43 @@ def test_every_cold_start_begins_on_whole_state(broker: Any, topic_prefix: str, 
     assert counts == {shape.__name__: (STARTS, 0, 0) for shape in SHAPES}
 
 
+@pytest.mark.parametrize("disk", [kept, old], ids=lambda disk: disk.__name__)
+def test_every_warm_start_reads_only_what_its_disk_lacks(log: Log, tmp_path: Path, disk: Disk) -> None:
+    """A database that another worker has overtaken is brought to the whole state by the records it lacks, and no more.
+
+    Compaction may remove some of several checkpoints, but none of the newest.
+    """
+
+    async def scenario() -> Starts:
+        await many_small_ones(log)
+        return await started(Starts(log, tmp_path, disk=disk), STARTS_PER_DISK, another_checkpoint)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (STARTS_PER_DISK, 0, 0), starts.rejected
+    cold, *warm = starts.restored
+    assert cold >= starts.held[0]
+    for number, records in enumerate(warm, 1):
+        lacking = CHECKPOINT_RECORDS * (1 if disk is kept else number)
+        assert CHECKPOINT_RECORDS <= records <= lacking < starts.held[number]
+
+
+@pytest.mark.parametrize("disk", [altered, truncated, without_manifest, of_another_log], ids=lambda disk: disk.__name__)
+def test_every_start_on_a_damaged_disk_rebuilds_it(log: Log, tmp_path: Path, disk: Disk) -> None:
+    """A database that cannot be read, or is not of this log, is deleted, and the whole changelog is read again."""
+
+    async def scenario() -> Starts:
+        await many_small_ones(log)
+        return await started(Starts(log, tmp_path, disk=disk), STARTS_PER_DISK, another_checkpoint)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (STARTS_PER_DISK, 0, 0), starts.rejected
+    assert all(read >= held > 0 for read, held in zip(starts.restored, starts.held, strict=True))
+
+
 def test_a_predecessor_at_work_is_shut_out_before_the_end_is_read(log: Log, tmp_path: Path) -> None:
     """A predecessor that commits until it is fenced changes nothing behind the end that a start restores to."""
     starts = asyncio.run(racing(Starts(log, tmp_path), RACES))
-    assert starts.count == (RACES, 0, 0), starts.refused
+    assert starts.count == (RACES, 0, 0), starts.rejected
 
 
 async def racing(starts: Starts, count: int) -> Starts:
@@ -114,7 +169,7 @@ def test_a_changelog_that_lost_its_last_records_is_refused(log: Log, tmp_path: P
 
     starts = asyncio.run(scenario())
     assert starts.count == (0, 0, 2)
-    assert "has lost records" in starts.refused[0]
+    assert "has lost records" in starts.rejected[0]
 
 
 def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> None:
@@ -128,7 +183,7 @@ def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> Non
 
     starts = asyncio.run(scenario())
     assert starts.count == (0, 0, 2)
-    assert f"begins at offset {cut}" in starts.refused[0]
+    assert f"begins at offset {cut}" in starts.rejected[0]
 
 
 def test_damage_met_while_acquiring_is_rebuilt(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -238,9 +293,9 @@ def test_a_broken_end_fails_the_count(log: Log, tmp_path: Path, monkeypatch: Pat
 
     proved, unproved = asyncio.run(scenario())
     print(proved.count, unproved.count)
-    assert proved.refused
+    assert proved.rejected
     assert proved.incomplete == 0
-    assert unproved.incomplete or "the restore found no end" in unproved.refused
+    assert unproved.incomplete or "the restore found no end" in unproved.rejected
 
 
 def test_without_fencing_the_count_fails(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
