@@ -26,7 +26,7 @@ from streams.errors import BrokerUnreachable, StreamformerError
 from streams.wire.actions import DecodeLimits, Rejected, decode_actions
 
 ANSWER_MS = 5_000
-"""How long the broker may take to answer the first request."""
+"""Time that the broker may take to answer the first request."""
 ACKNOWLEDGE_S = 30.0
 IN_FLIGHT_MAX = 10_000
 """Records that may be unacknowledged at once; beyond it `send_json` waits for the oldest."""
@@ -48,7 +48,7 @@ class SendFailed(StreamformerError):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Where the broker stored an action."""
+    """The place where the broker stored an action."""
 
     event_id: str
     partition: int

@@ -1,1 +1,1 @@
-"""The commands that `infra` adds to the console script, one a file."""
+"""Commands that `infra` adds to the console script, one per file."""

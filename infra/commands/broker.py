@@ -1,4 +1,4 @@
-"""`streamformer broker`: keep a local Kafka up for whoever wants to look."""
+"""`streamformer broker`: a local Kafka, for trying things out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ CHECK_S = 0.5
 def broker(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port on loopback; 0 picks a free one.")] = 9092,
     heap_mb: Annotated[int, typer.Option(min=128, help="Java heap, in MB.")] = 512,
-    folder: Annotated[Path | None, typer.Option(help="Where the temporary data folder goes.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Parent of the temporary data folder; default: the system's.")
+    ] = None,
 ) -> None:
-    """Run Apache Kafka on loopback until Ctrl-C; its data goes with it. The address is the only line on stdout."""
+    """Run Apache Kafka on loopback until Ctrl-C, then remove its data. Standard output is one line, the address."""
     interrupt_on_sigterm()
     with Broker.start(BrokerOptions(port=port, heap_mb=heap_mb, folder=folder)) as running:
         print(running.bootstrap_servers, flush=True)
@@ -37,4 +39,4 @@ def broker(
 def _watch(running: Broker) -> NoReturn:
     while running.is_running():
         time.sleep(CHECK_S)
-    raise BrokerFailed("the broker ended by itself", running.last_words(), "see memory and disk, and start it again")
+    raise BrokerFailed("the broker ended by itself", running.last_words(), "check memory and disk, then start it again")

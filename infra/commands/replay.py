@@ -24,13 +24,17 @@ PLAIN_LINE_EVENTS = 100_000
 
 
 @app.command()
-def replay(
-    file: Annotated[Path | None, typer.Argument(help="Parquet or CSV; without one MovieLens-1M is taken.")] = None,
-    rate: Annotated[str, typer.Option(help="Events a second, or `max`.")] = "max",
-    speed: Annotated[float | None, typer.Option(help="Instead: event time runs this many times as fast.")] = None,
-    generate_events: Annotated[int, typer.Option("--generate", help="Instead of a file: so many made events.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the made events.")] = 1,
-    limit: Annotated[int, typer.Option(min=0, help="Send only the first so many; 0 sends all.")] = 0,
+def replay(  # noqa: PLR0913 - one parameter per option
+    file: Annotated[Path | None, typer.Argument(help="Parquet or CSV file; default: MovieLens-1M.")] = None,
+    rate: Annotated[str, typer.Option(help="Events per second, or `max`.")] = "max",
+    speed: Annotated[
+        float | None, typer.Option(help="Instead of --rate: how many times as fast event time runs.")
+    ] = None,
+    generate_events: Annotated[
+        int, typer.Option("--generate", help="Instead of a file: number of events to generate.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated events.")] = 1,
+    limit: Annotated[int, typer.Option(min=0, help="Send only this many events; 0 sends all.")] = 0,
     config: Config = None,
     bootstrap_servers: BootstrapServers = None,
     user: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
@@ -42,7 +46,7 @@ def replay(
     duration_ms: Annotated[str, typer.Option(help="Column of durations, if any.")] = "",
     event_id: Annotated[str, typer.Option(help="Column of event ids, if any.")] = "",
 ) -> None:
-    """Replay a log in event-time order, keyed by user id; returns when the broker has acknowledged every event."""
+    """Send a log in event-time order, keyed by user id, and wait until the broker has acknowledged every event."""
     pace = _pace(rate, speed)
     settings = settings_of(config, bootstrap_servers)
     if file and generate_events:
@@ -51,7 +55,7 @@ def replay(
     log = _log(file, generate_events, seed, columns)
     totals = _run(log.head(limit) if limit else log, settings, pace)
     per_second = totals.acknowledged / max(totals.seconds, 1e-9)
-    print(f"{totals.acknowledged:,} events acknowledged in {totals.seconds:.1f} s, {per_second:,.0f} a second")
+    print(f"{totals.acknowledged:,} events acknowledged in {totals.seconds:.1f} s, {per_second:,.0f} events/s")
 
 
 def _pace(rate: str, speed: float | None) -> Pace:
@@ -81,7 +85,7 @@ def _log(file: Path | None, generate_events: int, seed: int, columns: Columns) -
 
 
 def _run(log: EventLog, settings: Settings, pace: Pace) -> ReplayTotals:
-    """With a bar on a terminal, with a line now and then elsewhere."""
+    """Replay with a progress bar on a terminal, and with a line every `PLAIN_LINE_EVENTS` events elsewhere."""
     console = Console(stderr=True)
     total = len(log)
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""`streamformer topics`: create the missing topics, verify those that exist."""
+"""`streamformer topics`: create missing topics and verify existing ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from infra.kafka.topics import ensure_topics, topics_of, verify_topics
 from streams.options import BootstrapServers, Config, settings_of
 
-Replication = Annotated[int, typer.Option(min=1, help="Replicas of each partition of a topic that is created.")]
+Replication = Annotated[int, typer.Option(min=1, help="Replicas of each partition of a new topic.")]
 
 app = typer.Typer(name="topics", help="Create or verify the topics.", no_args_is_help=True)
 
@@ -18,7 +18,7 @@ app = typer.Typer(name="topics", help="Create or verify the topics.", no_args_is
 def create(
     config: Config = None, bootstrap_servers: BootstrapServers = None, replication_factor: Replication = 1
 ) -> None:
-    """Create what is missing, then verify all; a topic of another shape is refused, not changed."""
+    """Create missing topics, then verify all. A topic of another shape is reported, never changed."""
     settings = settings_of(config, bootstrap_servers)
     created = ensure_topics(settings, replication_factor=replication_factor)
     for topic in topics_of(settings):
@@ -27,7 +27,7 @@ def create(
 
 @app.command()
 def verify(config: Config = None, bootstrap_servers: BootstrapServers = None) -> None:
-    """Say whether every topic has the partition count and the cleanup policy that the code relies on."""
+    """Verify that every topic has the partition count and the cleanup policy that the code relies on."""
     settings = settings_of(config, bootstrap_servers)
     verify_topics(settings)
     for topic in topics_of(settings):

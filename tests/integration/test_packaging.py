@@ -122,7 +122,7 @@ def test_archive_and_wheel_hold_what_they_need(dist: Path) -> None:
 
 
 def test_base_installation_is_small(environment: Path) -> None:
-    """None of the heavy packages is installed, and the installation takes less than 200 MB."""
+    """The heavy packages are absent, and the installation takes less than 200 MB."""
     installed = {one["name"].lower() for one in json.loads(run(environment / "pip", "list", "--format=json"))}
     assert "streamformer" in installed
     assert not installed & set(NOT_SHIPPED)

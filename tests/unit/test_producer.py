@@ -22,7 +22,7 @@ VALID = b'{"user_id": "ann", "item_id": "i-1", "action": "view", "timestamp_ms":
 
 
 class Stored(NamedTuple):
-    """Where the fake broker stored a record."""
+    """The place where the fake broker stored a record."""
 
     partition: int
     offset: int
@@ -45,7 +45,7 @@ class Acknowledgement:
 
 @dataclass
 class FakeClient:
-    """As much of kafka-python's producer as `ActionProducer` uses; it keeps what it was given."""
+    """Stands in for kafka-python's producer, as far as `ActionProducer` uses it, and keeps what it was given."""
 
     topics: tuple[str, ...] = ("user-actions",)
     fails_from: int = 1_000_000
@@ -165,7 +165,7 @@ def test_a_silent_address_is_reported() -> None:
 
 
 class Result(NamedTuple):
-    """How a call of the script ended."""
+    """The outcome of a call of the script."""
 
     code: int
     out: str

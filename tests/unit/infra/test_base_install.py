@@ -82,7 +82,7 @@ def test_help_imports_no_command() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_entry_leads_to_its_command(name: str) -> None:
-    """With everything installed each entry loads a command of its name, so the table has no dead line."""
+    """Each entry loads a command of its name where everything is installed, so the table has no dead line."""
     assert load(name, COMMANDS[name]).name == name
 
 

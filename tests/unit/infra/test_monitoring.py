@@ -23,7 +23,7 @@ HISTOGRAM_SERIES = ("_bucket", "_sum", "_count")
 
 
 def series() -> dict[str, set[str]]:
-    """Every series of the catalogue with its labels."""
+    """Return every series of the catalogue with its labels."""
     named: dict[str, set[str]] = {}
     for metric in Metrics():
         if isinstance(metric, Histogram):
@@ -50,8 +50,8 @@ def test_expression_groups_by_labels_that_its_series_have(expression: str) -> No
     assert grouped <= labels
 
 
-def test_the_parser_refuses_what_is_no_promql() -> None:
-    """The parser that the tests above lean on notices a broken expression."""
+def test_the_parser_rejects_a_broken_expression() -> None:
+    """The parser that the tests above rely on notices a broken expression."""
     with pytest.raises(ValueError, match="unclosed"):
         promql_parser.parse("sum(rate(streamformer_events_total[5m])")
 
