@@ -1,7 +1,7 @@
-"""The processes that train together: one, or those that torchrun started; each has a CUDA device where there is one.
+"""The group of training processes: one process, or those that torchrun started, each with a CUDA device if available.
 
-Each takes its share of the batches and compares with a pool of its own (`random_negatives` and its own positives);
-gradients are averaged, so weights stay equal.
+Each process takes its share of the batches and samples its own pool of negatives (`random_negatives` and its own
+positives). Gradients are averaged, so the weights of all processes stay equal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from encoder.hardware import CPU, own_device
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """This process's place, and the device it trains on."""
+    """Rank of this process, size of the group, and the device that this process trains on."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        """Replace every gradient by its mean over the processes; a missing gradient counts as zero."""
         if self.size == 1:
             return
         ours = list(parameters)
@@ -39,21 +39,21 @@ class ProcessGroup:
             parameter.grad = part.view_as(parameter).clone()
 
     def total(self, value: int) -> int:
-        """The sum over the processes."""
+        """Return the sum over the processes."""
         return int(self._reduced(float(value), dist.ReduceOp.SUM)) if self.size > 1 else value
 
     def maximum(self, value: float) -> float:
-        """The largest of the processes' values: how they agree on a clock."""
+        """Return the largest value of all processes, so that they agree on the time spent."""
         return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
 
     def gather(self, values: Tensor) -> Tensor:
-        """The processes' tensors of one shape [...], in order of rank, on the CPU: [processes, ...]."""
+        """Return the tensors [...] of all processes in order of rank, on the CPU: [processes, ...]."""
         if self.size == 1:
             return values.unsqueeze(0).cpu()
         ours = values.to(self.device)
-        everybody = [torch.empty_like(ours) for _ in range(self.size)]
-        dist.all_gather(everybody, ours)
-        return torch.stack(everybody).cpu()
+        gathered = [torch.empty_like(ours) for _ in range(self.size)]
+        dist.all_gather(gathered, ours)
+        return torch.stack(gathered).cpu()
 
     def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -62,12 +62,12 @@ class ProcessGroup:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Return whether this is the main process, the only one that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def join_process_group() -> ProcessGroup:
-    """Join the processes of torchrun, if it started this one: over NCCL on GPUs, gloo on CPUs. Raises `DeviceError`."""
+    """Join the group of torchrun if it started this process: NCCL on GPUs, gloo on CPUs. Raises `DeviceError`."""
     device = own_device()
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessGroup(device=device)

@@ -1,6 +1,6 @@
-"""The hardware: the device a process computes on, what the machine is, and which choices are faster on it.
+"""Hardware: the device of a process, a description of the machine, and choices that depend on its speed.
 
-Choices are made by measurement, in a second at most, on the machine as it is loaded now.
+Choices are made by measurements of at most a second, on the machine as it is loaded now.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from encoder.errors import StreamformerError
 CPU = torch.device("cpu")
 ROUNDS = 7
 WORTH = 1.25
-"""A choice that costs something (accuracy, a second core) must be so many times faster."""
+"""Speed-up that justifies a choice with a cost (accuracy, a second core)."""
 
 
 class DeviceError(StreamformerError):
-    """No device for this process; the text says what to do."""
+    """There is no device for this process; the text says what to do."""
 
 
 def own_device() -> torch.device:
-    """This process's CUDA device, by its number among the machine's processes; the CPU where there are no devices.
+    """Return the CUDA device with this process's local rank, or the CPU if the machine has no CUDA device.
 
-    Raises `DeviceError`.
+    Raises `DeviceError` if the machine has more processes than devices.
     """
     if not torch.cuda.is_available():
         return CPU
     number, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= devices:
         raise DeviceError(
-            f"process {number + 1} of this machine finds {devices} CUDA devices: start one for each device at most, "
+            f"process {number + 1} of this machine finds {devices} CUDA devices: start at most one process per device, "
             'or compute on CPUs with CUDA_VISIBLE_DEVICES=""'
         )
     torch.cuda.set_device(number)
@@ -44,12 +44,12 @@ def own_device() -> torch.device:
 
 
 def gpu_precision() -> torch.dtype:
-    """Of products on a CUDA device: bfloat16 where it multiplies in it and does not emulate that."""
+    """Return the precision of matrix products on the CUDA device: bfloat16 if the device has it in hardware."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def machine() -> dict[str, Any]:
-    """The processor as the system names it, cores that may be used, and the instructions that decide speed."""
+    """Return the name of the processor, the number of usable cores, and the instructions that matter for speed."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     named = {name.strip(): value.strip() for name, value in fields.items()}
@@ -63,9 +63,9 @@ def machine() -> dict[str, Any]:
 
 
 def faster_threads() -> int:
-    """Threads for small training steps: all cores where that pays, else one.
+    """Return the number of threads for small training steps: all cores if that is clearly faster, else one.
 
-    Threads that wait for each other collapse on a machine that others use too: steps of 12 ms took 380.
+    Threads that wait for each other are very slow on a machine with other load: steps of 12 ms took 380 ms.
     """
     cores = os.cpu_count() or 1
     if cores == 1:
@@ -81,14 +81,15 @@ def faster_threads() -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU calls itself, or "cpu"."""
+    """Return the name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def faster_precision(device_type: str = "cpu") -> torch.dtype:
-    """Of the encoder's products: bfloat16 where it pays, else float32; on a GPU, where it multiplies in bfloat16.
+    """Return the precision of the encoder's matrix products: bfloat16 if it is clearly faster, else float32.
 
-    Where bfloat16 is emulated a product can take a hundred times as long, so the first one may already decide.
+    On a GPU the answer comes from the hardware's description, without a measurement. On a CPU that emulates bfloat16, a
+    product can take a hundred times as long, so a slow first product already decides.
     """
     if device_type == "cuda":
         return gpu_precision()
@@ -97,14 +98,14 @@ def faster_precision(device_type: str = "cpu") -> torch.dtype:
         a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
         return min(_seconds(lambda: a @ b) for _ in range(rounds))
 
-    whole = taken(torch.float32, ROUNDS)
-    if taken(torch.bfloat16, 1) > 5 * whole:
+    full = taken(torch.float32, ROUNDS)
+    if taken(torch.bfloat16, 1) > 5 * full:
         return torch.float32
-    return torch.bfloat16 if taken(torch.bfloat16, ROUNDS) * WORTH < whole else torch.float32
+    return torch.bfloat16 if taken(torch.bfloat16, ROUNDS) * WORTH < full else torch.float32
 
 
 def _small_step() -> None:
-    """Products and elementwise work like a step of the smallest encoder."""
+    """Do products and elementwise work similar to a training step of the smallest encoder."""
     x, w = torch.ones(1_600, 64), torch.ones(64, 256)
     for _ in range(20):
         torch.tanh(x @ w).sum()

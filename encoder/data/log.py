@@ -1,8 +1,10 @@
-"""Event logs as sorted columns: read from Parquet or CSV, cut by time and by user.
+"""Action logs as sorted columns: read from Parquet or CSV, selected by time and by user.
 
-A log is sorted by user, then event time, ties in file order: the order in which the stream would have applied it. Ids
-are hashed like the stream hashes them, once for each distinct id. Training takes any `LogParts`: a log in memory, or
+A log is sorted by user, then by event time, with ties in file order: the order in which the stream would have applied
+the actions. Ids are hashed as in the stream, once per distinct id. Training takes any `LogParts`: a log in memory, or
 one that is read shard by shard.
+
+Shapes: N actions, U users, I items.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ DAY_MS = 86_400_000
 
 
 class LogError(StreamformerError):
-    """An event log that cannot be used; the text says why and what to do."""
+    """A log that cannot be used; the text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogColumns:
-    """Names of the columns of a file; an empty name means that the file has none."""
+    """Column names of a file; an empty name means that the file has no such column."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -47,19 +49,19 @@ class LogColumns:
 
     @property
     def named(self) -> list[str]:
-        """The columns that the file has, each once."""
+        """Names of the columns that the file has, without duplicates."""
         names = (self.user, self.item, self.action, self.timestamp, self.surface, self.duration_ms)
         return list(dict.fromkeys(name for name in names if name))
 
 
 @dataclass(frozen=True, slots=True)
 class ItemCounts:
-    """How often items are acted on."""
+    """Number of actions on each item."""
 
     keys: U64
-    """[I] strictly increasing."""
+    """[I] item keys, strictly increasing."""
     counts: I64
-    """[I]."""
+    """[I] number of actions."""
 
     def __add__(self, other: ItemCounts) -> ItemCounts:
         keys, inverse = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
@@ -68,33 +70,36 @@ class ItemCounts:
 
     @staticmethod
     def total(parts: Iterable[ItemCounts]) -> ItemCounts:
+        """Return the sum of all parts."""
         return reduce(ItemCounts.__add__, parts)
 
     def frequent(self, items_min: int) -> U64:
-        """Keys of the items that occur at least `items_min` times."""
+        """Return the keys of the items that occur at least `items_min` times."""
         return self.keys[self.counts >= items_min]
 
 
 class LogParts(Protocol):
-    """A log that is trained on one part after another: whole users each, no user in two of them."""
+    """A log that is trained on part by part; each user is in exactly one part."""
 
     @property
-    def parts(self) -> int: ...
+    def parts(self) -> int:
+        """Number of parts."""
+        ...
 
     def part(self, number: int) -> ActionLog:
-        """Part `number`, from 0, read when asked for."""
+        """Return part `number`, from 0, reading it if necessary."""
         ...
 
     def item_counts(self, names: tuple[str, ...] = ()) -> ItemCounts:
-        """Of all parts: actions of the named types, of all types if none is named."""
+        """Count the actions of the named types, or of all types if none is named, over all parts."""
         ...
 
     def vocabularies(self, *, items_min: int = 1) -> Vocabularies:
-        """Of all parts: everything that occurs, items at least `items_min` times."""
+        """Return the vocabularies of all parts; items must occur at least `items_min` times."""
         ...
 
     def content(self) -> Iterator[bytes]:
-        """Bytes that tell this log from another one."""
+        """Yield bytes that identify the content of the log, to be hashed."""
         ...
 
 
@@ -107,10 +112,11 @@ class ActionLog:
     starts: I64
     """[U + 1]: user u owns rows starts[u] to starts[u + 1]."""
     actions: Actions
-    """[N] of ACTION_DTYPE."""
+    """[N] actions."""
     action_names: tuple[str, ...]
     """Names of the action types that occur, most frequent first."""
     surface_names: tuple[str, ...]
+    """Names of the surfaces that occur, most frequent first."""
     item_ids: npt.NDArray[np.str_]
     """Ids of the items that occur, in no particular order."""
 
@@ -119,67 +125,73 @@ class ActionLog:
 
     @property
     def user_of_row(self) -> I64:
-        """[N] index of each row's user."""
+        """[N] index of the user of each row."""
         return np.repeat(np.arange(len(self.users)), np.diff(self.starts))
 
     @property
     def parts(self) -> int:
-        """A log in memory is its own only part."""
+        """Number of parts: a log in memory is its own only part."""
         return 1
 
     def part(self, number: int) -> ActionLog:
-        """The log itself."""
+        """Return the log itself."""
         return self
 
     def content(self) -> Iterator[bytes]:
-        """Every action, and whose it is."""
+        """Yield the actions and the bounds of the users."""
         yield self.actions.tobytes()
         yield self.starts.tobytes()
 
     def select(self, rows: Bool) -> ActionLog:
-        """The log of the rows [N] that are True; users keep their place, also those left without actions."""
+        """Return the log of the rows where `rows` [N] is True; users keep their index, even without actions.
+
+        A user that began at row s begins at the number of selected rows before s:
+
+            rows                     1 0 1 | 1 0 | 0 1        starts [0, 3, 5, 7]
+            0 and the running sum  0 1 1 2   3 3   3 4        starts [0, 2, 3, 4]
+        """
         starts = np.concatenate([[0], np.cumsum(rows)])[self.starts]
         return ActionLog(self.users, starts, self.actions[rows], self.action_names, self.surface_names, self.item_ids)
 
     def with_frequent_items(self, items_min: int) -> ActionLog:
-        """The actions on items that occur at least `items_min` times."""
+        """Return the actions on items that occur at least `items_min` times."""
         return self.with_items(self.item_counts().frequent(items_min)) if items_min > 1 else self
 
     def with_items(self, keys: U64) -> ActionLog:
-        """The actions on items with one of the keys."""
+        """Return the actions on the items with these keys."""
         return self.select(np.isin(self.actions["item"], keys))
 
     def before(self, time_ms: int) -> ActionLog:
-        """Actions with an event time before `time_ms`."""
+        """Return the actions with an event time before `time_ms`."""
         return self.select(self.actions["timestamp_ms"] < time_ms)
 
     def quantile_ms(self, fraction: float) -> int:
-        """The event time before which `fraction` of the actions lie."""
+        """Return the event time before which `fraction` of the actions happened."""
         return int(np.quantile(self.actions["timestamp_ms"], fraction))
 
     def vocabularies(self, *, items_min: int = 1) -> Vocabularies:
-        """Everything that occurs, items at least `items_min` times."""
+        """Return the vocabularies of the log; items must occur at least `items_min` times."""
         return Vocabularies(self.item_counts().frequent(items_min), self.action_names, self.surface_names)
 
     def item_counts(self, names: tuple[str, ...] = ()) -> ItemCounts:
-        """How often each item is acted on by the named types, by all types if none is named."""
+        """Count the actions on each item, of the named types or of all types if none is named."""
         items = self.actions["item"]
         return ItemCounts(*np.unique(items[self.is_of(names)] if names else items, return_counts=True))
 
     def is_of(self, names: tuple[str, ...]) -> Bool:
-        """[N] whether an action is of one of the named types; all are if none is named."""
+        """Return whether each action [N] has one of the named types; with no names, all have."""
         if not names:
             return np.ones(len(self), np.bool_)
         return np.isin(self.actions["action"], [name_code(name) for name in names])
 
     def tokens(self, vocabularies: Vocabularies) -> Tokens:
-        """What a model reads of every action, positions counted from the log's first action of each user."""
+        """Return the model inputs of every action; positions count from each user's first action in the log."""
         positions = np.arange(len(self)) - np.repeat(self.starts[:-1], np.diff(self.starts))
         return Tokenizer(vocabularies).tokenize(self.actions, self.starts, positions)
 
 
 def read_log(path: Path, columns: LogColumns) -> ActionLog:
-    """Read a `.parquet`, `.csv` or `.csv.gz` file, or the Parquet files of a folder; raises `LogError`."""
+    """Read a `.parquet`, `.csv` or `.csv.gz` file, or the Parquet files of a folder. Raises `LogError`."""
     with readable(path):
         table = _read_table(path, columns.named)
     if table.num_rows == 0:
@@ -189,7 +201,7 @@ def read_log(path: Path, columns: LogColumns) -> ActionLog:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong inside is told as a `LogError` of the log at `path`."""
+    """Turn errors raised inside this context into a `LogError` about the log at `path`."""
     try:
         yield
     except (OSError, pa.ArrowException, KeyError) as error:
@@ -198,7 +210,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or all files `*.parquet` below a folder by name; none for another kind of file."""
+    """Return the file itself, or all `*.parquet` files below a folder in order of name; none for another file type."""
     if path.is_dir():
         return sorted(path.rglob("*.parquet"))
     return [path] if path.suffix == ".parquet" else []
@@ -211,7 +223,7 @@ def _read_table(path: Path, names: list[str]) -> pa.Table:
 
 
 def log_from_table(table: pa.Table, columns: LogColumns) -> ActionLog:
-    """Sort and hash an Arrow table that has the named columns."""
+    """Return the log of an Arrow table: ids hashed, rows sorted."""
     rows = np.zeros(table.num_rows, ACTION_DTYPE)
     users, user_of_row = distinct(table, columns.user)
     items, item_of_row = distinct(table, columns.item)
@@ -228,7 +240,10 @@ def log_from_table(table: pa.Table, columns: LogColumns) -> ActionLog:
 
 
 def distinct(table: pa.Table, name: str) -> tuple[list[str], I64]:
-    """Distinct values as text, in order of first appearance, and the index of each row's value. Raises `LogError`."""
+    """Return the distinct values as text, by first appearance, and the index [N] of each row's value.
+
+    Raises `LogError` if a value is missing.
+    """
     column = table[name].combine_chunks()
     if column.null_count:
         raise LogError(f"column {name} has {column.null_count} missing values; drop those rows")
@@ -237,7 +252,7 @@ def distinct(table: pa.Table, name: str) -> tuple[list[str], I64]:
 
 
 def _codes(table: pa.Table, name: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint16]]:
-    """Names that occur, most frequent first, and the code of each row; nothing where the file has no such column."""
+    """Return the names that occur, most frequent first, and the code [N] of each row; none and 0 without a column."""
     if not name:
         return (), np.zeros(table.num_rows, np.uint16)
     values, at = distinct(table, name)
@@ -247,7 +262,7 @@ def _codes(table: pa.Table, name: str) -> tuple[tuple[str, ...], npt.NDArray[np.
 
 
 def times_ms(table: pa.Table, columns: LogColumns) -> I64:
-    """[N] event times. Raises `LogError`."""
+    """Return the event times [N]. Raises `LogError` if one is missing or not a time."""
     column = table[columns.timestamp]
     if column.null_count:
         raise LogError(f"column {columns.timestamp} has {column.null_count} missing values; drop those rows")
@@ -257,5 +272,7 @@ def times_ms(table: pa.Table, columns: LogColumns) -> I64:
     try:
         values: F64 = pc.cast(column, pa.float64()).to_numpy()
     except pa.ArrowInvalid as error:
-        raise LogError(f"column {columns.timestamp} holds no times ({error}); give epoch seconds or ms") from error
+        raise LogError(
+            f"column {columns.timestamp} has values that are not times ({error}); give epoch seconds or ms"
+        ) from error
     return np.rint(values * (1_000 if columns.time_unit == "s" else 1)).astype(np.int64)

@@ -1,7 +1,9 @@
-"""A log bigger than memory, streamed from Parquet into shards of whole users, each of which fits into memory.
+"""Sharded logs: a log larger than memory, streamed from Parquet into shards that each fit into memory.
 
-Users are spread over files by a hash of their id, rows stay in the order of the log, and a shard is some of the files.
-So a shard is read like any other log, a user's sequence lies in one of them, and each is a sample of the users.
+Users are distributed over files by a hash of their id, rows keep the order of the log, and a shard is a group of files.
+A shard is therefore read like any other log, contains whole users only, and is a random sample of the users.
+
+Shapes: N rows of one chunk, F files.
 """
 
 from __future__ import annotations
@@ -40,39 +42,43 @@ from encoder.distributed import is_main_process
 FOLDER = "log-shards"
 MANIFEST = "shards.json"
 FILES_PER_SHARD, FILES_MAX = 4, 512
-"""Several files fill a shard well whatever the hash gave each of them; all of them are open at once."""
-BATCH_ROWS, GULP_ROWS = 1 << 16, 1 << 21
-"""Rows decoded at once, and rows spread over the files at once."""
-TELL_EVERY_S = 2.0
+"""Several small files fill a shard well even if the hash gives them different sizes; all files are open at once."""
+BATCH_ROWS, CHUNK_ROWS = 1 << 16, 1 << 21
+"""Number of rows decoded at once, and number of rows distributed over the files at once."""
+PROGRESS_EVERY_S = 2.0
+ProgressText = Callable[[str], None]
+"""Callback that shows a line of progress to people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A log in S shards, read one at a time."""
+    """A log in shards, which are read one at a time."""
 
     folder: Path
     columns: LogColumns
-    tell: Callable[[str], None]
-    """Hears which shard is read."""
+    progress: ProgressText
+    """Callback that is informed of each shard read."""
     of: str
-    """A hash of the log's files and of how they were cut up."""
+    """Hash of the log's files (paths, sizes, modification times) and of the options that they were sharded with."""
     digest: str
-    """A hash of what the shards hold."""
+    """Hash of the content of the shards."""
     rows: int
+    """Number of actions in all shards."""
     end_ms: int
-    """The first event time behind all actions."""
+    """Event time of the newest action plus 1."""
     action_names: Sequence[str]
-    """Names that occur in the whole log, most frequent first."""
+    """Names of the action types in the whole log, most frequent first."""
     surface_names: Sequence[str]
+    """Names of the surfaces in the whole log, most frequent first."""
     shards: Sequence[Sequence[int]]
-    """[S] numbers of the files of each."""
+    """Numbers of the files of each shard."""
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def read(self, number: int) -> ActionLog:
-        """Shard `number`, from 0. Raises `LogError`."""
-        self.tell(f"reading shard {number + 1} of {len(self)}")
+        """Return shard `number`, from 0. Raises `LogError`."""
+        self.progress(f"reading shard {number + 1} of {len(self)}")
         with readable(self.folder):
             files = [_file(self.folder, file) for file in self.shards[number]]
             return log_from_table(pyarrow.parquet.read_table(files, partitioning=None), self.columns)
@@ -83,13 +89,13 @@ class Shards:
 
 
 def open_log(
-    path: Path, columns: LogColumns, *, rows_max: int, folder: Path, tell: Callable[[str], None] = lambda _: None
+    path: Path, columns: LogColumns, *, rows_max: int, folder: Path, progress: ProgressText = lambda _: None
 ) -> ActionLog | Shards:
-    """The log at `path`, in memory if it has at most `rows_max` actions or is no Parquet, else in shards in `folder`.
+    """Open the log at `path`: in memory if it has at most `rows_max` actions or is not Parquet, else as shards.
 
-    A shard has at most half as many. Shards of the same files, left behind by a process that was killed, are taken as
-    they are. Of several processes the first one writes and the others wait. `tell` hears every two seconds how far it
-    is, and of each shard that is read later. Raises `LogError`.
+    Shards are written to `folder` and have at most `rows_max / 2` actions each. Complete shards of the same files, left
+    by a process that was killed, are used again. In a process group the main process writes and the others wait.
+    `progress` is called every two seconds while writing, and with each shard that is read later. Raises `LogError`.
     """
     with readable(path):
         files = parquet_files(path)
@@ -98,14 +104,14 @@ def open_log(
             return read_log(path, columns)
         of = _hash_of(files, columns, rows_max)
         if is_main_process() and _manifest(folder, of) is None:
-            _Writer(files, columns, folder, rows, rows_max // 2, tell).write(of)
+            _Writer(files, columns, folder, rows, rows_max // 2, progress).write(of)
     while (manifest := _manifest(folder, of)) is None:
         time.sleep(0.2)
-    return Shards(folder=folder, columns=columns, tell=tell, **manifest)
+    return Shards(folder=folder, columns=columns, progress=progress, **manifest)
 
 
 class _Writer:
-    """Streams the files of a log into shards of at most `shard_rows` rows."""
+    """Streams the files of a log into shards of at most `shard_rows` rows each."""
 
     def __init__(
         self,
@@ -114,36 +120,39 @@ class _Writer:
         folder: Path,
         rows: int,
         shard_rows: int,
-        tell: Callable[[str], None],
+        progress: ProgressText,
     ) -> None:
-        self._files, self._columns, self._folder, self._tell = files, columns, folder, tell
+        self._files, self._columns, self._folder, self._progress = files, columns, folder, progress
         self._rows, self._shard_rows = rows, shard_rows
-        self._count = min(FILES_MAX, -(-rows * FILES_PER_SHARD // shard_rows))
+        self._file_count = min(FILES_MAX, -(-rows * FILES_PER_SHARD // shard_rows))
         self._actions: Counter[str] = Counter()
         self._surfaces: Counter[str] = Counter()
         self._end_ms = 0
 
     def write(self, of: str) -> None:
-        """Write all shards, then the manifest. Raises `LogError` where there is no room, on disk or in a shard."""
+        """Write all shards, then the manifest, whose presence marks the shards as complete.
+
+        Raises `LogError` if the disk is too small, or if a shard is too small for one of its files.
+        """
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         needed, free = sum(file.stat().st_size for file in self._files), shutil.disk_usage(self._folder).free
         if needed > free:
             raise LogError(f"shards need {needed:,} bytes and {free:,} are free: make room or move {self._folder}")
-        in_file = np.zeros(self._count, np.int64)
-        paths = [_file(self._folder, number) for number in range(self._count)]
-        done, told = 0, time.monotonic()
+        file_rows = np.zeros(self._file_count, np.int64)  # [F]
+        paths = [_file(self._folder, number) for number in range(self._file_count)]
+        done, reported = 0, time.monotonic()
         with ExitStack() as stack:
             writers: list[Any] = []
-            for gulp in _gulps(self._files, self._columns, min(GULP_ROWS, self._shard_rows)):
+            for chunk in _chunks(self._files, self._columns, min(CHUNK_ROWS, self._shard_rows)):
                 if not writers:
-                    writers = [stack.enter_context(pyarrow.parquet.ParquetWriter(path, gulp.schema)) for path in paths]
-                in_file += self._spread(gulp, writers)
-                done += len(gulp)
-                if time.monotonic() - told >= TELL_EVERY_S:
-                    told = time.monotonic()
-                    self._tell(f"{done:,} of {self._rows:,} actions cut into shards")
-        shards = list(_packed(in_file.tolist(), self._shard_rows))
+                    writers = [stack.enter_context(pyarrow.parquet.ParquetWriter(path, chunk.schema)) for path in paths]
+                file_rows += self._distribute(chunk, writers)
+                done += len(chunk)
+                if time.monotonic() - reported >= PROGRESS_EVERY_S:
+                    reported = time.monotonic()
+                    self._progress(f"{done:,} of {self._rows:,} actions written to shards")
+        shards = list(_packed(file_rows.tolist(), self._shard_rows))
         values = {
             "of": of,
             "digest": _digest(paths, shards),
@@ -157,26 +166,26 @@ class _Writer:
         beside.write_text(json.dumps(values))
         beside.replace(self._folder / MANIFEST)
 
-    def _spread(self, gulp: pa.Table, writers: Sequence[Any]) -> I64:
-        """Write each row to its user's file, in the order given; returns how many went to each file."""
-        users, at = distinct(gulp, self._columns.user)
-        file = np.array([item_key(user) % self._count for user in users], np.int64)[at]
-        order = np.argsort(file, kind="stable")
-        bounds = np.searchsorted(file[order], np.arange(self._count + 1))
-        sorted_rows = gulp.take(order)
+    def _distribute(self, chunk: pa.Table, writers: Sequence[Any]) -> I64:
+        """Write each row to its user's file, in the given order; return the number of rows [F] written to each."""
+        users, user_of_row = distinct(chunk, self._columns.user)
+        file = np.array([item_key(user) % self._file_count for user in users], np.int64)[user_of_row]  # [N]
+        order = np.argsort(file, kind="stable")  # [N] rows by file, in their order within each
+        bounds = np.searchsorted(file[order], np.arange(self._file_count + 1))  # [F + 1]: file f owns bounds[f:f + 2]
+        sorted_rows = chunk.take(order)
         for writer, first, last in zip(writers, bounds[:-1], bounds[1:], strict=True):
             if last > first:
                 writer.write_table(sorted_rows.slice(first, last - first))
-        self._end_ms = max(self._end_ms, int(times_ms(gulp, self._columns).max()) + 1)
+        self._end_ms = max(self._end_ms, int(times_ms(chunk, self._columns).max()) + 1)
         for name, counter in ((self._columns.action, self._actions), (self._columns.surface, self._surfaces)):
             if name:
-                values, at = distinct(gulp, name)
+                values, at = distinct(chunk, name)
                 counter.update(dict(zip(values, np.bincount(at).tolist(), strict=True)))
         return np.diff(bounds)
 
 
-def _gulps(files: Sequence[Path], columns: LogColumns, rows_max: int) -> Iterator[pa.Table]:
-    """The rows of Parquet files in order, at most `rows_max` at once, ids and names as text."""
+def _chunks(files: Sequence[Path], columns: LogColumns, rows_max: int) -> Iterator[pa.Table]:
+    """Yield the rows of Parquet files in order, at most `rows_max` at once, with ids and names as text."""
     held: list[pa.Table] = []
     schema = None
     for file in files:
@@ -191,6 +200,7 @@ def _gulps(files: Sequence[Path], columns: LogColumns, rows_max: int) -> Iterato
 
 
 def _with_text(table: pa.Table, columns: LogColumns) -> pa.Table:
+    """Cast the columns of ids and names to text."""
     texts = {columns.user, columns.item, columns.action, columns.surface}
     return pa.table(
         {name: pc.cast(table[name], pa.string()) if name in texts else table[name] for name in table.column_names}
@@ -198,10 +208,10 @@ def _with_text(table: pa.Table, columns: LogColumns) -> pa.Table:
 
 
 def _packed(rows: Sequence[int], rows_max: int) -> Iterator[list[int]]:
-    """Files in order, as many to a shard as fit. Raises `LogError` where one alone does not."""
+    """Yield groups of consecutive files that fit into a shard. Raises `LogError` if a single file does not fit."""
     if max(rows) > rows_max:
         raise LogError(
-            f"some users have too many actions for a shard: {max(rows):,}, {rows_max:,} fit; "
+            f"some users have too many actions for a shard: {max(rows):,}, and {rows_max:,} fit; "
             f"set log.rows_in_memory_max to {2 * max(rows):,} or more"
         )
     shard: list[int] = []
@@ -221,7 +231,7 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _manifest(folder: Path, of: str) -> dict[str, Any] | None:
-    """What was written last, if that was complete and of these files."""
+    """Return the manifest in `folder`, or None if it is missing or of other files or options than `of`."""
     try:
         values: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):

@@ -1,18 +1,13 @@
-"""What a release is worth on a log: the item that came next, ranked, with popularity beside it.
+"""Next-item evaluation of a release on a set of queries, next to a popularity baseline.
 
-Two protocols ask the questions. *Leave one out*: each user's last action. *Rolling*: every action from a time on, in
-consecutive spans, each asked with what the user had done strictly before it, so actions of one second do not see each
-other. Scores that read the time of the request stand in a table of their own.
+Metrics that use the time of the request ("time-given") are reported separately from those that do not ("time-blind").
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.csv
@@ -20,122 +15,102 @@ import pyarrow.csv
 from encoder.actions.columns import item_key
 from encoder.arrays import I64
 from encoder.data.log import ActionLog, LogError
-from encoder.data.split import Questions, SplitConfig, make_split
+from encoder.data.split import Queries
 from encoder.evaluation.next_item import NextItemEvaluator, Scores, known_items
-from encoder.evaluation.queries import NewestRows
-from encoder.evaluation.ranking import bootstrap_interval, interest_entropy, p90_coverage
+from encoder.evaluation.ranking import bootstrap_interval, hits_at, interest_entropy, p90_coverage
 from encoder.features import Vocabularies
 from encoder.release import Release
 
 INTEREST_TOP = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """What one way of ranking scored."""
-
-    hr10: float
-    hr10_interval: tuple[float, float]
-    """95 %, users drawn anew."""
-    ndcg10: float
-
-    @classmethod
-    def of(cls, scores: Scores, users: I64, seed: int) -> Column:
-        interval = bootstrap_interval((scores.ranks < 10).astype(np.float64), users, seed=seed)
-        return cls(scores.hr10, interval, scores.ndcg10)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The scores of one set of questions."""
-
-    name: str
-    questions: int
-    unknown: int
-    """Questions whose answer the release does not know; misses, for everyone."""
-    time_blind: Column
-    time_given: Column | None
-    """With the time of the request; only where the release has a read-out."""
-    popularity: Column
-    p90_coverage10: float
-    interest_entropy50: float | None
-    """None without interests."""
+"""Number of recommendations whose interests enter the entropy."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """How questions are graded."""
+    """Options of an evaluation."""
 
-    hide_seen: bool
+    mask_seen: bool
+    """Whether items that the user has acted on are left out of the ranking."""
     candidates: int = 0
-    """Answers are ranked among so many random items, the same for all; 0 for all items."""
+    """Number of random items, the same for all queries, that targets are ranked among; 0 for the whole catalogue."""
     interests: I64 | None = None
-    """[I] interest of each item of the vocabulary."""
+    """[I] interest of each item of the vocabulary, from `read_interests`."""
     seed: int = 1
+    """Seed of the candidates and of the bootstrap."""
 
 
-def leave_one_out(log: ActionLog, *, items_min: int, questions_max: int, seed: int) -> tuple[ActionLog, Questions]:
-    """The log without rare items and the last action of every user with three or more."""
-    config = SplitConfig("leave_one_out", items_min=items_min, questions_max=questions_max)
-    split = make_split(log, config, seed=seed)
-    return split.log, split.test
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Metrics of one way of ranking; the field names are keys of the JSON line."""
+
+    hr10: float
+    hr10_interval: tuple[float, float]
+    """95 % bootstrap interval of `hr10`, resampling users."""
+    ndcg10: float
+
+    @classmethod
+    def of(cls, scores: Scores, users: I64, seed: int) -> Metrics:
+        """Return the metrics of scores whose queries belong to `users` [Q]."""
+        interval = bootstrap_interval(hits_at(scores.ranks, 10), users, seed=seed)
+        return cls(scores.hr10, interval, scores.ndcg10)
 
 
-def rolling(log: ActionLog, *, from_ms: int, spans: int, questions_max: int, seed: int) -> list[tuple[str, Questions]]:
-    """Spans of equal time from `from_ms` to the end of the log, each with its questions. Raises `LogError`."""
-    time_ms = log.actions["timestamp_ms"]
-    later = np.flatnonzero(time_ms >= from_ms)
-    asked = NewestRows(log.starts, time_ms).before(log.user_of_row[later], time_ms[later])
-    answers, asked = later[asked >= 0], asked[asked >= 0]
-    if not len(answers):
-        raise LogError(f"no action of a known user from {day(from_ms)} on: name an earlier start or a longer log")
-    bounds = np.linspace(from_ms, int(time_ms.max()) + 1, spans + 1).astype(np.int64)
-    rng = np.random.default_rng(seed)
-    parts = []
-    for begin, end in itertools.pairwise(bounds.tolist()):
-        inside = np.flatnonzero((time_ms[answers] >= begin) & (time_ms[answers] < end))
-        inside = np.sort(rng.permutation(inside)[:questions_max])
-        if len(inside):
-            parts.append((f"{day(begin)} to {day(end)}", Questions(asked[inside], answers[inside])))
-    return parts
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics of one set of queries; the field names are keys of the JSON line."""
+
+    name: str
+    questions: int
+    """Number of queries."""
+    unknown: int
+    """Number of queries whose target item the release does not know; they count as misses for every ranking."""
+    time_blind: Metrics
+    time_given: Metrics | None
+    """Metrics with the time of the request; None if the release has no read-out."""
+    popularity: Metrics
+    p90_coverage10: float
+    interest_entropy50: float | None
+    """Mean interest entropy of the top 50; None without interests."""
 
 
-def grade(release: Release, log: ActionLog, name: str, questions: Questions, grading: EvaluationOptions) -> Part:
-    """All scores of one set of questions."""
+def evaluate_queries(
+    release: Release, log: ActionLog, name: str, queries: Queries, options: EvaluationOptions
+) -> Evaluation:
+    """Evaluate a release on one set of queries. Raises `LogError` if it knows none of the target items."""
     model, items = release.model, known_items(release.model)
     candidates = None
-    if grading.candidates and grading.candidates < len(items):
-        candidates = np.random.default_rng(grading.seed).permutation(len(items))[: grading.candidates]
+    if options.candidates and options.candidates < len(items):
+        candidates = np.random.default_rng(options.seed).permutation(len(items))[: options.candidates]
     evaluator = NextItemEvaluator(
-        log, release.vocabularies, questions, hide_seen=grading.hide_seen, candidates=candidates
+        log, release.vocabularies, queries, mask_seen=options.mask_seen, candidates=candidates
     )
     if not evaluator.known.any():
-        raise LogError(f"the release knows no item of the {len(questions):,} answers: is this the log of its items?")
-    users = log.user_of_row[questions.answer]
-    queries = evaluator.queries(model)
-    given = (
-        Column.of(evaluator.encoder_scores(model, time_given=True), users, grading.seed)
-        if model.config.read_out
-        else None
-    )
-    return Part(
+        raise LogError(f"the release knows none of the {len(queries):,} target items: is this the log of its items?")
+    users = log.user_of_row[queries.target]
+    vectors = evaluator.query_vectors(model)  # [K, E]
+    time_given, entropy = None, None
+    if model.config.read_out:
+        time_given = Metrics.of(evaluator.encoder_scores(model, time_given=True), users, options.seed)
+    if options.interests is not None:
+        top = evaluator.top_items(vectors, items, min(INTEREST_TOP, len(items)))
+        entropy = float(interest_entropy(top, options.interests).mean())
+    return Evaluation(
         name=name,
-        questions=len(questions),
+        questions=len(queries),
         unknown=int(np.count_nonzero(~evaluator.known)),
-        time_blind=Column.of(evaluator.scores(queries, items), users, grading.seed),
-        time_given=given,
-        popularity=Column.of(evaluator.popularity_scores(), users, grading.seed),
-        p90_coverage10=p90_coverage(evaluator.top(queries, items, min(10, len(items))), items=len(items)),
-        interest_entropy50=None
-        if grading.interests is None
-        else float(
-            interest_entropy(evaluator.top(queries, items, min(INTEREST_TOP, len(items))), grading.interests).mean()
-        ),
+        time_blind=Metrics.of(evaluator.scores(vectors, items), users, options.seed),
+        time_given=time_given,
+        popularity=Metrics.of(evaluator.popularity_scores(), users, options.seed),
+        p90_coverage10=p90_coverage(evaluator.top_items(vectors, items, min(10, len(items))), items=len(items)),
+        interest_entropy50=entropy,
     )
 
 
 def read_interests(path: Path, vocabularies: Vocabularies) -> I64:
-    """[I] interest of each known item, from a CSV with the columns `item_id` and `interest`; 0 for items not named."""
+    """Return the interest [I] of each known item from a CSV with the columns `item_id` and `interest`.
+
+    Interests are numbered from 1; items that are not in the file get 0. Raises `LogError`.
+    """
     try:
         table = pyarrow.csv.read_csv(path)
         keys = [item_key(str(value)) for value in table["item_id"].to_pylist()]
@@ -145,18 +120,7 @@ def read_interests(path: Path, vocabularies: Vocabularies) -> I64:
         raise LogError(
             f"interests cannot be read: {path} ({detail}); it needs the columns item_id, interest"
         ) from error
-    number = {name: place for place, name in enumerate(sorted(set(names)), start=1)}
+    number = {name: index for index, name in enumerate(sorted(set(names)), start=1)}
     by_key = dict(zip(keys, names, strict=True))
     known: Sequence[int] = vocabularies.item_keys.tolist()
     return np.array([number[by_key[key]] if key in by_key else 0 for key in known], np.int64)
-
-
-def later_ms(release: Release) -> int | None:
-    """The event time from which on the release was neither trained nor validated, as far as it says."""
-    value: Any = release.training.get("later_ms")
-    return value if isinstance(value, int) else None
-
-
-def day(time_ms: int) -> str:
-    """The UTC day of a time."""
-    return datetime.fromtimestamp(int(time_ms) / 1_000, UTC).strftime("%Y-%m-%d")

@@ -1,8 +1,11 @@
-"""Full ranking of the item that came next, beside what popularity alone would have said.
+"""Next-item evaluation: the rank of the item that came next among all items, for an encoder and for popularity.
 
-Items on which the user had already acted are left out of the ranking where a log never repeats one (`hide_seen`). An
-answer that the encoder does not know is a miss. Scores that read the time of the request ("time-given") are computed
-by their own call and never mixed with those that do not.
+Items that the user has already acted on are masked if `mask_seen` is set, which is right for logs in which a user never
+acts on an item twice. A target that the encoder does not know is a miss. Scores that use the time of the request
+("time-given") come from a call of their own and are never mixed with the others.
+
+Shapes: N actions, Q queries, K queries whose target is known, E embedding, I items.
+Item rows run from 1 in `Tokens` (0 is the unknown item) and from 0 in rankings, which leave the unknown item out.
 """
 
 from __future__ import annotations
@@ -16,121 +19,129 @@ from torch import Tensor
 
 from encoder.arrays import I64
 from encoder.data.log import DAY_MS, ActionLog
-from encoder.data.split import Questions
+from encoder.data.split import Queries
 from encoder.evaluation.queries import embeddings_after, items_before
 from encoder.evaluation.ranking import hits_at, ndcg_at, target_ranks, top_items
 from encoder.features import UNKNOWN, Tokens, Vocabularies
 from encoder.model import AnyEncoder
 
 MISSED = np.iinfo(np.int64).max
+"""Rank of a target that the encoder does not know."""
 POPULAR_DAYS = 7
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Means over the questions, and each question's rank."""
+    """Mean metrics over the queries, and the rank of each target."""
 
     hr10: float
     ndcg10: float
     ranks: I64
+    """[Q] rank of each target, from 0; `MISSED` if its item is unknown."""
 
     @classmethod
     def of(cls, ranks: I64) -> Scores:
+        """Return the scores of ranks [Q]."""
         return cls(float(hits_at(ranks, 10).mean()), float(ndcg_at(ranks, 10).mean()), ranks)
 
 
 class NextItemEvaluator:
-    """The questions of one log for any number of encoders with one vocabulary."""
+    """Ranks the targets of one set of queries for any number of encoders with one vocabulary."""
 
     def __init__(
         self,
         log: ActionLog,
         vocabularies: Vocabularies,
-        questions: Questions,
+        queries: Queries,
         *,
-        hide_seen: bool,
+        mask_seen: bool,
         candidates: I64 | None = None,
     ) -> None:
-        """`candidates` are rows of the vocabulary's items, from 0, among which answers are ranked; None takes all."""
-        self.log, self.questions, self.candidates = log, questions, candidates
+        """Prepare the queries; `candidates` are item rows, from 0, to rank among, or None for all items."""
+        self.log, self.queries, self.candidates = log, queries, candidates
         self.tokens: Tokens = log.tokens(vocabularies)
         self.items = len(vocabularies.item_keys)
-        self.answers = self.tokens.item[questions.answer]
-        self.known = self.answers != UNKNOWN
-        self._seen = self._hidden() if hide_seen else None
+        self.target_items = self.tokens.item[queries.target]  # [Q]
+        self.known = self.target_items != UNKNOWN  # [Q]
+        self._seen = known_pairs(items_before(self.tokens, log.starts, self.newest)) if mask_seen else None
 
     @torch.inference_mode()
-    def queries(self, model: AnyEncoder, *, time_given: bool = False) -> Tensor:
-        """[K, E]: the encoder's embedding after the asked action of each question whose answer is known."""
+    def query_vectors(self, model: AnyEncoder, *, time_given: bool = False) -> Tensor:
+        """Return the user embedding [K, E] at each query whose target is known."""
         since_ms = None
         if time_given:
             time_ms = self.tokens.time_ms
-            since_ms = time_ms[self.questions.answer[self.known]] - time_ms[self.asked]
-        return embeddings_after(model, self.tokens, self.log.starts, self.asked, since_ms)
+            since_ms = time_ms[self.queries.target[self.known]] - time_ms[self.newest]
+        return embeddings_after(model, self.tokens, self.log.starts, self.newest, since_ms)
 
     def encoder_scores(self, model: AnyEncoder, *, time_given: bool = False) -> Scores:
-        """How the encoder's embedding after each asked action ranks the answer."""
-        return self.scores(self.queries(model, time_given=time_given), known_items(model))
+        """Return the scores of an encoder."""
+        return self.scores(self.query_vectors(model, time_given=time_given), known_items(model))
 
-    def scores(self, queries: Tensor, items: Tensor) -> Scores:
-        """How queries [K, E] rank the answers among items [I, E]."""
-        ranks = target_ranks(queries, items, self.answers[self.known] - 1, self._seen, self.candidates)
-        return Scores.of(self._full(ranks))
+    def scores(self, vectors: Tensor, items: Tensor) -> Scores:
+        """Return the scores of query vectors [K, E] against item vectors [I, E]."""
+        targets = self.target_items[self.known] - 1
+        return Scores.of(self._all_ranks(target_ranks(vectors, items, targets, self._seen, self.candidates)))
 
-    def top(self, queries: Tensor, items: Tensor, k: int) -> I64:
-        """[K, k] rows of the items that queries [K, E] rank highest, from 0."""
-        return top_items(queries, items, k, self._seen)
+    def top_items(self, vectors: Tensor, items: Tensor, k: int) -> I64:
+        """Return the rows [K, k], from 0, of the items that query vectors [K, E] rank highest."""
+        return top_items(vectors, items, k, self._seen)
 
     def popularity_scores(self) -> Scores:
-        """The same ranking by how often an item was acted on in the seven days before the day of the answer."""
-        day = self.log.actions["timestamp_ms"] // DAY_MS
-        order = np.argsort(day, kind="stable")
-        days = day[self.questions.answer[self.known]]
-        targets = self.answers[self.known] - 1
+        """Return the scores of a baseline: items ranked by their actions in the seven days before the target's day."""
+        day = self.log.actions["timestamp_ms"] // DAY_MS  # [N]
+        order = np.argsort(day, kind="stable")  # [N] rows by day
+        days = day[self.queries.target[self.known]]  # [K]
+        targets = self.target_items[self.known] - 1
         ranks = np.empty(len(days), np.int64)
-        for value in np.unique(days):
+        for value in np.unique(days):  # all queries of one day share the counts
             first, last = np.searchsorted(day[order], [value - POPULAR_DAYS, value])
-            seen = self.tokens.item[order[first:last]]
-            counts = np.bincount(seen[seen != UNKNOWN] - 1, minlength=self.items).astype(np.float32)
-            mine = np.flatnonzero(days == value)
-            hidden = None if self._seen is None else _pairs_of(self._seen, mine)
-            ranks[mine] = target_ranks(
-                torch.ones(len(mine), 1), torch.from_numpy(counts)[:, None], targets[mine], hidden, self.candidates
+            recent = self.tokens.item[order[first:last]]
+            counts = np.bincount(recent[recent != UNKNOWN] - 1, minlength=self.items).astype(np.float32)  # [I]
+            today = np.flatnonzero(days == value)
+            masked = None if self._seen is None else _pairs_of(self._seen, today)
+            # A count is the score of an item for every query: 1-d vectors, [queries, 1] @ [1, I].
+            ranks[today] = target_ranks(
+                torch.ones(len(today), 1), torch.from_numpy(counts)[:, None], targets[today], masked, self.candidates
             )
-        return Scores.of(self._full(ranks))
+        return Scores.of(self._all_ranks(ranks))
 
     @property
-    def asked(self) -> I64:
-        """[K] the newest action of each question whose answer is known."""
-        asked: I64 = self.questions.asked[self.known]
-        return asked
+    def newest(self) -> I64:
+        """[K] newest row of each query whose target is known."""
+        newest: I64 = self.queries.newest[self.known]
+        return newest
 
-    def _full(self, ranks: I64) -> I64:
+    def _all_ranks(self, ranks: I64) -> I64:
+        """Extend ranks [K] to all queries [Q]; the others are misses."""
         all_ranks = np.full(len(self.known), MISSED)
         all_ranks[self.known] = ranks
         return all_ranks
 
-    def _hidden(self) -> tuple[I64, I64]:
-        return known_pairs(items_before(self.tokens, self.log.starts, self.asked))
-
 
 def known_items(model: AnyEncoder) -> Tensor:
-    """[I, E] embeddings of the known items, without the unknown one, on the CPU."""
+    """Return the embeddings [I, E] of the known items on the CPU, without the unknown item."""
     with torch.inference_mode():
         return model.item_embeddings().float()[1:].to("cpu", copy=True)
 
 
 def known_pairs(pairs: tuple[I64, I64]) -> tuple[I64, I64]:
-    """The pairs (query, item row) of known items, items numbered from 0."""
+    """Drop the pairs (query, item row) of the unknown item and number the items from 0."""
     query, item = pairs
     return query[item != UNKNOWN], item[item != UNKNOWN] - 1
 
 
 def _pairs_of(pairs: tuple[I64, I64], queries: I64) -> tuple[I64, I64]:
-    """The pairs (query, item) of ascending `queries`, which are numbered anew from 0."""
+    """Return the pairs (query, item) of the ascending `queries`, which are renumbered from 0.
+
+    pairs[0]   0 0 0 1 1 2 2 2 2 3      queries = [0, 2]
+    first      0         5              the pairs of query 2 are pairs[first[1]:last[1]]
+    result     0 0 0     1 1 1 1
+    """
     first, last = (np.searchsorted(pairs[0], queries, side=side) for side in SIDES)
     sizes = last - first
     query = np.repeat(np.arange(len(queries)), sizes)
+    # Position i of the result, less the result's offset of its query, plus the offset of that query in `pairs`.
     at = np.arange(len(query)) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
     return query, pairs[1][at]

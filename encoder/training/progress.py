@@ -1,4 +1,4 @@
-"""A training under way, for people: a bar with rates and time left on a terminal, a line now and then without one."""
+"""Display of a training in progress: a bar with rate and time left on a terminal, a line every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 
-from encoder.training.run import Progress as TrainingState
+from encoder.training.run import Progress
 
 LINE_EVERY_S = 15.0
 
 
 class TrainingScreen:
-    """Takes what `train_release` reports; a context, so that the terminal is left as it was found."""
+    """Shows the progress that `train_release` reports; a context manager, which restores the terminal at its end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
+        self._bar = ProgressBar(
             TextColumn("training"),
             BarColumn(),
             TaskProgressColumn(),
@@ -28,8 +29,8 @@ class TrainingScreen:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=1.0)
-        self._told = 0.0
-        self._first: TrainingState | None = None
+        self._printed_s = 0.0
+        self._first: Progress | None = None
 
     def __enter__(self) -> TrainingScreen:
         self._bar.start()
@@ -41,30 +42,30 @@ class TrainingScreen:
         self._bar.stop()
 
     def line(self, text: str) -> None:
-        """Say something above the bar."""
+        """Print a line above the bar."""
         self._bar.console.print(text, highlight=False)
 
     def prepare(self, text: str) -> None:
-        """Say what is done that is no training, beside the bar, or in a line when the last is long enough ago."""
+        """Show a step before training: next to the bar, or as a line if the previous line is old enough."""
         self._bar.update(self._task, description=text)
-        self._line_now_and_then(text)
+        self._line_if_due(text)
 
-    def show(self, standing: TrainingState) -> None:
-        """Move the bar, or print a line when the last is long enough ago."""
-        self._first = self._first or standing
-        figures = progress_text(self._first, standing)
-        self._bar.update(self._task, completed=standing.fraction, description=figures)
-        self._line_now_and_then(f"{standing.fraction:.0%} {figures}", is_last=standing.fraction >= 1)
+    def show(self, progress: Progress) -> None:
+        """Move the bar, or print a line if the previous line is old enough."""
+        self._first = self._first or progress
+        figures = progress_text(self._first, progress)
+        self._bar.update(self._task, completed=progress.fraction, description=figures)
+        self._line_if_due(f"{progress.fraction:.0%} {figures}", is_last=progress.fraction >= 1)
 
-    def _line_now_and_then(self, text: str, *, is_last: bool = False) -> None:
+    def _line_if_due(self, text: str, *, is_last: bool = False) -> None:
         now = time.monotonic()
-        if self._bar.disable and (now - self._told >= LINE_EVERY_S or is_last):
-            self._told = now
+        if self._bar.disable and (now - self._printed_s >= LINE_EVERY_S or is_last):
+            self._printed_s = now
             self.line(text)
 
 
-def progress_text(first: TrainingState, now: TrainingState) -> str:
-    """Rate and time left, by what was done since the first report, then epoch, loss and the last validation."""
+def progress_text(first: Progress, now: Progress) -> str:
+    """Return rate and time left, measured since the first report, then epoch, loss and the last validation metric."""
     seconds, done = now.seconds - first.seconds, now.fraction - first.fraction
     parts = [f"epoch {now.epoch}", f"loss {now.loss:.3f}"]
     if seconds > 0 and done > 0:

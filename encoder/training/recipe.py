@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training makes, read from one TOML file and checked whole."""
+"""Recipes: all settings that determine the result of a training, read from one TOML file and validated as a whole."""
 
 from __future__ import annotations
 
@@ -24,55 +24,58 @@ class RecipeError(StreamformerError):
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """Where the actions are."""
+    """Location of the actions."""
 
     path: str = ""
-    """A `.parquet`, `.csv` or `.csv.gz` file, or a folder of Parquet files, in a recipe's file seen from its folder; a
-    command may name another."""
+    """A `.parquet`, `.csv` or `.csv.gz` file, or a folder of Parquet files.
+
+    A relative path in a recipe file is relative to the folder of that file. `--actions` overrides it."""
     columns: LogColumns = field(default_factory=LogColumns)
     rows_in_memory_max: int = 30_000_000
-    """Actions held at once, about 300 bytes each. A Parquet log of more is trained on in shards on disk, which then
-    decide the result: at most half as many actions in each, for the users who validate are held beside it."""
+    """Maximum number of actions in memory, at about 300 bytes each.
+
+    A larger Parquet log is trained on in shards on disk, and the result then depends on this number. A shard has at
+    most half as many actions, because the validating users are kept in memory next to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemConfig:
-    """Where item vectors come from."""
+    """Source of the item vectors."""
 
     source: Literal["trained", "file", "text"] = "trained"
     initial: Literal["random", "cooccurrence"] = "random"
-    """How trained vectors begin: "cooccurrence" factorises what is acted on together, worth several epochs."""
+    """Initial value of trained vectors; "cooccurrence" factorises co-occurrences and replaces several epochs."""
     path: str = ""
-    """Vectors (see `encoder.items.read_vectors`), or a CSV of texts with the columns below; like `log.path`."""
+    """File of vectors (see `encoder.items.read_vectors`) or CSV of texts; a relative path is as in `log.path`."""
     id_column: str = "item_id"
     text_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Which actions are read and predicted, and how histories become batches."""
+    """Actions to read and to predict, and how histories become batches."""
 
     positives: tuple[str, ...] = ()
-    """Action types that are predicted; none named means all."""
+    """Action types to predict; empty means all."""
     items_min: int = 5
-    """Items that occur less often share the unknown row."""
+    """Minimum number of occurrences of an item; rarer items share the unknown row."""
     chunk: int = 200
-    """Histories are cut into pieces of this many actions, at another random phase in each epoch."""
+    """Number of actions per piece of a history; the cuts have a different random phase in each epoch."""
     batch_tokens: int = 6_400
-    """Padded tokens of a batch of one process."""
+    """Maximum number of padded tokens per batch and process."""
     hide_seen: bool = True
-    """Items that a user has acted on are left out of rankings: right where a log never repeats one."""
+    """Whether rankings mask items that the user has acted on: right if users never act on an item twice."""
     unknown_rate: float = 0.005
-    """Share of the items that are hidden behind the unknown row, so that it is trained."""
+    """Share of the input items that training replaces by the unknown row, so that the row is trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine to nothing over the budget."""
+    """AdamW with a linear warm-up and a cosine decay to zero over the budget."""
 
     lr: float = 3e-3
     weight_decay: float = 0.01
-    """On matrices that are no tables."""
+    """Weight decay of the matrices of Linear layers."""
     warmup_steps: int = 100
     clip: float = 1.0
     dropout: float = 0.2
@@ -80,19 +83,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True)
 class BudgetConfig:
-    """When training ends."""
+    """End of training."""
 
     tokens_max: int = 20_000_000
-    """Real (not padded) tokens read by all processes together; the learning rate is zero when they are spent."""
+    """Number of real (not padded) tokens read by all processes together; the learning rate reaches zero there."""
     validate_tokens: int = 2_000_000
-    """Tokens between two validations."""
+    """Number of tokens between two validations."""
     patience: int = 5
-    """Validations without a new best after which training stops; the best weights are released."""
+    """Number of validations without a new best after which training stops; the best weights are released."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a training makes, with the same seed and machine, is a function of this and of the log."""
+    """All settings of a training; on one machine the release is a function of the recipe and the log."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -105,7 +108,7 @@ class Recipe:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     seed: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the encoder's products; "auto" takes the faster one of this machine."""
+    """Precision of the encoder's matrix products; "auto" measures which one is faster on this machine."""
 
     def __post_init__(self) -> None:
         if self.encoder.kind == "window" and self.data.chunk > self.encoder.sequence_length:
@@ -115,11 +118,11 @@ class Recipe:
         if self.log.rows_in_memory_max < 2:
             raise ValueError("log.rows_in_memory_max must be at least 2")
         if not 0 <= self.optimizer.dropout < 1 or not 0 <= self.data.unknown_rate < 1:
-            raise ValueError("optimizer.dropout and data.unknown_rate must lie in [0, 1)")
+            raise ValueError("optimizer.dropout and data.unknown_rate must be in [0, 1)")
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a TOML file; raises `RecipeError`."""
+    """Return the recipe of a TOML file. Raises `RecipeError`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,13 +130,13 @@ def read_recipe(path: Path) -> Recipe:
     try:
         recipe = parse_recipe(values)
     except RecipeError as error:
-        raise RecipeError(f"{error}; mend {path}") from None
+        raise RecipeError(f"{error}; correct {path}") from None
     parts = {name: part for name in ("log", "items") if (part := getattr(recipe, name)).path}
     return replace(recipe, **{name: replace(part, path=str(path.parent / part.path)) for name, part in parts.items()})
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of nested tables; raises `RecipeError` with every unknown key and every wrong value."""
+    """Return the recipe of nested tables. Raises `RecipeError` that lists every unknown key and every wrong value."""
     problems = [f"unknown key {key}" for key in _unknown_keys(values, Recipe, "")]
     recipe = None
     try:

@@ -1,6 +1,6 @@
-"""One training from a log and a recipe to a release: the budget, validation, early stop, and going on after a kill.
+"""A training run from a log and a recipe to a release: budget, validation, early stopping, and resuming after a kill.
 
-The metric that decides is HR@10 over the validating questions of the recipe's split.
+The validation metric is HR@10 over the validation queries of the recipe's split.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ CHECKPOINT_EVERY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a training stands, for people."""
+    """Progress of a training, for people."""
 
     epoch: int
     step: int
     tokens: int
     fraction: float
-    """Of the budget, 0 to 1."""
+    """Share of the budget that is spent, from 0 to 1."""
     seconds: float
+    """Training time, including that before a resume."""
     loss: float
-    """Mean since the report before."""
+    """Mean loss since the previous report."""
     metric: float | None
-    """Of the last validation."""
+    """Metric of the last validation."""
 
 
 def train_release(
@@ -59,49 +60,41 @@ def train_release(
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Release:
-    """Train until the budget of the recipe is spent (or `seconds_max`), and save the release in `out_dir`.
+    """Train until the recipe's budget or `seconds_max` is spent, and save the release in `out_dir`.
 
-    Of a log in shards one is in memory at a time, beside the users who validate (see `split_shards`).
-    Uses all cores if that is faster as the machine is loaded, unless `threads` says how many. With `resume` a
-    checkpoint is kept in `out_dir` while training and, if one is there, training goes on from it, to the same weights
-    as if it had never stopped (unless a time limit ends it). `progress` hears every two seconds and at the end. The
-    same seed, machine, number of threads and no time limit give the same release, on CPUs to the last bit. Raises
-    `LogError`, `ItemError`, `CheckpointError` or `DeviceError`.
+    Of a log in shards, one shard is in memory at a time, next to the validating users (see `split_shards`). Without
+    `threads`, all cores are used if that is measured to be faster on the machine as it is loaded now. With `resume`,
+    checkpoints are kept in `out_dir` during training, and training continues from one that is there, to the same
+    weights as without the interruption (except under a time limit). `progress` is called every two seconds and at the
+    end. The same seed, machine and number of threads, without a time limit, give the same release; on CPUs it is equal
+    to the last bit. Raises `LogError`, `ItemError`, `CheckpointError` or `DeviceError`.
     """
-    run = Run(
-        log,
-        recipe,
-        out_dir=out_dir,
-        seconds_max=seconds_max,
-        threads=threads,
-        resume=resume,
-        checkpoint_every_s=checkpoint_every_s,
-        progress=progress,
-    )
+    options = RunOptions(out_dir, seconds_max, threads, resume, checkpoint_every_s, progress)
+    run = Run(log, recipe, options)
     run.train()
     return run.finish()
 
 
-class Run:
-    """A training under way, seen from outside: the clock, the metric, the files."""
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of a run; see `train_release`."""
 
-    def __init__(
-        self,
-        log: ActionLog | Shards,
-        recipe: Recipe,
-        *,
-        out_dir: Path,
-        seconds_max: float | None,
-        threads: int | None,
-        resume: bool,
-        checkpoint_every_s: float,
-        progress: Callable[[Progress], None],
-    ) -> None:
+    out_dir: Path
+    seconds_max: float | None
+    threads: int | None
+    resume: bool
+    checkpoint_every_s: float
+    progress: Callable[[Progress], None]
+
+
+class Run:
+    """A training run: the clock, validation and files around a `Trainer`."""
+
+    def __init__(self, log: ActionLog | Shards, recipe: Recipe, options: RunOptions) -> None:
         self.started = self.reported = self.saved = time.monotonic()
-        self.recipe, self.out_dir, self.seconds_max, self.resume = recipe, out_dir, seconds_max, resume
-        self.progress, self.checkpoint_every_s = progress, checkpoint_every_s
+        self.recipe, self.options = recipe, options
         self.group = join_process_group()
-        torch.set_num_threads(threads or (faster_threads() if self.group.size == 1 else 1))
+        torch.set_num_threads(options.threads or (faster_threads() if self.group.size == 1 else 1))
         split: Split | ShardedSplit
         if isinstance(log, ActionLog):
             split = make_split(log, recipe.split, seed=recipe.seed)
@@ -109,87 +102,94 @@ class Run:
             split = split_shards(log, recipe.split, seed=recipe.seed)
         self.trainer = make_trainer(split.train, recipe, self.group)
         self.evaluator = NextItemEvaluator(
-            split.log, self.trainer.vocabularies, split.validation, hide_seen=recipe.data.hide_seen
+            split.log, self.trainer.vocabularies, split.validation, mask_seen=recipe.data.hide_seen
         )
-        self.later_ms = split.later_ms
+        self.unseen_from_ms = split.unseen_from_ms
         self.fingerprint = fingerprint(split.train, recipe)
-        self.standing = TrainingState(next_validation=recipe.budget.validate_tokens)
-        if resume:
-            self.standing = load_checkpoint(out_dir, self.trainer, self.fingerprint)
+        self.state = TrainingState(next_validation=recipe.budget.validate_tokens)
+        if options.resume:
+            self.state = load_checkpoint(options.out_dir, self.trainer, self.fingerprint)
         self.metric: float | None = None
         self.losses: list[float] = []
 
     @property
     def seconds(self) -> float:
-        return self.standing.seconds + time.monotonic() - self.started
+        """Training time so far, including that before a resume."""
+        return self.state.seconds + time.monotonic() - self.started
 
     @property
     def fraction(self) -> float:
-        """Share of the budget that is spent, by tokens or by the clock, whichever is further."""
+        """Share of the budget that is spent, by tokens or by the clock, whichever is larger."""
         by_tokens = self.trainer.tokens / self.recipe.budget.tokens_max
-        return self.group.maximum(max(by_tokens, self.seconds / self.seconds_max)) if self.seconds_max else by_tokens
+        if not self.options.seconds_max:
+            return by_tokens
+        return self.group.maximum(max(by_tokens, self.seconds / self.options.seconds_max))
 
     def train(self) -> None:
-        """Step until the budget is spent or patience ends; the best weights are left in the model."""
+        """Train until the budget or the patience is exhausted; the model ends with its best weights."""
         for rows in self.trainer.batches():
             self.losses.append(self.trainer.train_step(rows, self.fraction))
-            if self.trainer.tokens >= self.standing.next_validation:
-                self.standing.next_validation += self.recipe.budget.validate_tokens
+            if self.trainer.tokens >= self.state.next_validation:
+                self.state.next_validation += self.recipe.budget.validate_tokens
                 self.validate()
             fraction = self.fraction
-            if fraction >= 1 or self.standing.stale >= self.recipe.budget.patience:
+            if fraction >= 1 or self.state.stale >= self.recipe.budget.patience:
                 break
-            self.tell(fraction)
+            self.report_and_save_if_due(fraction)
         self.validate()
-        if self.standing.best_weights:
-            self.trainer.model.load_state_dict(self.standing.best_weights)
+        if self.state.best_weights:
+            self.trainer.model.load_state_dict(self.state.best_weights)
         self.report(1.0)
 
     def validate(self) -> None:
-        """Measure, and remember the weights where they are the best so far."""
-        if not len(self.evaluator.questions):
+        """Compute the metric, and keep a copy of the weights if it is the best so far."""
+        if not len(self.evaluator.queries):
             return
         self.metric = self.evaluator.encoder_scores(self.trainer.model).hr10
-        self.standing.stale += 1
-        if self.standing.best is None or self.metric > self.standing.best:
+        self.state.stale += 1
+        if self.state.best is None or self.metric > self.state.best:
             weights = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
-            self.standing.best, self.standing.best_weights, self.standing.stale = self.metric, weights, 0
+            self.state.best, self.state.best_weights, self.state.stale = self.metric, weights, 0
 
-    def tell(self, fraction: float) -> None:
-        """Report and write a checkpoint when it is time."""
+    def report_and_save_if_due(self, fraction: float) -> None:
+        """Report progress and write a checkpoint, each when its interval has passed."""
         now = time.monotonic()
         if now - self.reported >= PROGRESS_EVERY_S:
             self.reported = now
             self.report(fraction)
-        if self.resume and self.group.maximum(now - self.saved) >= self.checkpoint_every_s:
+        if self.options.resume and self.group.maximum(now - self.saved) >= self.options.checkpoint_every_s:
             self.saved = now
             self.save()
 
     def save(self) -> None:
         """Write the checkpoint."""
-        standing = TrainingState(**{**vars(self.standing), "seconds": self.seconds})
-        save_checkpoint(self.out_dir, self.trainer, standing, self.fingerprint)
+        state = TrainingState(**{**vars(self.state), "seconds": self.seconds})
+        save_checkpoint(self.options.out_dir, self.trainer, state, self.fingerprint)
 
     def report(self, fraction: float) -> None:
+        """Report progress, with the mean loss since the previous report."""
         trainer, loss = self.trainer, float(np.mean(self.losses)) if self.losses else math.nan
         self.losses.clear()
-        self.progress(Progress(trainer.epoch, trainer.step, trainer.tokens, fraction, self.seconds, loss, self.metric))
+        self.options.progress(
+            Progress(trainer.epoch, trainer.step, trainer.tokens, fraction, self.seconds, loss, self.metric)
+        )
 
     def finish(self) -> Release:
-        """Make the release, save it and remove the checkpoint."""
-        metrics = {} if self.standing.best is None else {"validation_hr10": self.standing.best}
+        """Make the release, save it, and remove the checkpoint."""
+        metrics = {} if self.state.best is None else {"validation_hr10": self.state.best}
         release = make_release(
             self.trainer.model, self.trainer.vocabularies, metrics=metrics, training=self.description()
         )
         if self.group.rank == 0:
-            release.save(self.out_dir)
-            (self.out_dir / NAME).unlink(missing_ok=True)
+            release.save(self.options.out_dir)
+            (self.options.out_dir / NAME).unlink(missing_ok=True)
         return release
 
     def description(self) -> dict[str, Any]:
+        """Return the record of this training for the metadata of the release."""
         return {
             "recipe": asdict(self.recipe),
-            "later_ms": self.later_ms,
+            "later_ms": self.unseen_from_ms,
             "tokens": self.trainer.tokens,
             "seconds": round(self.seconds, 1),
             "machine": machine(),
@@ -202,7 +202,7 @@ class Run:
 
 
 def negative_pool(loss: LossConfig, items: int, processes: int) -> str:
-    """What a positive is told apart from in one batch, for people and for the release."""
+    """Describe the negatives of one batch, for people and for the metadata of the release."""
     if loss.kind == "full":
         return f"the whole catalogue of {items:,} items"
     sampled = f"{loss.random_negatives:,} uniform items and up to {loss.batch_negatives_max:,} positives of the batch"
@@ -210,10 +210,10 @@ def negative_pool(loss: LossConfig, items: int, processes: int) -> str:
 
 
 def make_trainer(train: LogParts, recipe: Recipe, group: ProcessGroup) -> Trainer:
-    """The trainer of a recipe at its first step."""
+    """Return the trainer of a recipe before its first step."""
     vocabularies, items = make_items(train, recipe)
     if not len(vocabularies.item_keys):
-        raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or bring a larger log")
+        raise LogError(f"no item occurs {recipe.data.items_min} times: lower data.items_min or use a larger log")
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(recipe.precision)
     precision = named or faster_precision(group.device.type)
     trainer = Trainer(train, recipe, vocabularies, items, group=group, precision=precision)

@@ -1,4 +1,4 @@
-"""The vocabularies and the item vectors that a recipe asks for."""
+"""The vocabularies and the item vectors of a recipe."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from encoder.training.recipe import ItemConfig, Recipe
 
 
 def make_items(log: LogParts, recipe: Recipe) -> tuple[Vocabularies, ItemVectors]:
-    """What the release will know, and where its item vectors begin. Raises `ItemError`.
+    """Return the vocabularies and the initial item vectors of a training. Raises `ItemError`.
 
-    Items with a vector or a text are known without an action; others need `data.items_min` actions in the log.
+    Items with a vector or a text from a file are known without any action; others need `data.items_min` actions.
     """
     vocabularies = log.vocabularies(items_min=recipe.data.items_min)
     if recipe.items.source == "file":
         keys, vectors = read_vectors(Path(recipe.items.path))
         if vectors.shape[1] != recipe.encoder.item_dim:
-            raise ItemError(f"item vectors have {vectors.shape[1]} columns: set encoder.item_dim to that")
+            raise ItemError(f"item vectors have {vectors.shape[1]} columns: set encoder.item_dim to that number")
         return replace(vocabularies, item_keys=keys), FixedItems(vectors)
     if recipe.items.source == "text":
         texts = read_texts(recipe.items)
@@ -35,7 +35,7 @@ def make_items(log: LogParts, recipe: Recipe) -> tuple[Vocabularies, ItemVectors
 
 
 def read_texts(config: ItemConfig) -> dict[str, str]:
-    """Item id -> text of a CSV file, the named columns joined by spaces. Raises `ItemError`."""
+    """Return item id -> text from a CSV file, joining the named columns with spaces. Raises `ItemError`."""
     path = Path(config.path)
     try:
         with path.open(newline="", encoding="utf-8") as file:

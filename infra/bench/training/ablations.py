@@ -117,16 +117,16 @@ def grade(split: Split, ablation: Ablation, name: str, precision: torch.dtype) -
         screen.line(f"training {name}")
         trainer = train(split.train, ablation, precision, screen.show)
     evaluator = evaluator_of(split, trainer)
-    queries, items = evaluator.queries(trainer.model), known_items(trainer.model)
+    queries, items = evaluator.query_vectors(trainer.model), known_items(trainer.model)
     scores = evaluator.scores(queries, items)
-    coverage = p90_coverage(evaluator.top(queries, items, 10), items=len(items))
+    coverage = p90_coverage(evaluator.top_items(queries, items, 10), items=len(items))
     return Graded(hits_at(scores.ranks, 10), scores.ndcg10, coverage)
 
 
 def evaluator_of(split: Split, trainer: AblationTrainer) -> NextItemEvaluator:
     """The test questions, asked without the features that the ablation leaves out."""
     ablation = trainer.ablation
-    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.test, hide_seen=ablation.recipe.data.hide_seen)
+    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.test, mask_seen=ablation.recipe.data.hide_seen)
     evaluator.tokens = without(evaluator.tokens, ablation.hidden)
     return evaluator
 

@@ -102,7 +102,7 @@ def evaluator_of(log: ActionLog, release: Release) -> NextItemEvaluator:
             f"not the standard split: {len(split.test)} questions, {len(release.vocabularies.item_keys)} items; "
             f"split.kind must be leave_one_out with items_min 5, to give {USERS} and {ITEMS}"
         )
-    return NextItemEvaluator(split.log, release.vocabularies, split.test, hide_seen=True)
+    return NextItemEvaluator(split.log, release.vocabularies, split.test, mask_seen=True)
 
 
 def grade(name: str, release: Release, log: ActionLog) -> Graded:

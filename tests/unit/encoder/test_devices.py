@@ -126,8 +126,8 @@ def test_what_leaves_the_device_is_on_the_cpu(recipe: Recipe, monkeypatch: pytes
     """Embeddings, item vectors and all of a checkpoint lie on the CPU, wherever the model is."""
     trainer, saved = simulated(recipe, torch.float32), []
     split = make_split(walks(SEED, users=8, length=24), recipe.split, seed=1)
-    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.validation, hide_seen=False)
-    assert evaluator.queries(trainer.model, time_given=recipe.encoder.read_out).device == CPU
+    evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.validation, mask_seen=False)
+    assert evaluator.query_vectors(trainer.model, time_given=recipe.encoder.read_out).device == CPU
     assert known_items(trainer.model).device == CPU
     with pytest.raises(DataDependentOutputException):
         trainer.train_step(next(trainer.batches()), 0.0)

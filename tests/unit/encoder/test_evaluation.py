@@ -8,9 +8,10 @@ import torch
 
 from encoder.data.log import DAY_MS, ActionLog, LogError
 from encoder.data.split import SplitConfig, make_split
-from encoder.evaluation.evaluate import EvaluationOptions, grade, leave_one_out, rolling
-from encoder.evaluation.freshness import STALENESS_MS, freshness_table, session_starts_ms
+from encoder.evaluation.evaluate import EvaluationOptions, evaluate_queries
+from encoder.evaluation.freshness import STALENESS_MS, FreshnessOptions, freshness_table, session_starts_ms
 from encoder.evaluation.next_item import MISSED, NextItemEvaluator
+from encoder.evaluation.protocols import leave_one_out, rolling
 from encoder.evaluation.queries import NewestRows, embeddings_after
 from encoder.evaluation.ranking import target_ranks
 from encoder.features import UNKNOWN, Vocabularies
@@ -73,42 +74,44 @@ def test_ranks_are_those_of_sorting() -> None:
 
 
 def test_an_unknown_answer_is_a_miss() -> None:
-    """Questions about items outside the vocabulary count, and count as missed."""
+    """Queries about items outside the vocabulary count, and count as missed."""
     log = walks(SEED)
     known = log.vocabularies()
     half = Vocabularies(known.item_keys[::2], known.actions, known.surfaces)
-    questions = make_split(log, SplitConfig("leave_one_out"), seed=1).test
-    evaluator = NextItemEvaluator(log, half, questions, hide_seen=False)
+    queries = make_split(log, SplitConfig("leave_one_out"), seed=1).test
+    evaluator = NextItemEvaluator(log, half, queries, mask_seen=False)
     scores = evaluator.encoder_scores(untrained(STREAMING, half).model)
-    unknown = half.item_rows(log.actions["item"][questions.answer]) == UNKNOWN
+    unknown = half.item_rows(log.actions["item"][queries.target]) == UNKNOWN
     assert unknown.any()
     assert (scores.ranks[unknown] == MISSED).all()
     assert (scores.ranks[~unknown] < len(half.item_keys)).all()
 
 
 def test_popularity_is_the_count_of_seven_days() -> None:
-    """The rank by popularity equals a count over the seven days before the day of the answer, seen items left out."""
+    """The rank by popularity equals a count over the seven days before the day of the target, seen items left out."""
     log = walks(SEED, users=20, length=30)
     vocabularies = log.vocabularies()
-    questions = make_split(log, SplitConfig("leave_one_out"), seed=1).test
-    evaluator = NextItemEvaluator(log, vocabularies, questions, hide_seen=True)
+    queries = make_split(log, SplitConfig("leave_one_out"), seed=1).test
+    evaluator = NextItemEvaluator(log, vocabularies, queries, mask_seen=True)
     ranks = evaluator.popularity_scores().ranks
     item, day = vocabularies.item_rows(log.actions["item"]), log.actions["timestamp_ms"] // DAY_MS
-    for question, (asked, answer) in enumerate(zip(questions.asked, questions.answer, strict=True)):
-        week = item[(day >= day[answer] - 7) & (day < day[answer])]
+    for query, (newest, target) in enumerate(zip(queries.newest, queries.target, strict=True)):
+        week = item[(day >= day[target] - 7) & (day < day[target])]
         counts = np.bincount(week, minlength=len(vocabularies.item_keys) + 1)
-        seen = set(item[log.starts[log.user_of_row[asked]] : asked + 1].tolist()) | {0, int(item[answer])}
-        assert ranks[question] == sum(counts[i] >= counts[item[answer]] for i in range(len(counts)) if i not in seen)
+        seen = set(item[log.starts[log.user_of_row[newest]] : newest + 1].tolist()) | {0, int(item[target])}
+        assert ranks[query] == sum(counts[i] >= counts[item[target]] for i in range(len(counts)) if i not in seen)
 
 
 def test_time_given_scores_stand_apart() -> None:
     """Only a release with a read-out has time-given scores, and an untrained read-out that modulates changes them."""
     log = walks(SEED)
-    log, questions = leave_one_out(log, items_min=1, questions_max=1_000, seed=1)
-    with_read_out = grade(
-        untrained(STREAMING, log.vocabularies()), log, "all", questions, EvaluationOptions(hide_seen=False)
+    log, queries = leave_one_out(log, items_min=1, queries_max=1_000, seed=1)
+    with_read_out = evaluate_queries(
+        untrained(STREAMING, log.vocabularies()), log, "all", queries, EvaluationOptions(mask_seen=False)
     )
-    without = grade(untrained(WINDOW, log.vocabularies()), log, "all", questions, EvaluationOptions(hide_seen=False))
+    without = evaluate_queries(
+        untrained(WINDOW, log.vocabularies()), log, "all", queries, EvaluationOptions(mask_seen=False)
+    )
     assert without.time_given is None
     assert with_read_out.time_given is not None
     assert with_read_out.time_given != with_read_out.time_blind
@@ -142,7 +145,9 @@ def test_freshness_is_worth_something_where_the_next_item_follows_the_last(tmp_p
         out_dir=tmp_path,
         threads=1,  # type: ignore[arg-type]
     )
-    table = freshness_table(release, log, from_ms=release.training["later_ms"], hide_seen=False)
+    table = freshness_table(
+        release, log, from_ms=release.training["later_ms"], options=FreshnessOptions(mask_seen=False)
+    )
     by_name = {reader.name: reader for reader in table.readers}
     assert list(by_name) == ["once", "daily", "hourly", "per session", "every action", *STALENESS_MS]
     assert by_name["every action"].hr10 > 0.85
@@ -158,7 +163,9 @@ def test_the_table_asks_only_users_who_had_acted_before() -> None:
     release = untrained(STREAMING, log.vocabularies())
     with pytest.raises(LogError, match="before the table's start"):
         freshness_table(release, log, from_ms=START_MS)
-    table = freshness_table(release, log, from_ms=int(np.median(log.actions["timestamp_ms"])), days=400)
+    table = freshness_table(
+        release, log, from_ms=int(np.median(log.actions["timestamp_ms"])), options=FreshnessOptions(days=400)
+    )
     time_ms = log.actions["timestamp_ms"]
     assert table.questions == int((time_ms >= table.from_ms).sum())
 
@@ -167,4 +174,4 @@ def test_an_evaluation_after_the_log_says_so() -> None:
     """Asking from a time behind the end of the log is refused in words."""
     log: ActionLog = walks(SEED, users=3, length=5)
     with pytest.raises(LogError, match="no action of a known user"):
-        rolling(log, from_ms=START_MS + 10**12, spans=2, questions_max=10, seed=1)
+        rolling(log, from_ms=START_MS + 10**12, spans=2, queries_max=10, seed=1)

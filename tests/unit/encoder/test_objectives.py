@@ -12,7 +12,7 @@ SEED = 20_260_103
 
 
 class Log:
-    """A small random log with equal times, and the obvious answer to "what may be predicted after this row"."""
+    """A small random log with equal times, and the obvious target to "what may be predicted after this row"."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -81,8 +81,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-def in_shards(folder: Path, tell: Callable[[str], None] = lambda _: None) -> Shards:
-    log = open_log(folder, COLUMNS, rows_max=BUDGET, folder=folder.parent / "shards", tell=tell)
+def in_shards(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Shards:
+    log = open_log(folder, COLUMNS, rows_max=BUDGET, folder=folder.parent / "shards", progress=progress)
     assert isinstance(log, Shards)
     return log
 
@@ -139,23 +139,23 @@ def test_no_answer_of_any_shard_is_trained_on(folder: Path, kind: str) -> None:
     trained = [split.train.part(number) for number in range(split.train.parts)]
     rows = set(itertools.chain.from_iterable(map(numbers, trained)))
     assert len(rows) == sum(map(len, trained))
-    answers = split.log.actions[split.validation.answer]
-    assert len(answers) >= 3
-    assert not rows & set(answers["duration_ms"].tolist())
+    targets = split.log.actions[split.validation.target]
+    assert len(targets) >= 3
+    assert not rows & set(targets["duration_ms"].tolist())
     first = by_user(shards.read(0))
-    for asked, answer in zip(split.validation.asked, split.validation.answer, strict=True):
-        user = str(split.log.users[split.log.user_of_row[answer]])
-        at = first[user].index(int(split.log.actions["duration_ms"][answer]))
-        assert first[user][at - 1] == split.log.actions["duration_ms"][asked]
+    for newest, target in zip(split.validation.newest, split.validation.target, strict=True):
+        user = str(split.log.users[split.log.user_of_row[target]])
+        at = first[user].index(int(split.log.actions["duration_ms"][target]))
+        assert first[user][at - 1] == split.log.actions["duration_ms"][newest]
     if kind == "time":
-        assert max(part.actions["timestamp_ms"].max() for part in trained) < answers["timestamp_ms"].min()
-        assert split.later_ms > answers["timestamp_ms"].max()
+        assert max(part.actions["timestamp_ms"].max() for part in trained) < targets["timestamp_ms"].min()
+        assert split.unseen_from_ms > targets["timestamp_ms"].max()
     else:
-        assert split.later_ms == shards.end_ms
+        assert split.unseen_from_ms == shards.end_ms
     if kind == "leave_one_out":
         assert rows == set(numbers(make_split(whole, config, seed=1).train))
     if kind == "last":
-        assert len(rows) == ROWS - len(answers)
+        assert len(rows) == ROWS - len(targets)
 
 
 def test_held_users_are_trained_on_in_no_shard(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Splits and batches: what is asked for is never trained on, and everything else is."""
+"""Splits and batches: what is queried for is never trained on, and everything else is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from encoder.data.batches import epoch_batches
 from encoder.data.log import ActionLog
-from encoder.data.split import Questions, Split, SplitConfig, make_split
-from encoder.evaluation.evaluate import rolling
+from encoder.data.split import Queries, Split, SplitConfig, make_split
+from encoder.evaluation.protocols import rolling
 from encoder.training.recipe import DataConfig
 from tests.unit.encoder.walks import START_MS, walks
 
@@ -25,51 +25,51 @@ def identities(log: ActionLog, rows: np.ndarray) -> set[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
 def test_no_answer_is_trained_on(kind: str) -> None:
-    """The answers of validation and test are no rows of the part that is trained on, and nothing else is missing."""
+    """The targets of validation and test are no rows of the part that is trained on, and nothing else is missing."""
     log = walks(SEED)
     split = make_split(log, SplitConfig(kind), seed=1)  # type: ignore[arg-type]
     trained = identities(split.train, np.arange(len(split.train)))
-    answers = identities(split.log, np.concatenate([split.validation.answer, split.test.answer]))
-    assert len(answers) > 3
-    assert not trained & answers
+    targets = identities(split.log, np.concatenate([split.validation.target, split.test.target]))
+    assert len(targets) > 3
+    assert not trained & targets
     everything = identities(split.log, np.arange(len(split.log)))
     if kind != "time":
-        assert trained | answers == everything
+        assert trained | targets == everything
 
 
 def test_leave_one_out_asks_for_the_last_and_the_one_before() -> None:
-    """Each user's last action is the test, the one before it validation, each asked after the action before it."""
+    """Each user's last action is the test, the one before it validation, each queried after the action before it."""
     log = walks(SEED)
     split = make_split(log, SplitConfig("leave_one_out"), seed=1)
-    assert split.test.answer.tolist() == (log.starts[1:] - 1).tolist()
-    assert split.validation.answer.tolist() == (log.starts[1:] - 2).tolist()
-    assert (split.test.asked == split.test.answer - 1).all()
+    assert split.test.target.tolist() == (log.starts[1:] - 1).tolist()
+    assert split.validation.target.tolist() == (log.starts[1:] - 2).tolist()
+    assert (split.test.newest == split.test.target - 1).all()
 
 
 def test_a_split_by_time_trains_on_nothing_as_late_as_a_question() -> None:
-    """Every trained action is older than every validating answer, and those are older than every test answer."""
+    """Every trained action is older than every validating target, and those are older than every test target."""
     log = walks(SEED)
     split = make_split(log, SplitConfig("time"), seed=1)
     time_ms = split.log.actions["timestamp_ms"]
-    assert split.train.actions["timestamp_ms"].max() < time_ms[split.validation.answer].min()
-    assert time_ms[split.validation.answer].max() < split.later_ms <= time_ms[split.test.answer].min()
+    assert split.train.actions["timestamp_ms"].max() < time_ms[split.validation.target].min()
+    assert time_ms[split.validation.target].max() < split.unseen_from_ms <= time_ms[split.test.target].min()
 
 
 @pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
 def test_of_held_users_nothing_is_trained_on(kind: str) -> None:
-    """With `held_users` the users asked about and the users trained on are different people, and both are there."""
+    """With `held_users` the users queried about and the users trained on are different people, and both are there."""
     log = walks(SEED, users=60)
     split = make_split(log, SplitConfig(kind, validation=0.3, held_users=0.3), seed=1)  # type: ignore[arg-type]
     user = split.log.user_of_row
-    asked = set(user[np.concatenate([split.validation.answer, split.test.answer])].tolist())
+    queried = set(user[np.concatenate([split.validation.target, split.test.target])].tolist())
     trained = set(split.train.user_of_row.tolist())
-    assert len(asked) > 3
+    assert len(queried) > 3
     assert len(trained) > 30
-    assert not asked & trained
+    assert not queried & trained
 
 
 def test_rare_items_are_dropped_before_the_split() -> None:
-    """With `items_min` no question and no trained action is on an item that occurs less often in the whole log."""
+    """With `items_min` no query and no trained action is on an item that occurs less often in the whole log."""
     log = walks(SEED, follows=0.5)
     keys, counts = np.unique(log.actions["item"], return_counts=True)
     least = int(np.median(counts))
@@ -78,20 +78,20 @@ def test_rare_items_are_dropped_before_the_split() -> None:
 
 
 def test_rolling_questions_see_nothing_of_their_own_second() -> None:
-    """A rolling question is asked after an action strictly older than its answer, of the same user, in its span."""
+    """A rolling query is queried after an action strictly older than its target, of the same user, in its span."""
     log = walks(SEED)
     same = log.actions.copy()
     same["timestamp_ms"] = same["timestamp_ms"] // 3_600_000 * 3_600_000  # many actions of one user share a time
     burst = ActionLog(log.users, log.starts, same, log.action_names, log.surface_names, log.item_ids)
-    parts = rolling(burst, from_ms=START_MS + 86_400_000, spans=3, questions_max=10_000, seed=1)
+    parts = rolling(burst, from_ms=START_MS + 86_400_000, spans=3, queries_max=10_000, seed=1)
     time_ms, user = burst.actions["timestamp_ms"], burst.user_of_row
     assert len(parts) == 3
-    for _, asked in parts:
-        assert (time_ms[asked.asked] < time_ms[asked.answer]).all()
-        assert (user[asked.asked] == user[asked.answer]).all()
-        between = [time_ms[a + 1 : b].tolist() for a, b in zip(asked.asked, asked.answer, strict=True)]
-        assert all(value == time_ms[b] for values, b in zip(between, asked.answer, strict=True) for value in values)
-    ends = [time_ms[part.answer] for _, part in parts]
+    for _, queried in parts:
+        assert (time_ms[queried.newest] < time_ms[queried.target]).all()
+        assert (user[queried.newest] == user[queried.target]).all()
+        between = [time_ms[a + 1 : b].tolist() for a, b in zip(queried.newest, queried.target, strict=True)]
+        assert all(value == time_ms[b] for values, b in zip(between, queried.target, strict=True) for value in values)
+    ends = [time_ms[part.target] for _, part in parts]
     assert all(earlier.max() < later.min() for earlier, later in itertools.pairwise(ends))
 
 
@@ -121,11 +121,11 @@ def test_a_select_keeps_each_user_s_rows() -> None:
 
 
 def test_questions_about_unknown_items_are_told() -> None:
-    """`known` keeps the questions whose answer is in the vocabulary."""
+    """`known` keeps the queries whose target is in the vocabulary."""
     log = walks(SEED, users=6, length=6)
     vocabularies = log.vocabularies()
     split: Split = make_split(log, SplitConfig("leave_one_out"), seed=1)
     fewer = type(vocabularies)(vocabularies.item_keys[:10], vocabularies.actions, vocabularies.surfaces)
-    known: Questions = split.test.known(log, fewer)
-    assert set(log.actions["item"][known.answer].tolist()) <= set(fewer.item_keys.tolist())
+    known: Queries = split.test.known(log, fewer)
+    assert set(log.actions["item"][known.target].tolist()) <= set(fewer.item_keys.tolist())
     assert len(known) < len(split.test)

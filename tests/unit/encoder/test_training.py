@@ -79,7 +79,7 @@ def test_a_walk_is_learned_and_saved(tmp_path: Path) -> None:
     assert load_release(tmp_path).version == release.version
     assert heard[-1].fraction == 1.0
     assert release.training["negative_pool"] == "the whole catalogue of 30 items"
-    assert release.training["later_ms"] == make_split(log, small_recipe().split, seed=1).later_ms
+    assert release.training["later_ms"] == make_split(log, small_recipe().split, seed=1).unseen_from_ms
 
 
 TRAIN = """
@@ -216,7 +216,7 @@ def test_training_stops_early_and_releases_the_best(tmp_path: Path) -> None:
     assert heard[-1].metric is not None
     assert heard[-1].metric < best
     split = make_split(log, recipe.split, seed=recipe.seed)
-    evaluator = NextItemEvaluator(split.log, release.vocabularies, split.validation, hide_seen=False)
+    evaluator = NextItemEvaluator(split.log, release.vocabularies, split.validation, mask_seen=False)
     assert evaluator.encoder_scores(release.model).hr10 == best
 
 
