@@ -48,7 +48,7 @@ class RatePlan:
     users: int
     """Users of the worker."""
     rounds: int
-    peers: bool
+    with_baselines: bool
     """True to measure the baselines too."""
 
 
@@ -84,8 +84,8 @@ def measure_rates(
     with ExitStack() as stack:
         ours = _measurement(worker.subject, process, client, plan.users, plan.users)
         measurements = [ours]
-        preparations = baselines.ENCODERS if plan.peers else {}
-        console.print(UNFAIR if plan.peers else "")
+        preparations = baselines.ENCODERS if plan.with_baselines else {}
+        console.print(UNFAIR if plan.with_baselines else "")
         release = worker.settings.encoder.release_dir
         task = baselines.Job(client["bootstrap_servers"], folder, job.encoder.sequence_length, release)
         started, unavailable = start_baselines(stack, task, preparations)

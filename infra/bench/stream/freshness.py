@@ -119,7 +119,7 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Take seconds instead of minutes; the figures mean little.")
     ] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
+    with_baselines: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
     size: Annotated[Size, typer.Option(help="Size of the encoder.")] = Size.SMALL,
 ) -> None:
     """Measure freshness on the whole path, against load, through a kill, and against baselines."""
@@ -133,7 +133,7 @@ def main(
         worker = prepare_worker("fresh", servers, Path(folder) / "fresh", job)
         with _ready(worker) as (process,):
             _fill(worker, job.encoder.sequence_length)
-            rates = measure_rates(worker, process, job, Path(folder), RatePlan(USERS, plan.rounds, peers))
+            rates = measure_rates(worker, process, job, Path(folder), RatePlan(USERS, plan.rounds, with_baselines))
             steady = _step(worker, process, RATE / rates.saturation, rates.saturation, plan.steady_s)
             _print_step("2,000 events/s", steady)
             steps = [_ladder_step(worker, process, load, rates.saturation, plan.step_s) for load in LADDER]

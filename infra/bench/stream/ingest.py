@@ -71,16 +71,16 @@ class Setup:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Run one small round.")] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
+    with_baselines: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
 ) -> None:
     """Measure events per CPU second of a worker and of its baselines."""
     rounds, scale = (1, 0.05) if quick else (ROUNDS, 1.0)
     with (
         tempfile.TemporaryDirectory(prefix="streamformer-bench-") as folder,
         broker_or_external() as broker,
-        _started(broker.bootstrap_servers, Path(folder), scale, peers) as setup,
+        _started(broker.bootstrap_servers, Path(folder), scale, with_baselines) as setup,
     ):
-        console.print(UNFAIR if peers else "")
+        console.print(UNFAIR if with_baselines else "")
         client = {"bootstrap_servers": broker.bootstrap_servers}
         for each in setup.comparison.measurements:
             each.burst(client, 0)
@@ -93,7 +93,7 @@ def main(
 
 
 @contextmanager
-def _started(bootstrap_servers: str, folder: Path, scale: float, peers: bool) -> Iterator[Setup]:
+def _started(bootstrap_servers: str, folder: Path, scale: float, with_baselines: bool) -> Iterator[Setup]:
     """Start two workers, one for each choice of users, and the baselines."""
 
     def active(events: int) -> Callable[[int], I64]:
@@ -108,7 +108,7 @@ def _started(bootstrap_servers: str, folder: Path, scale: float, peers: bool) ->
         for name, worker in workers.items():
             process = stack.enter_context(running(worker.subject.program, grace_s=STOP_S))
             measurements.append(Measurement(worker.subject, process, chosen[name], worker.subject.applied))
-        preparations = {name: prepare for name, (prepare, _) in BASELINES.items()} if peers else {}
+        preparations = {name: prepare for name, (prepare, _) in BASELINES.items()} if with_baselines else {}
         started, unavailable = start_baselines(stack, baselines.Job(bootstrap_servers, folder), preparations)
         for name, (subject, process) in started.items():
             measurements.append(Measurement(subject, process, active(BASELINES[name][1]), subject.applied))
