@@ -1,1 +1,1 @@
-"""Faust made to deliver by record batch: the only files that know the insides of Faust."""
+"""The engine: Faust extended to deliver record batches and to own partitions; only here are its insides used."""

@@ -1,13 +1,15 @@
-"""The changelog topic over aiokafka: one transactional producer per source partition, and a reader that proves its end.
+"""The changelog topic: a transactional producer per source partition, and a reader with a verifiable end.
 
-Starting a `ChangelogProducer` raises the epoch of its `transactional.id` at the broker: an open transaction of the
-predecessor is aborted, and the predecessor itself, stopped or cut off, can never write again. Only after that are
-end offsets and committed offsets worth reading: the broker acknowledges a commit before it writes the markers that show
-it, and a start waits for them.
+Starting a `ChangelogProducer` raises the epoch of its `transactional.id` at the broker. The broker then aborts an open
+transaction of the predecessor, and the predecessor can never write again, even if it is only cut off and still runs.
+End offsets and committed offsets are reliable only after that: the broker acknowledges a commit before it writes the
+markers that make it visible, and starting a producer waits for them.
 
-Traps of aiokafka's transactions that the code below closes: a failed batch leaves the transaction open and a commit
-would succeed without it (so every batch is awaited); offsets sent while batches are in flight are refused and retried
-(so batches come first); after any failure the producer is discarded, never reused.
+The code below avoids three traps of aiokafka's transactions:
+
+- a failed batch leaves the transaction open, and a commit would succeed without it; so every batch is awaited;
+- offsets sent while batches are in flight are rejected and retried; so batches are sent first;
+- a producer may not be used after a failure; so it is discarded.
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ from streams.wire.embeddings import Message
 logger = logging.getLogger(__name__)
 
 POLL_MS = 20
-"""How soon a reader sees that its position has passed trailing markers, which bring no record to wake it."""
+"""Interval at which a reader checks its position, which markers at the end of a log advance without a record."""
 
 
 class Fenced(LosesPartition):
-    """Another worker has taken the partition over; nothing of it may be written here any more."""
+    """Another worker has taken the partition over, so this worker may not write to it any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChangelogNames:
-    """What one partition's transactions name: the group, its source partition and its changelog partition."""
+    """Names in the transactions of one partition: consumer group, source partition and changelog partition."""
 
     group_id: str
     source: TopicPartition
@@ -48,14 +50,15 @@ class ChangelogNames:
 
     @property
     def transactional_id(self) -> str:
+        """Id that all owners of the partition share, so that each one fences those before it."""
         return f"{self.changelog.topic}-{self.changelog.partition}"
 
 
 class ChangelogProducer:
-    """The changelog and the committed offset of one source partition, written in transactions.
+    """Writes the changelog and the committed offset of one source partition in transactions.
 
-    Implements `storage.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new
-    owner, and `KafkaError` when it failed or its outcome is unknown: then this producer is to be stopped and replaced.
+    Implements `storage.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new owner,
+    and `KafkaError` when the step failed or its outcome is unknown; the caller then stops and replaces this producer.
     """
 
     def __init__(self, names: ChangelogNames, client: Mapping[str, Any], *, transaction_timeout_ms: int) -> None:
@@ -69,22 +72,23 @@ class ChangelogProducer:
             linger_ms=0,
         )
         self.bytes_written = 0
-        """Keys and values appended so far, committed or not."""
+        """Bytes of keys and values appended so far, committed or not."""
 
     async def start(self) -> None:
-        """Fence every predecessor; return once its transactions are over."""
+        """Fence every predecessor; return when its transactions have ended."""
         await self._producer.start()
 
     async def stop(self) -> None:
-        """Give the producer back; a transaction still open stays so until the successor's start aborts it."""
+        """Close the connection; an open transaction stays open until the successor's start aborts it."""
         await self._producer.stop()
 
     async def begin(self) -> None:
+        """Begin a transaction."""
         with self._fenced():
             await self._producer.begin_transaction()
 
     async def append(self, records: Sequence[Record]) -> int:
-        """Write `records` (at least one) and wait until the broker has all; return the offset of the last one."""
+        """Write `records` (at least one), wait until the broker has all of them, and return the offset of the last."""
         messages: list[Message] = [(key, value, []) for key, value in records]
         with self._fenced():
             end = await (await send_packed(self._producer, self._names.changelog, messages))
@@ -92,10 +96,12 @@ class ChangelogProducer:
         return end - 1
 
     async def send_source_offset(self, source_offset: int) -> None:
+        """Add the committed offset of the source partition to the transaction."""
         with self._fenced():
             await self._producer.send_offsets_to_transaction({self._names.source: source_offset}, self._names.group_id)
 
     async def commit(self) -> None:
+        """Commit records and offset together."""
         with self._fenced():
             await self._producer.commit_transaction()
 
@@ -108,7 +114,7 @@ class ChangelogProducer:
 
 
 class LogReader:
-    """Reads one partition up to the end offset that was current when reading began, and can show that it did."""
+    """Reads one partition up to the end offset that was current at `open`, and proves that it did."""
 
     def __init__(self, tp: TopicPartition, client: Mapping[str, Any]) -> None:
         self.tp = tp
@@ -122,9 +128,9 @@ class LogReader:
             fetch_max_wait_ms=100,
         )
         self.begin = 0
-        """First offset in the log."""
+        """First offset of the log."""
         self.end = 0
-        """Offset past the last stable record when `open` was called."""
+        """Offset after the last stable record at the time of `open`."""
 
     async def open(self) -> None:
         """Assign the partition and read its begin and end offsets."""
@@ -134,13 +140,14 @@ class LogReader:
         self.end = (await self._consumer.end_offsets([self.tp]))[self.tp]
 
     async def close(self) -> None:
+        """Close the connection."""
         await self._consumer.stop()
 
     async def batches(self, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
-        """Yield the records from `start` in lists of at most `records_max`, until the position is at `end`.
+        """Yield the records from `start` on in lists of at most `records_max`, until the position has reached `end`.
 
-        Ends by position and not by the last record seen, for transaction markers fill offsets that no record has.
-        Returning is the proof: every visible record in [start, end) has been yielded.
+        The end is judged by position, not by the last record, because transaction markers occupy offsets of their own.
+        When the iterator ends, every visible record in [start, end) has been yielded.
         """
         self._consumer.seek(self.tp, start)
         position = start

@@ -1,14 +1,14 @@
-"""Delivery by record batch: an agent receives everything that one fetch brought as one event.
+"""Delivery by record batch: an agent receives everything that one fetch returned as one event.
 
-Faust's own path costs about 70 microseconds an event, and as much again for each message of a fetch. Here a fetch
-becomes one `RecordBatch` per partition, all of them the value of one Faust message, so that cost is paid once a fetch
-however many partitions there are.
+Faust's own path costs about 70 microseconds per event, and as much again for each message of a fetch. Here a fetch
+becomes one `RecordBatch` per partition, and all of them are the value of one Faust message. That cost is then paid once
+per fetch, however many partitions there are.
 
-The delivery layer owns positions. Each batch says where it begins and ends in the log, batches of a partition join
-without a hole, and what was fetched but may not be delivered (a rebalance struck, the flow was stopped) is sought
-back. The receiver checks the joint again: see `streams.engine.partitions`.
+The delivery layer owns positions. Each batch states where it begins and ends in the log, and the batches of a partition
+are contiguous. Records that can no longer be delivered, because of a rebalance or because the flow was stopped, are
+fetched again after a seek. The receiver checks the continuity once more: see `streams.engine.partitions`.
 
-Faust never commits an offset of a batched topic; the checkpoint alone commits.
+Faust never commits an offset of a batched topic; only checkpoints commit.
 
 Private parts relied upon, held by tests/contract/test_faust_insides.py:
 `faust.transport.consumer.Consumer`: `_wait_next_records`, `_filter_tps_with_pending_acks`, `_acked`,
@@ -34,36 +34,41 @@ from streams.engine.compat import as_parsed
 
 PREFETCH_BACKOFF_S = 0.002
 MORE_S = 0.005
-"""How long records are waited for that came after those that lay ready; the broker answers at once if there are any."""
+"""Wait for records that arrived after those that were ready; the broker responds at once if there are any."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
-    """Consecutive records of one source partition: everything visible in the log from `begin` up to `end`."""
+    """Consecutive records of one source partition: everything visible in the log from `begin` up to `end`.
+
+    offset    begin ...... first record ...... last record ...... end
+    content   markers      records, markers between them          next batch begins here
+    """
 
     tp: TP
     begin: int
-    """Position before the fetch: no visible record between `begin` and the first one is missing."""
+    """Position before the fetch; every visible record from here on is in the batch."""
     end: int
-    """Position after the fetch: above the last record, beyond control records that follow it."""
+    """Position after the fetch: after the last record and the transaction markers that follow it."""
     records: list[Any]
-    """Records as parsed (see `streams.engine.compat`); at least one."""
+    """At least one record, as parsed (see `streams.engine.compat`)."""
     epoch: int
-    """How often the partition had been sought when the batch was fetched: tells batches from before a seek."""
+    """Number of seeks of the partition before the fetch; it distinguishes batches from before a seek."""
 
 
 class BatchConsumerThread(driver.AIOKafkaConsumerThread):
-    """The consumer's own thread: fetches, and keeps each partition's position equal to what was handed over."""
+    """The consumer's thread: it fetches, and keeps the position of each partition equal to what it handed over."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._joined_at: dict[TP, int] = {}
-        """Position after the last batch handed over, until a seek moves the partition."""
+        """Position after the last batch handed over, by partition; a seek removes it."""
         self._epochs: dict[TP, int] = {}
 
     async def on_start(self) -> None:
+        """Start the consumer, and let it fetch the next records early."""
         await super().on_start()
-        # Stock waits 100 ms before it fetches other partitions of a broker while one is still being consumed.
+        # The default is to wait 100 ms before fetching other partitions of a broker while one is still being consumed.
         self._ensure_consumer()._fetcher._prefetch_backoff = PREFETCH_BACKOFF_S
 
     async def _fetch_records(
@@ -73,7 +78,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,
         max_records: int | None = None,
     ) -> Mapping[TP, RecordBatch]:
-        # A frozen copy: the caller's set changes under us, and aiokafka reads an empty set as "all partitions".
+        # A frozen copy: the caller's set may change meanwhile, and to aiokafka an empty set means all partitions.
         wanted = frozenset(active_partitions)
         if not wanted:
             return {}
@@ -98,7 +103,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         fetched: dict[TP, list[Any]],
         max_records: int | None,
     ) -> None:
-        """Add what reached the broker after what lay ready: aiokafka asks again only once that is taken."""
+        """Add records that reached the broker since: aiokafka fetches again only when the ready ones are taken."""
         left = None if max_records is None else max_records - sum(len(records) for records in fetched.values())
         if left == 0:
             return
@@ -113,20 +118,20 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         for tp, records in more.items():
             if self.epoch(tp) == epochs[tp]:
                 fetched[tp] = [*fetched.get(tp, ()), *records]
-            else:  # sought while we waited: where the partition stood before these is not known here
+            else:  # sought while we waited, so the position before these records is unknown
                 self._hand_back(consumer, {tp: None}, {tp: records})
 
     def _drop_sought(self, fetched: dict[TP, list[Any]], epochs: Mapping[TP, int]) -> None:
-        """Drop what was fetched of partitions that have been sought since: it is void."""
+        """Drop records of partitions that have been sought since they were fetched."""
         for tp in [tp for tp in fetched if self.epoch(tp) != epochs[tp]]:
             del fetched[tp]
 
     def positions(self, tp: TP) -> tuple[int, int]:
-        """Where the partition was fetched to, and up to where its batches have been delivered; 0 where unknown."""
+        """Return up to which offset the partition has been fetched, and up to which delivered; 0 if unknown."""
         return self._position(self._ensure_consumer(), tp) or 0, self._joined_at.get(tp, 0)
 
     def epoch(self, tp: TP) -> int:
-        """How often the partition has been sought."""
+        """Return how often the partition has been sought."""
         return self._epochs.get(tp, 0)
 
     def _join(self, consumer: aiokafka.AIOKafkaConsumer, tp: TP, begin: int | None, records: list[Any]) -> RecordBatch:
@@ -138,7 +143,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     def _hand_back(
         self, consumer: aiokafka.AIOKafkaConsumer, before: Mapping[TP, int | None], fetched: Mapping[TP, list[Any]]
     ) -> None:
-        """Seek back to what was fetched but is not delivered; a partition already gone needs no seek."""
+        """Seek back to the records that are not delivered; a partition that was revoked needs no seek."""
         for tp, records in fetched.items():
             self._joined_at.pop(tp, None)
             if tp in consumer.assignment():
@@ -161,7 +166,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
 
     def _create_worker_consumer(self, transport: BatchTransport) -> aiokafka.AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
-        # Faust hard-codes 1,500 ms, and reads uncommitted records unless its own exactly-once is on.
+        # Faust hard-codes 1,500 ms, and reads uncommitted records unless its own exactly-once mode is on.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms
         consumer._isolation_level = "read_committed"
         consumer._key_deserializer = as_parsed
@@ -169,7 +174,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
 
 
 class BatchConsumer(driver.Consumer):
-    """Faust's consumer, yielding one message a fetch for the batched topics."""
+    """Faust's consumer, which yields one message per fetch for the batched topics."""
 
     transport: BatchTransport
 
@@ -181,7 +186,7 @@ class BatchConsumer(driver.Consumer):
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield what one fetch brought: one message for all batched topics, its value a tuple of `RecordBatch`."""
+        """Yield the result of one fetch: for all batched topics one message, whose value is a tuple of `RecordBatch`."""
         if self.flow_active and not self._get_active_partitions():
             await self._wait_resumed(timeout)
             return
@@ -194,7 +199,7 @@ class BatchConsumer(driver.Consumer):
         ]
         for message in self._messages(batches, generation):
             if self.should_stop or not self.flow_active or self.app.consumer_generation_id != generation:
-                return  # the receiver's position guard seeks back to what is left undelivered here
+                return  # the receiver notices the gap and seeks back to what is not delivered here
             yield message.tp, message
 
     def _messages(self, batches: Sequence[RecordBatch], generation: int) -> Iterator[ConsumerMessage]:
@@ -207,7 +212,7 @@ class BatchConsumer(driver.Consumer):
 
     @staticmethod
     def _whole_message(batches: tuple[RecordBatch, ...], generation: int) -> ConsumerMessage:
-        """For Faust it comes from the first partition and ends with that one's last record."""
+        """Return one message; for Faust it comes from the first partition and ends with that partition's last record."""
         tp, last = batches[0].tp, batches[0].records[-1]
         return ConsumerMessage(
             tp.topic,
@@ -226,18 +231,19 @@ class BatchConsumer(driver.Consumer):
         )
 
     async def _wait_resumed(self, timeout: float) -> None:
-        """Stock sleeps a second when nothing is active; this wakes as soon as a partition is resumed."""
+        """Wait until a partition is resumed; Faust would sleep for a second while none is active."""
         self._resumed.clear()
         await self.wait(self._resumed, timeout=timeout)
 
     def resume_partitions(self, tps: Iterable[TP]) -> None:
+        """Resume partitions and wake a waiting fetch."""
         super().resume_partitions(tps)
         self._resumed.set()
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
-        """Where Faust looks for offsets to commit: what batched topics have left there is dropped.
+        """Yield partitions whose offsets Faust may commit, and drop what batched topics have left to commit.
 
-        Not in `ack`: Faust's compiled stream keeps the same books without calling it.
+        Overriding `ack` would not do: Faust's compiled stream records acknowledgements without calling it.
         """
         for tp in list(super()._filter_tps_with_pending_acks(topics)):
             if tp.topic not in self.transport.batched_topics:
@@ -251,11 +257,11 @@ class BatchConsumer(driver.Consumer):
             await super()._add_gap(tp, offset_from, offset_to)
 
     def verify_event_path(self, now: float, tp: TP) -> None:
-        """Silent: Faust measures progress by its own commits, which a batched topic has none of."""
+        """Do nothing: Faust measures progress by its own commits, and a batched topic has none."""
 
 
 class BatchTransport(driver.Transport):
-    """Faust's aiokafka transport with `BatchConsumer`; install it as `app.transport`."""
+    """Faust's aiokafka transport with `BatchConsumer`; `streams.app` sets it as `app.transport`."""
 
     Consumer = BatchConsumer
 

@@ -1,8 +1,8 @@
-"""What leaves the worker outside of transactions: embeddings, tombstones and dead letters.
+"""Records that leave the worker outside of transactions: embeddings, tombstones and dead letters.
 
-They go through one ordinary idempotent producer, for they must be visible within milliseconds. Whatever needs them to
-have arrived waits for the acknowledgement. Embeddings of a partition are appended in the order in which `publish` was
-called; source and output topic have the same number of partitions, so a user's embedding lies in the user's partition.
+One ordinary idempotent producer sends them, because they must be visible within milliseconds. A caller that depends on
+their arrival awaits the acknowledgement. Embeddings of a partition are appended in the order of the calls of `publish`.
+Source and output topic have the same number of partitions, so a user has the same partition in both.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from streams.wire.embeddings import (
 logger = logging.getLogger(__name__)
 
 RECORD_BYTES_MAX = 64 << 20
-"""What the client lets through: a refused action may be larger than aiokafka's 1 MB, and the broker decides."""
+"""Limit of the client, far above aiokafka's default of 1 MB: a rejected action may be large, and the broker decides."""
 VALUE_OMITTED = "error-value-omitted-bytes"
-"""Header of a dead letter that the topic would not take whole: how long the value is that stays in the source topic."""
+"""Header of a dead letter whose value the topic did not accept: its size. The value stays in the source topic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the output topic holds of one partition beyond some offset, by one encoder version."""
+    """Outputs of one encoder version in one partition of the output topic, from some offset on."""
 
     users: list[bytes]
     source_offsets: I64
-    """[U]: the newest published source offset of each user."""
+    """[U] newest published source offset of each user."""
     end: int
-    """Past the last record of the partition."""
+    """Offset after the last record of the partition."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputsConfig:
-    """Where outputs go and how they are written."""
+    """Topics, format and limits of the outputs."""
 
     embeddings_topic: str
     dead_letter_topic: str
     codec: EmbeddingCodec
     client: Mapping[str, Any]
-    """aiokafka's connection options: servers and security."""
+    """Connection options of aiokafka: servers and security."""
     request_timeout_ms: int
-    """How long an output may wait for the broker before its users are encoded again."""
+    """Time that an embedding may wait for the broker before its user is encoded again."""
 
 
 class Outputs:
@@ -70,9 +70,10 @@ class Outputs:
         self._config = config
         self._producer: aiokafka.AIOKafkaProducer | None = None
         self._turns: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """Per partition: whoever came first appends first."""
+        """Locks by partition, which make callers append in the order of their calls."""
 
     async def start(self) -> None:
+        """Connect the producer."""
         self._producer = aiokafka.AIOKafkaProducer(
             **self._config.client,
             acks="all",
@@ -85,29 +86,31 @@ class Outputs:
         await self._producer.start()
 
     async def stop(self) -> None:
+        """Flush and close the producer, if it was started."""
         if self._producer is not None:
             await self._producer.stop()
 
     async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
-        """Append embeddings to the output topic; returns the offset behind them once they are acknowledged."""
+        """Append embeddings to the output topic; return the offset after them once they are acknowledged."""
         return await self._append(partition, encode_embeddings(batch, self._config.codec))
 
     async def publish_tombstones(self, partition: int, messages: Iterable[Message]) -> int:
-        """Append tombstones of forgotten users; returns the offset behind them once they are acknowledged."""
+        """Append tombstones of forgotten users; return the offset after them once they are acknowledged."""
         return await self._append(partition, messages)
 
     async def dead_letter(
         self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
     ) -> None:
-        """Send one record to the dead-letter topic; returns once it is acknowledged.
+        """Send one record to the dead-letter topic; return once it is acknowledged.
 
-        A value that the topic finds too large is left out, and a header says so: no record stops a worker.
+        When the topic rejects the value as too large, the record is sent without it and with a header that holds its
+        size, because no record may stop a worker.
         """
         try:
             await self._dead_letter(partition, key, value, headers)
         except MessageSizeTooLargeError:
             logger.warning(
-                "a dead letter of %d bytes is too large for its topic: the value is left out", len(value or b"")
+                "a dead letter of %d bytes is too large for its topic; it is sent without the value", len(value or b"")
             )
             omitted = (VALUE_OMITTED, b"%d" % len(value or b""))
             await self._dead_letter(partition, key, None, [*headers, omitted])
@@ -129,12 +132,12 @@ class Outputs:
         return await acknowledged
 
     async def published_since(self, partition: int, offset: int, encoder_version: str) -> Published:
-        """Read the output topic from `offset` to its present end: what has been published by this encoder version."""
+        """Read from the output topic what this encoder version has published, from `offset` to the present end."""
         reader = LogReader(TopicPartition(self._config.embeddings_topic, partition), self._config.client)
         newest: dict[bytes, int] = {}
         try:
             await reader.open()
-            start = offset if reader.begin <= offset <= reader.end else reader.begin  # the topic was created anew
+            start = offset if reader.begin <= offset <= reader.end else reader.begin  # else the topic was created again
             async for records in reader.batches(start, records_max=10_000):
                 for record in records:
                     source_offset = _source_offset(record, encoder_version)
@@ -146,7 +149,7 @@ class Outputs:
 
 
 def _source_offset(record: Any, encoder_version: str) -> int | None:
-    """The source offset of an embedding of this version, or of a tombstone; None for anything else."""
+    """Return the source offset of an embedding of this version or of a tombstone, and None for anything else."""
     if record.value is None:
         return next((int(value) for name, value in record.headers if name == "source-offset"), None)
     try:

@@ -1,4 +1,4 @@
-"""One source partition while this worker owns it: its state, its store, its producer, and how far each of them is."""
+"""One source partition while this worker owns it: state, store, producer, and the position of each."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ class OwnedPartition:
     store: PartitionStore
     producer: ChangelogProducer
     next_offset: int
-    """Where the next batch must begin; what a checkpoint commits."""
+    """Offset at which the next batch must begin; a checkpoint commits it."""
     committed_offset: int
+    """Source offset of the last checkpoint."""
     output_offset: int
-    """Past the last acknowledged record of this partition in the output topic."""
+    """Offset after the last acknowledged record of this partition in the output topic."""
     producer_failed: bool = False
-    """The last checkpoint failed: the producer must be replaced before the next."""
+    """Whether the last checkpoint failed, so that the producer must be replaced before the next one."""
     rebuilt: bool = False
-    """Its local store was just rebuilt from the changelog: what is corrupt now is so in the changelog too."""
+    """Whether the local store was just rebuilt: a value that is corrupt now is corrupt in the changelog too."""
     epoch: int = 0
-    """Batches fetched before this many seeks are ignored."""
+    """Number of seeks so far; batches fetched before the last one are ignored."""
     unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
-    """Dead letters that must be acknowledged before the offsets behind them may be committed."""
+    """Dead letters and tombstones that must be acknowledged before a checkpoint commits the offsets of their events."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def continuity(self, batch: RecordBatch) -> Continuity:
@@ -58,16 +59,17 @@ class OwnedPartition:
 
 
 class SendFailed(StopsWorker):
-    """A dead letter or tombstone could not be delivered; only a replay can send it again. Stops the worker."""
+    """A dead letter or tombstone could not be delivered; only a replay of its event can send it again."""
 
 
 class PendingOutputs:
-    """What has been sent for the events of a partition up to now, as `streams.storage.checkpoint.Outputs`."""
+    """Dead letters and tombstones of a partition sent up to now; implements `streams.storage.checkpoint.Outputs`."""
 
     def __init__(self, owned: OwnedPartition) -> None:
         self._owned, self._pending = owned, list(owned.unacknowledged)
 
     async def acknowledged(self) -> None:
+        """Wait until all of them are acknowledged; raise `SendFailed` if one was not."""
         for failure in await asyncio.gather(*self._pending, return_exceptions=True):
             if isinstance(failure, BaseException):
                 raise SendFailed(f"a dead letter or tombstone could not be delivered: {failure!r}")

@@ -1,16 +1,17 @@
-"""The source partitions this worker owns: fenced, restored, read without a hole, checkpointed, given back.
+"""The source partitions that this worker owns: acquired, read without a gap, checkpointed and given back.
 
-After an assignment each partition is acquired by a task of its own, with its source partition paused:
+After an assignment a task of its own acquires each partition, with its source partition paused:
 
-1. *fence*: starting the partition's transactional producer shuts every predecessor out at the broker;
-2. *restore*: the local database is brought to the changelog's end offset read after fencing, or rebuilt from the
-   changelog where it does not fit the log;
-3. *prove*: the checkpoint mark that was restored names the source offset it belongs to. Behind the committed offset
-   means an incomplete restore, and the worker stops rather than begin on it;
-4. *catch up on outputs*: what the output topic holds beyond the mark was published before and is not published again;
+1. *fence*: starting the partition's transactional producer locks every predecessor out at the broker;
+2. *restore*: the local database is brought to the changelog's end offset, read after fencing; a database that does not
+   match the log is rebuilt;
+3. *prove*: the restored checkpoint mark holds the source offset it belongs to. If that is below the committed offset,
+   the restore is incomplete, and the worker stops instead of processing on it;
+4. *catch up on outputs*: outputs after the mark were published before, and are not published again;
 5. *resume*: seek to the mark's offset and resume the partition.
 
-Before a partition is given back it is checkpointed. A partition found fenced is dropped at once, without a write.
+A partition is checkpointed before it is given back. A partition that another worker has fenced is dropped at once,
+without a write.
 """
 
 from __future__ import annotations
@@ -45,49 +46,58 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PartitionsConfig:
-    """What acquiring a partition needs to know."""
+    """Names, connection and limits for acquiring and checkpointing partitions."""
 
     app_id: str
     source_topic: str
     changelog_topic: str
     client: Mapping[str, Any]
-    """aiokafka's connection options: servers and security."""
+    """Connection options of aiokafka: servers and security."""
     data_dir: Path
     checkpoint_interval_ms: int
     transaction_timeout_ms: int
     session_timeout_ms: int
     restores_max: int = 2
-    """Partitions restored at the same time."""
+    """Maximum number of partitions restored at the same time."""
 
 
 class PartitionHost(Protocol):
-    """What the worker provides for its partitions, and what it hears of them."""
+    """What the worker provides to its partitions, and the events that they report to it."""
 
-    def new_state(self) -> PartitionState: ...
-    def open_store(self, path: Path) -> PartitionStore: ...
-    async def published_since(self, partition: int, offset: int) -> Published:
-        """What the output topic holds from `offset` on, by this encoder version, and where it ends."""
+    def new_state(self) -> PartitionState:
+        """Return an empty state."""
         ...
 
-    def on_ready(self, owned: OwnedPartition) -> None: ...
+    def open_store(self, path: Path) -> PartitionStore:
+        """Open or create the local database at `path`."""
+        ...
+
+    async def published_since(self, partition: int, offset: int) -> Published:
+        """Return what this encoder version has published from output offset `offset` on."""
+        ...
+
+    def on_ready(self, owned: OwnedPartition) -> None:
+        """Begin to process a partition."""
+        ...
+
     async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
-        """Stop taking work for these partitions and let what is in flight end, within bounded time."""
+        """Stop taking work for these partitions, and let work in flight finish within bounded time."""
         ...
 
     def on_lost(self, owned: OwnedPartition) -> None:
-        """Stop taking work for a partition that has a new owner already."""
+        """Stop taking work for a partition that already has a new owner."""
         ...
 
     def abort(self, reason: str) -> None:
-        """End the process at once: going on would risk an event."""
+        """End the process at once, because continuing would risk an event."""
         ...
 
 
 class Partitions(Service):
-    """Acquires, checkpoints and gives back the partitions of this worker."""
+    """Acquires, checkpoints and gives back the partitions of this worker; a service that Faust runs."""
 
     app: Any
-    """The Faust app; set before the service starts."""
+    """The Faust app, set before the service starts."""
 
     def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -96,14 +106,14 @@ class Partitions(Service):
         self._acquiring: dict[int, asyncio.Task[None]] = {}
         self._fenced_at: dict[int, float] = {}
         self.ready: dict[int, OwnedPartition] = {}
-        """Partitions that may be processed, by number."""
+        """Partitions that are being processed, by number."""
         self.assigned: frozenset[int] = frozenset()
-        """Partitions of the current assignment, ready or still being acquired."""
+        """Numbers of the assigned partitions, ready or still being acquired."""
 
     # -- acquiring
 
     async def on_assigned(self, changelogs: frozenset[TP], generation: int) -> None:
-        """Acquire the partitions of a new assignment; returns at once."""
+        """Start to acquire the partitions of a new assignment; return at once."""
         self.assigned = frozenset(tp.partition for tp in changelogs)
         self._fenced_at.clear()
         for number in sorted(self.assigned):
@@ -116,7 +126,7 @@ class Partitions(Service):
         task.add_done_callback(lambda _: self._acquiring.pop(number, None))
 
     async def rebuild(self, owned: OwnedPartition) -> None:
-        """Delete the partition's local store, which is damaged, and acquire the partition anew from the changelog."""
+        """Delete the partition's damaged local database, and acquire the partition again from the changelog."""
         number = owned.tp.partition
         self.app.consumer.pause_partitions({owned.tp})
         await self._host.on_revoking([owned])
@@ -143,7 +153,9 @@ class Partitions(Service):
         try:
             await self._acquire(number, generation, rebuilt=rebuilt)
         except RebuildsPartition as damage:
-            logger.warning("local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage)
+            logger.warning(
+                "the local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage
+            )
             PartitionStore.destroy(self._path(number))
             await self._acquire(number, generation, rebuilt=True)
 
@@ -181,7 +193,7 @@ class Partitions(Service):
         return ChangelogProducer(names, config.client, transaction_timeout_ms=config.transaction_timeout_ms)
 
     async def _committed(self, source: TP) -> int | None:
-        """The committed offset, read after fencing, so no transaction of a predecessor can still move it."""
+        """Return the committed offset. It is read after fencing, so no predecessor can still advance it."""
         thread = self.app.consumer._thread
         committed: int | None = await thread.call_thread(thread._ensure_consumer().committed, source)
         return committed
@@ -197,7 +209,10 @@ class Partitions(Service):
         )
 
     def _prove(self, number: int, store: PartitionStore, committed: int | None) -> CheckpointMark | None:
-        """The restored mark; it and the committed offset were written in one transaction, so it cannot lag behind."""
+        """Return the restored mark, after a check that the restore is complete.
+
+        Mark and committed offset were written in one transaction, so a mark below the offset proves lost records.
+        """
         mark = store.mark()
         if committed is not None and (mark is None or mark.source_offset < committed):
             at = "empty" if mark is None else f"of offset {mark.source_offset}"
@@ -225,10 +240,10 @@ class Partitions(Service):
         self._host.on_ready(owned)
         self.app.consumer.resume_partitions({owned.tp})
 
-    # -- reading without a hole
+    # -- reading without a gap
 
     async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
-        """The owner of `batch` when the batch continues exactly where it stands; else None, after seeking back."""
+        """Return the partition that `batch` continues; None if the batch is stale, or after a seek because of a gap."""
         owned = self.ready.get(batch.tp.partition)
         if owned is None or (continuity := owned.continuity(batch)) is Continuity.STALE:
             return None
@@ -239,22 +254,26 @@ class Partitions(Service):
         return owned
 
     async def _expired(self, owned: OwnedPartition, batch: RecordBatch) -> bool:
-        """Whether the missing records no longer exist: the topic's retention has removed them."""
+        """Return whether the missing records no longer exist because the topic's retention has deleted them."""
         earliest = (await self.app.consumer.earliest_offsets(owned.tp))[owned.tp]
         if earliest < batch.begin:
             return False
         lost = batch.begin - owned.next_offset
-        logger.error("%d events of %s expired before they were read: raise retention.ms", lost, owned.tp)
+        logger.error(
+            "%d events of %s were deleted by retention before they were read; raise retention.ms of the topic",
+            lost,
+            owned.tp,
+        )
         self._metrics.events_expired.inc(lost)
         return True
 
     async def _seek(self, owned: OwnedPartition) -> None:
-        logger.warning("records of %s were not delivered, seeking back to %d", owned.tp, owned.next_offset)
+        logger.warning("records of %s were not delivered; seeking back to offset %d", owned.tp, owned.next_offset)
         owned.epoch = self.app.consumer._thread.epoch(owned.tp) + 1
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
 
     def progress(self) -> dict[str, Progress]:
-        """How far fetching, processing and checkpoints of each ready partition are, for the watchdog."""
+        """Return the positions of fetching, processing and checkpoints of each ready partition, for the watchdog."""
         thread, progress = self.app.consumer._thread, {}
         for number, owned in self.ready.items():
             fetched, delivered = thread.positions(owned.tp)
@@ -274,12 +293,12 @@ class Partitions(Service):
             await asyncio.gather(*(self.checkpoint(owned) for owned in list(self.ready.values())))
 
     def checkpoint_soon(self, owned: OwnedPartition) -> None:
-        """Start a checkpoint without waiting for it, unless one is under way."""
+        """Start a checkpoint without waiting for it, unless one is running."""
         if not owned.checkpointing.locked():
             self.add_future(self.checkpoint(owned))
 
     async def checkpoint(self, owned: OwnedPartition) -> None:
-        """Make the partition's state and position durable; a partition found fenced is dropped."""
+        """Make the partition's state and position durable; drop the partition if another worker has fenced it."""
         async with owned.checkpointing:
             if self.ready.get(owned.tp.partition) is not owned:
                 return
@@ -310,21 +329,21 @@ class Partitions(Service):
         self._metrics.committed_offset.set(mark.source_offset, partition=owned.tp.partition)
 
     async def _renew_producer(self, owned: OwnedPartition) -> None:
-        """A producer is not to be used after a failure; its successor's start settles the open transaction."""
+        """Replace the producer after a failure; starting the new one ends the open transaction."""
         await owned.producer.stop()
         owned.producer = self._new_producer(owned.tp.partition)
         await owned.producer.start()
         owned.producer_failed = False
 
     async def _drop_fenced(self, owned: OwnedPartition) -> None:
-        logger.warning("partition %d has a new owner; dropping it without a write", owned.tp.partition)
+        logger.warning("partition %d has a new owner; it is dropped without a write", owned.tp.partition)
         self._metrics.fenced.inc()
         self._fenced_at[owned.tp.partition] = time.monotonic()
         self._host.on_lost(owned)
         await self._close([owned])
 
     def _check_fenced(self) -> None:
-        """A fenced member that hears of no rebalance is cut off from its group: only a restart helps."""
+        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group, and only a restart helps."""
         bound_s = self._config.session_timeout_ms / 1000 + 3
         for number, at in self._fenced_at.items():
             if time.monotonic() - at > bound_s:
@@ -333,7 +352,7 @@ class Partitions(Service):
     # -- giving back
 
     async def revoke_all(self) -> None:
-        """Checkpoint and close every partition; used when partitions are revoked and at shutdown."""
+        """Checkpoint and close every partition, when partitions are revoked and at shutdown."""
         for task in list(self._acquiring.values()):
             task.cancel()
         await asyncio.gather(*self._acquiring.values(), return_exceptions=True)

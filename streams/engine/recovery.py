@@ -1,10 +1,10 @@
-"""Faust's recovery, reduced to one decision: a partition is resumed when its restore has ended, and not before.
+"""Faust's recovery, reduced to one rule: a partition is resumed when its restore has ended, and not before.
 
-Faust decides that recovery is over from offsets of messages it has seen; transaction markers are never seen, and an
-answer from the previous assignment can end it too early. Here Faust restores nothing. After an assignment the flow
-is resumed with every partition paused, and `streams.engine.partitions` resumes each partition by itself once it has
-fenced the predecessor, restored the state and proved where the restore ended. The order matters: resuming the flow
-clears Faust's queues, so it must come before any partition is fetched.
+Faust ends a recovery by the offsets of messages it has seen. It never sees transaction markers, and a response from the
+previous assignment can end the recovery too early. Here Faust restores nothing: after an assignment the flow is resumed
+with every partition paused, and `streams.engine.partitions` resumes each partition once it has fenced the predecessor,
+restored the state and proved where the restore ended. The order matters: resuming the flow clears Faust's queues, so it
+must happen before any partition is fetched.
 
 Private parts relied upon, held by tests/contract/test_faust_insides.py:
 `faust.tables.recovery.Recovery`: tasks `_restart_recovery`, `_slurp_changelogs`, `_publish_stats`, attributes
@@ -23,17 +23,18 @@ from faust.types import TP
 from mode import Service
 
 OnAssigned = Callable[[frozenset[TP], int], Awaitable[None]]
-"""Called with the active changelog partitions and the generation; returns at once, work goes on in tasks."""
+"""Called with the active changelog partitions and the generation; returns at once and works on in tasks."""
 
 
 class PausedRecovery(Recovery):
-    """Resumes the flow with all partitions paused and hands them over to be restored one by one."""
+    """Resumes the flow with all partitions paused, and passes them on to be restored one by one."""
 
     on_assigned: OnAssigned
 
     async def on_rebalance(
         self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
     ) -> None:
+        """Start over with the newest assignment; ignore one that is already outdated."""
         if generation_id != self.app.consumer_generation_id:
             self.log.warning("assignment of generation %s is already outdated", generation_id)
             return
@@ -65,21 +66,22 @@ class PausedRecovery(Recovery):
 
     @Service.task
     async def _slurp_changelogs(self) -> None:
-        """Changelog partitions stay paused, so nothing arrives here."""
+        """Do nothing: changelog partitions stay paused, so no message arrives."""
 
     @Service.task
     async def _publish_stats(self) -> None:
-        """Restore progress is reported by the restore itself."""
+        """Do nothing: the restore itself reports its progress."""
 
 
 class PausedTableManager(TableManager):
-    """Faust's table manager with `PausedRecovery`, and without the second it sleeps at start."""
+    """Faust's table manager with `PausedRecovery`, and without its sleep of one second at start."""
 
     on_assigned: OnAssigned
     _recovery: Recovery | None
 
     @property
     def recovery(self) -> Recovery:
+        """The one recovery service, created at first use."""
         recovery: Recovery | None = self._recovery
         if recovery is None:
             recovery = self._recovery = PausedRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
@@ -87,10 +89,11 @@ class PausedTableManager(TableManager):
         return recovery
 
     async def on_start(self) -> None:
+        """Start as Faust does, without its sleep."""
         await self._update_channels()
         await self.recovery.start()
 
 
 def with_on_assigned(on_assigned: OnAssigned) -> type[Any]:
-    """A table manager class for Faust's `TableManager` setting, bound to `on_assigned`."""
+    """Return a class for Faust's setting `TableManager` that calls `on_assigned`."""
     return type("BoundTableManager", (PausedTableManager,), {"on_assigned": staticmethod(on_assigned)})

@@ -1,9 +1,9 @@
-"""Restore of one partition: from the changelog to the local database, with an end that can be shown.
+"""Restore of one partition: from the changelog to the local database, with a verifiable end.
 
-A restore begins after fencing, so the end offset it reads is final. It goes on until the reader's *position* has
-passed that offset: markers of transactions fill offsets that no record has, and "the last record seen" would either
-wait for ever or end too early. A local database that does not fit the log is deleted and rebuilt. A log whose head was
-deleted is no basis for that: only a database that already holds the deleted records goes on from it.
+A restore begins after fencing, so the end offset that it reads is final. It continues until the reader's *position* has
+reached that offset. Waiting for the last *record* would be wrong: transaction markers occupy offsets without a record,
+so the restore would end too early or never. A local database that does not match the log is deleted and rebuilt. If the
+head of the log was deleted, a rebuild is impossible: only a database that holds the deleted records can continue.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 OpenStore = Callable[[Path], PartitionStore]
 RECORDS_PER_WRITE = 1_000
-"""A write batch holds the GIL: 1,000 records are about 3 ms."""
+"""Bounds how long one write blocks the event loop: a write batch holds the GIL, about 3 ms for 1,000 records."""
 PROGRESS_EVERY_S = 5.0
 
 
 class IncompleteRestore(StopsWorker):
-    """Records of the state are missing for good; processing must not begin. Stops the worker."""
+    """Records of the state are lost, so processing must not begin."""
 
 
 async def restore(
@@ -41,12 +41,12 @@ async def restore(
     *,
     on_progress: Callable[[int, int], None],
 ) -> PartitionStore:
-    """Open the database at `path` and bring it to the end of changelog partition `tp`; return it.
+    """Open the database at `path`, bring it to the end of changelog partition `tp`, and return it.
 
     `on_progress(records restored, offsets remaining)` is called after every write. On cancellation the database is
-    closed; what was written stays, with the offset it reaches, so the next restore goes on from there. Raises
-    `IncompleteRestore` where records that the database does not hold were deleted from the log, and `StoreDamaged`
-    where the database cannot be read.
+    closed; it keeps what was written, together with its changelog offset, so the next restore continues from there.
+    Raises `IncompleteRestore` when the log no longer holds records that the database lacks, and `StoreDamaged` when the
+    database cannot be read.
     """
     reader = LogReader(tp, client)
     store: PartitionStore | None = None
@@ -64,7 +64,7 @@ async def restore(
 
 
 def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[PartitionStore, int]:
-    """The local database and where in the log to go on; an empty one where the local one does not fit the log."""
+    """Return the local database and the log offset to continue from; an empty one if it does not match the log."""
     store = open_store(path)
     local = store.changelog_offset
     if local is not None and reader.begin <= local + 1 <= reader.end:
@@ -75,19 +75,22 @@ def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[Partitio
     if reader.begin > 0:
         raise IncompleteRestore(_cut(reader, local))
     logger.warning(
-        "local state at %s ends at offset %s, the changelog at %d: it is deleted and rebuilt", path, local, reader.end
+        "local state at %s ends at offset %s, but the changelog at %d: it is deleted and rebuilt",
+        path,
+        local,
+        reader.end,
     )
     PartitionStore.destroy(path)
     return open_store(path), 0
 
 
 def _cut(reader: LogReader, local: int | None) -> str:
-    """Compaction removes outdated records and leaves the log's first offset at 0; only deletion moves it."""
+    """Return the error text. Compaction leaves the log's first offset at 0, so a higher one proves a deletion."""
     disk = "is empty" if local is None else f"ends at offset {local}"
     return (
         f"the changelog {reader.tp.topic}, partition {reader.tp.partition}, begins at offset {reader.begin} and the "
-        f"local state {disk}: records in between were deleted (kafka-delete-records, or cleanup.policy=delete), and "
-        "users with them; start a worker that still has its local state, or a new application id, which rebuilds every "
+        f"local state {disk}: records in between, and users with them, were deleted by kafka-delete-records or "
+        "cleanup.policy=delete; start a worker that still has its local state, or set a new app_id to rebuild every "
         "user from the actions that the source topic still holds"
     )
 

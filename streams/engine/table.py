@@ -1,8 +1,8 @@
 """The Faust table `user-sequences`, and the store behind it.
 
-Faust gives the table its name, its changelog topic, co-partitioning and assignment. What it would do per key (send a
-changelog record, write the store) is done for whole checkpoints by `streams.engine.partitions`, so the table is
-read-only to Faust code: `table[user]` is the stored head record of that user as of the last checkpoint.
+Faust provides the table's name, its changelog topic, co-partitioning and assignment. Faust would also write the
+changelog and the store key by key; here the checkpoints of `streams.engine.partitions` write both. The table is
+therefore read-only for Faust code: `table[user]` is the stored head record of that user as of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TABLE_NAME = "user-sequences"
 
 
 class SequenceStore(SerializedStore):
-    """Faust's view of the RocksDB databases of the partitions this worker owns; read-only."""
+    """Faust's read-only view of the local databases of the partitions that this worker owns."""
 
     @property
     def _partitions(self) -> Partitions:
@@ -29,6 +29,7 @@ class SequenceStore(SerializedStore):
         return partitions
 
     def persisted_offset(self, tp: TP) -> int | None:
+        """Return the changelog offset that the local database has reached; None if the partition is not ready."""
         owned = self._partitions.ready.get(tp.partition)
         return owned.store.changelog_offset if owned is not None else None
 
@@ -65,28 +66,32 @@ class SequenceStore(SerializedStore):
         self._set(b"", None)
 
     async def backup_partition(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: there is no backup."""
         self._no_backup()
 
     def restore_backup(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: there is no backup."""
         self._no_backup()
 
     def _no_backup(self) -> NoReturn:
         raise TypeError("the table user-sequences needs no backup: its changelog is the durable copy")
 
     def reset_state(self) -> None:
-        """Nothing to reset: a state that cannot be trusted is rebuilt from the changelog at assignment."""
+        """Do nothing: untrusted state is rebuilt from the changelog at the next assignment."""
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Faust restores nothing here (see `streams.engine.recovery`); its buffers are empty."""
+        """Do nothing: Faust restores nothing (see `streams.engine.recovery`), so its buffers are empty."""
 
 
 class SequenceTable(faust.Table):
-    """A Faust table whose life cycle carries that of the owned partitions."""
+    """A Faust table that starts and stops the service `Partitions`."""
 
     async def on_start(self) -> None:
+        """Start the table, then the partitions."""
         await super().on_start()
         await self.add_runtime_dependency(self.app.partitions)
 
     async def on_stop(self) -> None:
+        """Checkpoint and close the partitions, then stop the table."""
         await self.app.partitions.revoke_all()
         await super().on_stop()
