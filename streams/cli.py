@@ -25,12 +25,12 @@ NUMBERS_SHOWN = 4
 
 @app.command("settings")
 def show_settings(config: Config = None) -> None:
-    """Print every setting as it would be used, secrets as asterisks; fails where one is wrong."""
+    """Print every setting as it would be used, secrets as asterisks; fail if one is wrong."""
     print(printed(settings_of(config)))
 
 
 def run_worker(settings: Settings) -> int:
-    """Run a worker until SIGTERM; returns its exit code. Whoever calls has verified the topics."""
+    """Run a worker until SIGTERM; return its exit code. The caller has verified the topics."""
     from streams.worker import Worker, log_to_stderr  # torch and Faust take seconds
 
     log_to_stderr(settings.log_level)
@@ -42,10 +42,12 @@ def run_worker(settings: Settings) -> int:
 def tail(
     config: Config = None,
     bootstrap_servers: BootstrapServers = None,
-    from_beginning: Annotated[bool, typer.Option(help="Begin with what the topic holds.")] = False,
-    user: Annotated[str | None, typer.Option(help="Only this user.")] = None,
-    count: Annotated[int, typer.Option(min=0, help="End after so many; 0 goes on.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, whole vectors.")] = False,
+    from_beginning: Annotated[
+        bool, typer.Option(help="Begin with the embeddings that the topic already holds.")
+    ] = False,
+    user: Annotated[str | None, typer.Option(help="Print only this user.")] = None,
+    count: Annotated[int, typer.Option(min=0, help="Number of lines to print; 0 is unlimited.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, with whole vectors.")] = False,
 ) -> None:
     """Print embeddings as they come, until Ctrl-C."""
     settings = settings_of(config, bootstrap_servers)
@@ -61,7 +63,7 @@ def tail(
             _print_all(islice(changes, count or None), json)
         except KeyboardInterrupt:
             pass
-        except BrokenPipeError:  # whoever read our lines has gone; keep the interpreter from trying to flush to it
+        except BrokenPipeError:  # the reader of our lines has ended; keep the interpreter from flushing to it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -77,7 +79,7 @@ def _print_all(changes: islice[Change], json: bool) -> None:
 
 
 def _line(change: Change) -> Text:
-    """When, who, and what is known; unprintable characters of a user id are escaped."""
+    """Return a line for people; unprintable characters of the user id are escaped."""
     user = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in change.user)
     if isinstance(change, Tombstone):
         return Text.assemble((user, "bold"), "  ", ("forgotten", "red"), f"  offset {change.source_offset}")

@@ -1,16 +1,16 @@
-"""Read embeddings as they come: the library for whoever uses them.
+"""The library for consumers of embeddings.
 
     with EmbeddingSubscriber("127.0.0.1:9092", from_beginning=True) as subscriber:
-        newest = subscriber.table()           # user id -> Embedding, as the topic stands now
-        for change in subscriber:             # then every change, as it comes
+        newest = subscriber.table()           # user id -> Embedding, as of now
+        for change in subscriber:             # then every change as it arrives
             if isinstance(change, Tombstone):
                 newest.pop(change.user, None)
             else:
                 newest[change.user] = change
 
-Delivery is at least once on the topic; here, for one user and encoder version, what is older than or the same as
-something already seen is dropped and counted. The topic is compacted, so a reader that starts from its beginning holds
-every user's newest embedding and needs no committed position. A record that is no embedding is counted and skipped.
+The topic is delivered at least once. For each user and encoder version, the subscriber drops and counts changes that
+are older than, or equal to, one already seen. The topic is compacted, so a reader that starts at its beginning gets
+every user's newest embedding and needs no committed position. Records that are not embeddings are counted and skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Self
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
-from streams.errors import BrokerUnreachable, StreamformerError
+from streams.errors import BrokerUnreachable, CannotStart
 from streams.wire.embeddings import Embedding, MalformedEmbedding, Tombstone, decode_embedding
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 Change = Embedding | Tombstone
 
 ANSWER_MS = 5_000
-"""How long the broker may take to answer at the start."""
+"""Time that the broker has to respond at the start."""
 
 
 class EmbeddingSubscriber:
-    """The embeddings of a topic in the order of each user; not safe to share between threads."""
+    """Reads the embeddings of a topic, in order per user; not safe to share between threads."""
 
     def __init__(
         self,
@@ -48,16 +48,24 @@ class EmbeddingSubscriber:
         users_max: int = 1_000_000,
         client: Mapping[str, Any] | None = None,
     ) -> None:
-        """Connect and stand at the end of the topic, or at its beginning.
+        """Connect, at the end of the topic or at its beginning.
 
-        `partitions` are those to read (all), to share the users among readers; `users_max` bounds how many users are
-        remembered to recognise what is old; `client` holds more of kafka-python's options (security).
-        Raises `BrokerUnreachable`, or `StreamformerError` where topic or partitions do not exist.
+        Args:
+            bootstrap_servers: Addresses of brokers, `host:port`, separated by commas.
+            topic: Topic of the embeddings.
+            from_beginning: Whether to read the embeddings that the topic already holds.
+            partitions: Partitions to read, so that readers can share the users; None reads all.
+            users_max: Number of users whose newest change is remembered, to recognise older ones.
+            client: Further options of kafka-python, for instance for security.
+
+        Raises:
+            BrokerUnreachable: No broker responds.
+            CannotStart: The topic or one of the partitions does not exist.
         """
         options = {**(client or {}), "bootstrap_servers": bootstrap_servers}
         self._freshest = Freshest(users_max)
         self.malformed = 0
-        """Records skipped because they are no embeddings."""
+        """Number of records skipped because they are not embeddings."""
         try:
             self._consumer = KafkaConsumer(
                 group_id=None,
@@ -74,26 +82,26 @@ class EmbeddingSubscriber:
 
     @property
     def stale(self) -> int:
-        """Changes dropped because a newer one of the same user and encoder version had been seen."""
+        """Number of changes dropped because a newer one of the same user and encoder version had been seen."""
         return self._freshest.stale
 
     @property
     def repeated(self) -> int:
-        """Changes dropped because they had been seen."""
+        """Number of changes dropped because they had been seen."""
         return self._freshest.repeated
 
     def __iter__(self) -> Iterator[Change]:
-        """Every change, as it comes; never ends. While the broker is away, it waits."""
+        """Yield every change as it arrives, without end; wait while the broker is away."""
         while True:
             yield from self.poll(1_000)
 
     def poll(self, timeout_ms: int, records_max: int = 500) -> list[Change]:
-        """The changes of the next `records_max` records at most, after `timeout_ms` without any an empty list."""
+        """Return the changes in at most `records_max` records; an empty list if none arrives in `timeout_ms`."""
         fetched = self._consumer.poll(timeout_ms=timeout_ms, max_records=records_max)
         return [change for records in fetched.values() for change in self._changes(records)]
 
     def table(self) -> dict[str, Embedding]:
-        """Read on to where the topic ends now; the newest embedding read of each user that is not forgotten."""
+        """Read up to the present end of the topic; return the newest embedding of each user not forgotten."""
         held: dict[str, Embedding] = {}
         waiting = self._consumer.end_offsets(list(self._consumer.assignment()))
         while waiting:
@@ -106,6 +114,7 @@ class EmbeddingSubscriber:
         return held
 
     def close(self) -> None:
+        """Close the connection."""
         self._consumer.close()
 
     def __enter__(self) -> Self:
@@ -120,11 +129,11 @@ class EmbeddingSubscriber:
         if not wanted or not wanted <= existing:
             self.close()
             detail = f"{topic} has the partitions {sorted(existing)}" if existing else f"{topic} does not exist"
-            raise StreamformerError("nothing to read", detail, "check topic and partitions in the settings")
+            raise CannotStart("nothing to read", detail, "check topic and partitions in the settings")
         tps = [TopicPartition(topic, number) for number in sorted(wanted)]
         self._consumer.assign(tps)
         for tp in tps:
-            self._consumer.position(tp)  # resolves "the end" now: what is published from here on is read
+            self._consumer.position(tp)  # resolves the end now, so that everything published from here on is read
 
     def _changes(self, records: Iterable[Any]) -> Iterator[Change]:
         for record in records:
@@ -132,18 +141,18 @@ class EmbeddingSubscriber:
                 change = decode_embedding(record.key, record.value, record.headers)
             except MalformedEmbedding as error:
                 self.malformed += 1
-                logger.warning("offset %d of partition %d skipped: %s", record.offset, record.partition, error)
+                logger.warning("skipped offset %d of partition %d: %s", record.offset, record.partition, error)
                 continue
             if self._freshest.accepts(change):
                 yield change
 
 
 class Freshest:
-    """Decides whether a change is news, by the source offsets seen before it.
+    """Decides whether a change is new, by the source offsets seen before it.
 
-    An embedding is news unless one of the same user and encoder version, or the user's tombstone, was seen with its
-    offset or a later one; a tombstone is news unless anything of the user was. Beyond `users_max` users the one not
-    heard of for longest is forgotten, and its next change is news.
+    An embedding is new unless the same or a later offset was seen in an embedding of the same user and encoder version
+    or in the user's tombstone. A tombstone is new unless the same or a later offset was seen in any change of the user.
+    Beyond `users_max` users, the user without a change for longest is forgotten, and its next change is new.
     """
 
     def __init__(self, users_max: int) -> None:
@@ -153,17 +162,17 @@ class Freshest:
         self.stale = self.repeated = 0
 
     def accepts(self, change: Change) -> bool:
-        """Whether `change` is news; it is remembered if so."""
+        """Return whether `change` is new, and remember it if so."""
         offsets = self._offsets.setdefault(change.user, {})
         self._offsets.move_to_end(change.user)
         if len(self._offsets) > self._users_max:
             self._offsets.popitem(last=False)
         if isinstance(change, Tombstone):
-            return self._is_news(offsets, None, change.source_offset, max(offsets.values(), default=-1))
+            return self._is_new(offsets, None, change.source_offset, max(offsets.values(), default=-1))
         version, offset = change.metadata.encoder_version, change.metadata.source_offset
-        return self._is_news(offsets, version, offset, max(offsets.get(version, -1), offsets.get(None, -1)))
+        return self._is_new(offsets, version, offset, max(offsets.get(version, -1), offsets.get(None, -1)))
 
-    def _is_news(self, offsets: dict[str | None, int], of: str | None, offset: int, seen: int) -> bool:
+    def _is_new(self, offsets: dict[str | None, int], of: str | None, offset: int, seen: int) -> bool:
         if 0 <= offset <= seen:
             self.stale += offset < seen
             self.repeated += offset == seen
@@ -173,7 +182,7 @@ class Freshest:
 
 
 def as_json(change: Change) -> str:
-    """One line of JSON: the vector and everything known about it, or the tombstone."""
+    """Return one line of JSON: the vector with its metadata, or the tombstone."""
     if isinstance(change, Tombstone):
         return json.dumps({"user": change.user, "tombstone": True, "source_offset": change.source_offset})
     metadata = change.metadata

@@ -41,8 +41,8 @@ MORE_S = 0.005
 class RecordBatch:
     """Consecutive records of one source partition: everything visible in the log from `begin` up to `end`.
 
-    offset    begin ...... first record ...... last record ...... end
-    content   markers      records, markers between them          next batch begins here
+    log   ... r r m | m r r m r m | r r ...     r: record, m: transaction marker
+                    begin         end
     """
 
     tp: TP
@@ -78,7 +78,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,
         max_records: int | None = None,
     ) -> Mapping[TP, RecordBatch]:
-        # A frozen copy: the caller's set may change meanwhile, and to aiokafka an empty set means all partitions.
+        # A frozen copy: the caller's set may change during the fetch, and aiokafka takes an empty set for all partitions.
         wanted = frozenset(active_partitions)
         if not wanted:
             return {}
@@ -186,7 +186,7 @@ class BatchConsumer(driver.Consumer):
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield the result of one fetch: for all batched topics one message, whose value is a tuple of `RecordBatch`."""
+        """Yield the result of one fetch; all batched topics are one message, its value a tuple of `RecordBatch`."""
         if self.flow_active and not self._get_active_partitions():
             await self._wait_resumed(timeout)
             return
@@ -212,7 +212,7 @@ class BatchConsumer(driver.Consumer):
 
     @staticmethod
     def _whole_message(batches: tuple[RecordBatch, ...], generation: int) -> ConsumerMessage:
-        """Return one message; for Faust it comes from the first partition and ends with that partition's last record."""
+        """Return one message; to Faust it comes from the first partition and ends at that one's last record."""
         tp, last = batches[0].tp, batches[0].records[-1]
         return ConsumerMessage(
             tp.topic,

@@ -343,7 +343,7 @@ class Partitions(Service):
         await self._close([owned])
 
     def _check_fenced(self) -> None:
-        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group, and only a restart helps."""
+        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group; only a restart helps."""
         bound_s = self._config.session_timeout_ms / 1000 + 3
         for number, at in self._fenced_at.items():
             if time.monotonic() - at > bound_s:
