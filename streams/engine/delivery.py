@@ -78,7 +78,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,
         max_records: int | None = None,
     ) -> Mapping[TP, RecordBatch]:
-        # A frozen copy: the caller's set may change during the fetch, and aiokafka takes an empty set for all partitions.
+        # A frozen copy: the caller may change its set during the fetch, and aiokafka takes an empty set for "all".
         wanted = frozenset(active_partitions)
         if not wanted:
             return {}
