@@ -116,7 +116,7 @@ def main() -> None:
     try:
         app()
     except OSError as error:
-        _fail(f"the system refused: {error}; see disk space, permissions and that the file exists")
+        _fail(f"the operating system reported {error}; check disk space, permissions and that the file exists")
     except StreamformerError as error:
         _fail(str(error))
 
