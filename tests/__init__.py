@@ -1,0 +1,1 @@
+"""Tests of streams, encoder and infra; README.md explains how to read and run them."""

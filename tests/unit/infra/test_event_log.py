@@ -1,4 +1,4 @@
-"""Logs of any make become the same events in event-time order, and unreadable ones one clear line."""
+"""Event logs of every format become the same events in event-time order; an unreadable one is one clear line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ROWS: dict[str, list[Any]] = {
 
 
 def test_sorted_by_event_time_ties_in_file_order(tmp_path: Path) -> None:
-    """Rows are sent by event time; rows of the same time keep the order of the file."""
+    """Rows are sent in order of event time; rows with the same time keep the order of the file."""
     values = _values(load_log(_parquet(tmp_path, ROWS)))
     assert [value["item_id"] for value in values] == ["i4", "i1", "i2", "i3"]
 
 
 def test_csv_and_parquet_give_the_same_records(tmp_path: Path) -> None:
-    """The same rows as CSV, as gzipped CSV and as Parquet are the same keys and the same bytes."""
+    """CSV, gzipped CSV and Parquet with the same rows give the same keys and the same bytes."""
     lines = [",".join(ROWS), *(",".join(map(str, row)) for row in zip(*ROWS.values(), strict=True))]
     text = "\n".join(lines).encode()
     (tmp_path / "log.csv").write_bytes(text)
@@ -41,7 +41,7 @@ def test_csv_and_parquet_give_the_same_records(tmp_path: Path) -> None:
 
 
 def test_values_are_the_contract(tmp_path: Path) -> None:
-    """A value holds the fields of the contract, absent optional ones left out, and an event id of its own."""
+    """A value has the fields of the contract without absent optional ones, and an event id of its own."""
     values = _values(load_log(_parquet(tmp_path, ROWS)))
     assert {tuple(value) for value in values} == {("user_id", "item_id", "action", "timestamp_ms", "event_id")}
     assert len({value["event_id"] for value in values}) == 4
@@ -55,13 +55,13 @@ def test_values_are_the_contract(tmp_path: Path) -> None:
 
 
 def test_event_ids_are_the_same_at_every_load(tmp_path: Path) -> None:
-    """A second replay of a log repeats its event ids, so that the stream knows its events for duplicates."""
+    """A second replay of a log repeats its event ids, so that the stream recognises its events as duplicates."""
     path = _parquet(tmp_path, ROWS)
     assert _values(load_log(path)) == _values(load_log(path))
 
 
 def test_named_columns_seconds_and_optional_fields(tmp_path: Path) -> None:
-    """Columns of other names, whole or broken seconds, numeric ids and optional columns are understood."""
+    """Columns of other names, whole or fractional seconds, numeric ids and optional columns are read."""
     columns = Columns("who", "what", "did", "at", "where", "took", "id", "s")
     row = {"who": 1, "what": 2.0, "did": "view", "at": 1.5, "where": "home", "took": 30, "id": "e"}
     rows = {name: [value] for name, value in row.items()}
@@ -79,7 +79,7 @@ def test_named_columns_seconds_and_optional_fields(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_partition_may_be_any_subset(tmp_path: Path) -> None:
-    """`records` of chosen rows are those rows of all records."""
+    """`records` of some rows are the same as those rows of all records."""
     log = load_log(_parquet(tmp_path, ROWS))
     everything = list(log.records(np.arange(4)))
     assert list(log.records(np.array([1, 3]))) == [everything[1], everything[3]]
@@ -96,14 +96,14 @@ def test_rows_of_one_partition_may_be_any_subset(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_logs_are_one_clear_line(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:
-    """A missing column, a missing value, a time that is none and an empty log are each named."""
+    """A missing column, a missing value, an invalid time and an empty log are each named in one line."""
     with pytest.raises(LogUnreadable, match=message) as caught:
         load_log(_parquet(tmp_path, rows))
     assert "\n" not in str(caught.value)
 
 
 def test_half_a_file_is_one_clear_line(tmp_path: Path) -> None:
-    """A truncated Parquet file and a missing file are reported, not raised as an Arrow error."""
+    """A truncated Parquet file and a missing file are reported in one line, without an Arrow error."""
     path = _parquet(tmp_path, ROWS)
     path.write_bytes(path.read_bytes()[:100])
     for broken in (path, tmp_path / "none.csv"):
@@ -113,7 +113,7 @@ def test_half_a_file_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_table_keeps_its_order() -> None:
-    """A table is sent as it stands, late events late, and its own pace never runs backwards."""
+    """A table keeps its order, so late events stay late; the time that paces it never goes back."""
     log = event_log(pa.table(ROWS))
     assert log.timestamp_ms.tolist() == [2_000, 1_000, 2_000, 500]
     assert log.latest_ms.tolist() == [2_000, 2_000, 2_000, 2_000]

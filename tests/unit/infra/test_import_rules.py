@@ -1,4 +1,4 @@
-"""The import rules of pyproject.toml notice what they are there to notice."""
+"""Each import rule of pyproject.toml detects an import that breaks it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BROKEN = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the packages."""
+    """Return a copy of the packages."""
     for package in ("streams", "encoder", "infra"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -33,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_each_rule_is_broken_by_an_import_against_it(tree: Path) -> None:
-    """With one forbidden import for each rule added to the packages, every rule is reported as broken."""
+    """Every rule is reported as broken after a forbidden import for each has been added to the packages."""
     for file, line in BROKEN.values():
         with (tree / file).open("a") as source:
             source.write(f"\n{line}\n")

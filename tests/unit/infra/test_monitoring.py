@@ -56,7 +56,7 @@ def test_the_parser_rejects_a_broken_expression() -> None:
         promql_parser.parse("sum(rate(streamformer_events_total[5m])")
 
 
-def test_legends_and_summaries_name_labels_that_are_there() -> None:
+def test_legends_and_summaries_name_labels_of_their_expression() -> None:
     """A label in a legend or summary is one that its expression keeps."""
     for text, expression in _texts():
         for label in re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", text):
@@ -65,7 +65,7 @@ def test_legends_and_summaries_name_labels_that_are_there() -> None:
 
 
 def test_panels_are_apart_and_use_the_provisioned_source() -> None:
-    """No panel lies on another, ids differ, and all read the data source that is provisioned."""
+    """Panels have distinct positions and ids, and all read the provisioned data source."""
     provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())[
         "datasources"
     ]
@@ -74,7 +74,7 @@ def test_panels_are_apart_and_use_the_provisioned_source() -> None:
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {provisioned[0]["uid"]}
 
 
-def test_rules_are_loaded_and_each_says_what_it_means() -> None:
+def test_rules_are_loaded_and_each_has_severity_and_summary() -> None:
     """Prometheus loads the file of alerts, and every alert has a severity and a summary."""
     assert yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
     for alert in ALERTS:
