@@ -12,21 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from kafka.errors import KafkaError
 
 from encoder.arrays import F32
 from infra.chaos.checks.violations import Explained, Kind, Violation
 from infra.chaos.fault_context import FaultContext, play
 from infra.chaos.faults.catalogue import Fault, Group
-from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
 from infra.harness.supervisor import FORCED, KILLED, STOPPED, TERMINATED, Exit
 from infra.harness.workload import WorkloadOptions
 
 RESUME_MAX_S = 15.0
-PATIENCE_S = 60.0
 AFTER_S = 1.5
-LOOK_S = 0.1
 ROUND_MAX_MS = 3_600_000
 
 
@@ -91,9 +87,9 @@ def _strike(context: FaultContext, faults: Sequence[Fault]) -> float:
         run.explained.append(Explained(begun_ms, begun_ms + ROUND_MAX_MS))
     run.supervisor.scale(_workers(context, faults))
     run.wait(AFTER_S)
-    wait_resumed(run, PATIENCE_S)
+    run.wait_resumed()
     play(context, [fault.steps(context) for fault in faults])
-    resume_s = wait_resumed(run, PATIENCE_S)
+    resume_s = run.wait_resumed()
     run.wait(AFTER_S)
     return resume_s
 
@@ -105,25 +101,6 @@ def _rest(context: FaultContext, faults: Sequence[Fault]) -> str:
     if context.run.rest(max([60.0, *(fault.rest_s for fault in faults)])):
         return ""
     return context.run.busy_with or "the workers were quiet for a moment only"
-
-
-def wait_resumed(run: Run, patience_s: float) -> float:
-    """Return the seconds until every committed offset has passed the present end of the log.
-
-    Returns infinity if that takes longer than `patience_s`.
-    """
-    started_s, wanted = time.monotonic(), None
-    while time.monotonic() - started_s < patience_s:
-        run.supervisor.tick()
-        try:
-            wanted = wanted if wanted is not None else run.reader.ends()
-            committed = run.reader.committed()
-        except (KafkaError, OSError):
-            continue
-        if all(committed.get(partition, 0) >= end for partition, end in wanted.items()):
-            return time.monotonic() - started_s
-        time.sleep(LOOK_S)
-    return float("inf")
 
 
 def _now_ms() -> int:

@@ -26,7 +26,8 @@ from infra.harness.deployment import deploy
 from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
 from infra.harness.workload import Workload, WorkloadOptions
-from infra.kafka.broker import Broker, BrokerOptions
+from infra.kafka.broker import Broker
+from infra.kafka.node import BrokerOptions
 
 KILLS_PER_HOUR, RESTARTS_PER_HOUR = 230, 26
 REBALANCES_LONG_RUN, REBALANCES_SHORT_RUN = 100, 6

@@ -10,7 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from infra.kafka.address import BrokerFailed
-from infra.kafka.broker import Broker, BrokerOptions
+from infra.kafka.broker import Broker
+from infra.kafka.node import BrokerOptions
 from infra.signals import interrupt_on_sigterm
 
 app = typer.Typer()

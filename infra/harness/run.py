@@ -72,6 +72,24 @@ class Run:
                 raise NotReached(f"the condition did not hold within {timeout_s:.0f} s:\n{self.supervisor.output(0)}")
             self.wait(TICK_S)
 
+    def wait_resumed(self, timeout_s: float = PATIENCE_S) -> float:
+        """Let time pass until every committed offset has passed the present end of the log; return the seconds.
+
+        Returns infinity if that takes longer.
+        """
+        started_s, wanted = time.monotonic(), None
+        while time.monotonic() - started_s < timeout_s:
+            self.supervisor.tick()
+            try:
+                wanted = wanted if wanted is not None else self.reader.ends()
+                committed = self.reader.committed()
+            except (KafkaError, OSError):
+                continue
+            if all(committed.get(partition, 0) >= end for partition, end in wanted.items()):
+                return time.monotonic() - started_s
+            time.sleep(TICK_S)
+        return float("inf")
+
     def rest(self, timeout_s: float) -> bool:
         """Let time pass until no work is left; return False, with `busy_with` set, if that takes longer.
 

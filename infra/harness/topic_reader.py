@@ -73,8 +73,8 @@ class HistoryReader:
         self._consumer = self._admin = None
 
     @property
-    def _servers(self) -> list[str]:
-        return self._settings.kafka.bootstrap_servers.split(",")
+    def _servers(self) -> str:
+        return self._settings.kafka.bootstrap_servers
 
     def _connected(self) -> Any:
         self._consumer = self._consumer or kafka.KafkaConsumer(

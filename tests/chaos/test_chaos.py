@@ -1,4 +1,4 @@
-"""Chaos in small: a seeded run as a command, and that each part of it notices what it is there to notice."""
+"""A short chaos run, and tests that each part of it notices what it is there to notice."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ KEYS = {
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the chaos command."""
     return subprocess.run(
         [sys.executable, "-m", "infra.chaos", *arguments],
         capture_output=True,
@@ -47,10 +48,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.broker
 @pytest.mark.slow
-def test_a_short_run_breaks_no_law(tmp_path: Path) -> None:
-    """Kills of workers and of the broker, disorder and poison: no law is broken, and the result says what was done.
+def test_a_short_run_breaks_no_invariant(tmp_path: Path) -> None:
+    """Kills of workers and of the broker, disorder and poison break no invariant, and the result counts them.
 
-    How soon progress resumes is a matter of the machine, so that bound alone is not asked of a machine under test.
+    The time to resume depends on the machine, so this limit alone is not part of the test.
     """
     print(f"seed {SEED}")
     ended = command("--seed", str(SEED), "--minutes", "0.8", "--faults", SHORT, "--keep-going", "--out", str(tmp_path))
@@ -65,26 +66,26 @@ def test_a_short_run_breaks_no_law(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [(("--faults", "worker-tickled"), "worker-tickled"), (("--faults", "poison+disorder"), "cannot strike together")],
 )
-def test_a_fault_that_does_not_exist_is_told(arguments: tuple[str, ...], told: str) -> None:
-    """A wrong name, or a pair that would undo itself, ends with one clear line and a code other than 0."""
+def test_a_fault_that_does_not_exist_is_reported(arguments: tuple[str, ...], reported: str) -> None:
+    """An unknown name, or a pair that would undo itself, ends with one clear line and an exit code other than 0."""
     ended = command(*arguments)
     assert ended.returncode not in (0, 1)
-    assert told in " ".join(ended.stderr.replace("│", " ").split())
+    assert reported in " ".join(ended.stderr.replace("│", " ").split())
     assert "Traceback" not in ended.stderr
 
 
 def test_every_fault_has_a_name_of_its_own_and_most_have_partners() -> None:
-    """Names are unique, and whatever may be drawn again stands in some pair."""
+    """Names are unique, and every fault that may be drawn again is in some pair."""
     assert len(BY_NAME) == len(CATALOGUE)
     paired = {fault.name for pair in pairs() for fault in pair}
     assert {fault.name for fault in CATALOGUE if not fault.once} - paired <= {"rebalance-in-inference"}
 
 
 def test_exits_are_judged_by_what_was_done_to_the_worker() -> None:
-    """A worker may end as it was told to or as a fault of the round allows, and in no other way."""
+    """A worker may end because it was terminated or killed, or because a fault of the round permits it."""
     poison, frozen = [BY_NAME["poison"]], [BY_NAME["worker-frozen-10s"]]
     assert is_permitted(0, True, poison)
     assert is_permitted(-9, True, poison)
@@ -102,7 +103,7 @@ def test_rebalances_are_counted_by_partitions_that_are_ready_again() -> None:
 
 
 class _Idle:
-    """As much of a context as `play` touches."""
+    """The part of a context that `play` uses."""
 
     class run:
         class supervisor:
@@ -114,32 +115,32 @@ class _Idle:
 
 
 def test_faults_run_side_by_side_and_heal_also_when_one_breaks() -> None:
-    """Two faults take turns by their times; when one raises, the other still heals."""
-    told: list[str] = []
+    """Two faults alternate by their times; when one raises, the other still heals."""
+    events: list[str] = []
 
     def fault(name: str, wait_s: float, *, breaks: bool = False) -> Iterator[float]:
         try:
-            told.append(f"{name} strikes")
+            events.append(f"{name} strikes")
             yield wait_s
             if breaks:
                 raise RuntimeError(name)
             yield wait_s
         finally:
-            told.append(f"{name} heals")
+            events.append(f"{name} heals")
 
     context: Any = _Idle()
     play(context, [fault("slow", 0.4), fault("quick", 0.1)])
-    assert told == ["slow strikes", "quick strikes", "quick heals", "slow heals"]
-    told.clear()
+    assert events == ["slow strikes", "quick strikes", "quick heals", "slow heals"]
+    events.clear()
     with pytest.raises(RuntimeError):
         play(context, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
-    assert told == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
+    assert events == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
 
 
 @pytest.mark.broker
 @pytest.mark.slow
 def test_a_stall_that_no_worker_notices_is_found(broker: Broker, topic_prefix: str, tmp_path: Path) -> None:
-    """Actions arrive and nobody works on them: once the watchdog's time is over the monitor names every partition."""
+    """Without a worker, the monitor reports every partition once the watchdog's timeout is over."""
     deployment = deploy(tmp_path, broker.bootstrap_servers, topic_prefix)
     with Run(deployment) as run:
         monitor = StallMonitor(run)

@@ -1,4 +1,4 @@
-"""The checker checks itself: a faithful log passes, and each fault put into it is named."""
+"""The checker passes a faithful log, and names each fault that is put into one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ TOPIC = "actions"
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run as its topics hold it."""
+    """Topics and committed offset of a run."""
 
     history: History
     committed: int
 
     def judge(self, encoder: EncoderRuntime, *explained: Explained) -> Verdict:
+        """Return the verdict of a new checker."""
         rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, explained)
         checker = Checker(rules, encoder)
         checker.feed(self.history)
@@ -47,6 +48,7 @@ class RecordedRun:
 
 @pytest.fixture(scope="module")
 def encoder() -> EncoderRuntime:
+    """Return a tiny encoder with random weights."""
     config = EncoderConfig(
         d_model=16, heads=2, kv_heads=1, windows=(3, 3), embedding_dim=8, item_dim=8, sequence_length=8
     )
@@ -54,7 +56,7 @@ def encoder() -> EncoderRuntime:
 
 
 def sent() -> list[LogRecord]:
-    """Three users, thirty actions each: late ones, duplicates, ties, a tombstone, a rejected record."""
+    """Return thirty actions of three users: late ones, duplicates, ties, tombstones, a rejected record."""
     rng = np.random.default_rng(7)
     records: list[LogRecord] = []
 
@@ -93,7 +95,7 @@ class _Received:
 
 
 def faithful(encoder: EncoderRuntime) -> RecordedRun:
-    """What the real core and codec make of `sent`: a batch of seven, all due users encoded, a checkpoint, and so on."""
+    """Process `sent` with the real core and codec, in batches of seven: apply, encode due users, write a checkpoint."""
     inputs, changelog, outputs, letters = sent(), [], [], []
     state, store = PartitionState(TriggerPolicy(), LIMITS), MemoryStore()
 
@@ -128,6 +130,7 @@ def faithful(encoder: EncoderRuntime) -> RecordedRun:
 
 
 def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes]) -> list[tuple[object, ...]]:
+    """Encode the due users; return key, value and headers of each output."""
     job = state.begin_job(due)
     state.finish_job(job.sequences.users, job.offsets, NOW_MS)
     batch = EmbeddingBatch(
@@ -144,7 +147,7 @@ def embeddings(encoder: EncoderRuntime, state: PartitionState, due: list[bytes])
 
 
 def rewritten(run: RecordedRun, user: bytes, change: Callable[[PartitionState, np.ndarray], np.ndarray]) -> RecordedRun:  # type: ignore[type-arg]
-    """The run with one more checkpoint, in which `change` has altered what is kept of `user`."""
+    """Return the run with one more checkpoint, in which `change` has altered the kept actions of `user`."""
     store = MemoryStore()
     for record in run.history.changelog:
         assert record.key is not None
@@ -166,7 +169,7 @@ def rewritten(run: RecordedRun, user: bytes, change: Callable[[PartitionState, n
 
 
 def test_a_faithful_log_passes(encoder: EncoderRuntime) -> None:
-    """What the core makes of late events, duplicates, ties, tombstones and bad records is what the checker demands."""
+    """Core and checker agree on late events, duplicates, ties, tombstones and rejected records."""
     verdict = faithful(encoder).judge(encoder)
     assert [str(violation) for violation in verdict.violations] == []
     assert verdict.counts["recomputed"] == 2
@@ -196,6 +199,7 @@ def test_swapped_actions_are_named(encoder: EncoderRuntime) -> None:
 
 
 def appended(run: RecordedRun, record: LogRecord) -> RecordedRun:
+    """Return the run with one more output."""
     return replace(run, history=replace(run.history, outputs=[*run.history.outputs, record]))
 
 
@@ -203,7 +207,7 @@ def appended(run: RecordedRun, record: LogRecord) -> RecordedRun:
 def test_a_stale_or_repeated_embedding_is_named_unless_a_fault_explains_it(
     encoder: EncoderRuntime, which: int, kind: Kind
 ) -> None:
-    """An old embedding after a newer one, and one published twice, count only in the time of a fault."""
+    """An old embedding after a newer one, and a repeated one, are permitted only in the time of a fault."""
     run = faithful(encoder)
     again = [record for record in run.history.outputs if record.key == b"ann"][which]
     stale = appended(run, replace(again, timestamp_ms=NOW_MS + 70_000))
@@ -214,7 +218,7 @@ def test_a_stale_or_repeated_embedding_is_named_unless_a_fault_explains_it(
 
 
 def test_an_embedding_of_a_forgotten_user_is_named(encoder: EncoderRuntime) -> None:
-    """An output behind the user's tombstone is stale; a tombstone that never came leaves the user resurrected."""
+    """An output after the user's tombstone is stale; without the tombstone the user is resurrected."""
     run = faithful(encoder)
     before = [record for record in run.history.outputs if record.key == b"cy" and record.value is not None][-1]
     assert appended(run, replace(before, timestamp_ms=NOW_MS)).judge(encoder).kinds() == {Kind.STALE: 1}
@@ -224,7 +228,7 @@ def test_an_embedding_of_a_forgotten_user_is_named(encoder: EncoderRuntime) -> N
 
 
 def test_a_wrong_or_missing_last_embedding_is_named(encoder: EncoderRuntime) -> None:
-    """The last embedding must contain the last action and be the one of the full history."""
+    """The last embedding must contain the last action and equal the embedding of the full history."""
     run = faithful(encoder)
     at = max(i for i, record in enumerate(run.history.outputs) if record.key == b"ann")
     outputs = list(run.history.outputs)
@@ -237,8 +241,8 @@ def test_a_wrong_or_missing_last_embedding_is_named(encoder: EncoderRuntime) -> 
     assert wrong.judge(encoder).kinds() == {Kind.WRONG_EMBEDDING: 1}
 
 
-def test_an_embedding_that_lies_about_its_history_is_named(encoder: EncoderRuntime) -> None:
-    """An output whose headers were not true at its source offset is reported, wherever it stands."""
+def test_an_embedding_with_untrue_headers_is_named(encoder: EncoderRuntime) -> None:
+    """An output whose headers were not true at its source offset is reported, even if later ones are right."""
     run = faithful(encoder)
     outputs = list(run.history.outputs)
     headers = tuple((name, b"3" if name == "sequence-length" else value) for name, value in outputs[9].headers)
@@ -247,7 +251,7 @@ def test_an_embedding_that_lies_about_its_history_is_named(encoder: EncoderRunti
 
 
 def test_a_checkpoint_ahead_of_or_behind_its_mark_is_named(encoder: EncoderRuntime) -> None:
-    """Moving one head to the next checkpoint makes two checkpoints wrong, though the end is right."""
+    """Moving one head to the next checkpoint makes a checkpoint wrong, although the final state is right."""
     run = faithful(encoder)
     log = list(run.history.changelog)
     at = next(i for i, record in enumerate(log) if record.key == b"ubob")
@@ -258,14 +262,14 @@ def test_a_checkpoint_ahead_of_or_behind_its_mark_is_named(encoder: EncoderRunti
 
 
 @pytest.mark.parametrize(("by", "kind"), [(1, Kind.COMMITTED_AHEAD), (-1, Kind.COMMITTED_BEHIND)])
-def test_a_commit_apart_from_the_state_is_named(encoder: EncoderRuntime, by: int, kind: Kind) -> None:
-    """The committed offset and the last mark are one, or the checker says which is ahead."""
+def test_a_commit_that_differs_from_the_state_is_named(encoder: EncoderRuntime, by: int, kind: Kind) -> None:
+    """If the committed offset and the last mark differ, the checker names the one that is ahead."""
     run = faithful(encoder)
     assert kind in replace(run, committed=run.committed + by).judge(encoder).kinds()
 
 
 def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRuntime) -> None:
-    """Each rejected record has a dead letter with its own bytes and reason, and no valid one has any."""
+    """Each rejected record has a dead letter with its bytes and reason, and no valid record has one."""
     run = faithful(encoder)
     (letter,) = run.history.dead_letters
 
@@ -280,7 +284,7 @@ def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRunt
 
 
 def test_what_was_judged_is_forgotten_and_what_follows_is_still_found(encoder: EncoderRuntime) -> None:
-    """After `settle` a second judgement is clean and small; later trouble is named, measured against the same users."""
+    """After `settle` a second judgement is clean and small, and later violations are still found."""
     run = faithful(encoder)
     rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC)
     checker = Checker(rules, encoder)

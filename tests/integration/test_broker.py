@@ -15,8 +15,10 @@ import kafka
 import pytest
 
 from infra.kafka import broker as broker_module
+from infra.kafka import node as node_module
 from infra.kafka.address import BrokerFailed
-from infra.kafka.broker import Broker, BrokerOptions, broker_or_external
+from infra.kafka.broker import Broker, broker_or_external
+from infra.kafka.node import HOST, BrokerOptions
 
 pytestmark = pytest.mark.broker
 
@@ -82,7 +84,7 @@ def test_broker_dies_with_its_keeper(own_broker: Broker) -> None:
 def test_taken_port_is_one_clear_line() -> None:
     """A port in use is refused with a line that names it, before anything is started."""
     with socket.socket() as taken:
-        taken.bind((broker_module.HOST, 0))
+        taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BrokerFailed, match=f"port {port} is taken") as caught:
@@ -102,7 +104,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def no_space(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(broker_module, "_server_properties", no_space)
+    monkeypatch.setattr(node_module, "server_properties", no_space)
     with pytest.raises(BrokerFailed, match="No space left on device"):
         Broker.start(BrokerOptions(folder=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""From bytes to bytes with real workers on a real broker: killed, poisoned and asked to forget.
+"""The whole path, from bytes to bytes, with real workers on a real broker that are killed and poisoned.
 
 The facts are counted here from the topics alone, without the model and the checker that other tests use.
 """
@@ -26,25 +26,25 @@ EPOCH_MS = 1_700_000_000_000
 
 @pytest.fixture
 def run(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Run]:
-    """Two partitions, and a checkpoint every 200 ms."""
+    """Yield a run with two partitions and a checkpoint every 200 ms."""
     overrides = {"topics": {"partitions": 2}, "checkpoint": {"interval_ms": 200}}
     with Run(deploy(tmp_path, broker.bootstrap_servers, topic_prefix, overrides)) as run:
         yield run
 
 
 def numbered(begin: int, end: int) -> list[Event]:
-    """Actions of the users in turn, without event ids: only the source offset tells a repetition."""
+    """Return actions of the users in turn, without event ids: only the source offset identifies a repetition."""
     return [act(number % USERS, number) for number in range(begin, end)]
 
 
 def act(user: int, number: int, **fields: Any) -> Event:
-    """One action, at its number in event time."""
+    """Return one action, whose event time is `number` milliseconds after `EPOCH_MS`."""
     fields = {"item_id": f"item-{number % 50}", "timestamp_ms": EPOCH_MS + number, "event_id": None, **fields}
     return action(f"u{user}", number, **fields)
 
 
 def counts(run: Run) -> dict[bytes, int]:
-    """Actions ever applied per user, as the changelog has them."""
+    """Return the number of applied actions per user, from the changelog."""
     heads = {each.key: each.value for each in run.reader.read_all(run.deployment.settings.changelog_topic)}
     return {
         key[1:]: int(decode_head(key[1:], value)[0]["count"][0])
@@ -54,13 +54,13 @@ def counts(run: Run) -> dict[bytes, int]:
 
 
 def published(run: Run) -> list[tuple[bytes | None, int]]:
-    """User and source offset of every output, tombstones included as -1."""
+    """Return user and source offset of every output; the offset of a tombstone is -1."""
     outputs = run.reader.read_all(run.deployment.settings.topics.embeddings)
     return [(each.key, -1 if each.value is None else int(dict(each.headers)["source-offset"])) for each in outputs]
 
 
 def last_offsets(run: Run, events: list[Event]) -> dict[bytes | None, int]:
-    """Offset of each user's last record among the events."""
+    """Return the offset of each user's last record among the events."""
     inputs = run.reader.read_all(run.deployment.settings.topics.actions)
     return {each.key: each.offset for each in inputs if (each.key, each.value) in set(events)}
 
@@ -71,7 +71,7 @@ def stop(run: Run) -> None:
 
 
 def test_every_action_reaches_state_and_output_once_through_kills(run: Run) -> None:
-    """After two kill -9 under load, with the disk kept and with it lost, every action is counted exactly once."""
+    """After two SIGKILLs, with the disk kept and with the disk lost, every action is counted exactly once."""
     settings, supervisor = run.deployment.settings, run.supervisor
     send(settings, numbered(0, 3_000))
     supervisor.start(0)
@@ -91,7 +91,7 @@ def test_every_action_reaches_state_and_output_once_through_kills(run: Run) -> N
 
 
 def test_poison_becomes_dead_letters_and_stops_nothing(run: Run) -> None:
-    """Unreadable records are dead-lettered with reason and origin, their bytes untouched; the rest is applied."""
+    """Unreadable records are dead-lettered with reason and origin, their bytes unchanged; the rest is applied."""
     settings = run.deployment.settings
     poison: list[Event] = [
         (b"u1", b"\xff\xfe not json"),
@@ -123,7 +123,7 @@ def test_a_forgotten_user_stays_forgotten(run: Run) -> None:
 
 
 def test_sigterm_checkpoints_what_was_processed(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
-    """A worker told to stop ends with exit code 0, and its successor has nothing to replay."""
+    """SIGTERM writes a checkpoint of every processed action, and the worker ends with exit code 0."""
     checkpoint, worker = {"interval_ms": 25_000}, {"watchdog_timeout_ms": 60_000}
     overrides = {"topics": {"partitions": 2}, "checkpoint": checkpoint, "worker": worker}
     with Run(deploy(tmp_path, broker.bootstrap_servers, topic_prefix, overrides)) as run:

@@ -29,17 +29,19 @@ CACHE = "streamformer_cache_hits_total", "streamformer_cache_prefills_total"
 
 @pytest.fixture
 def deployment(broker: Any, topic_prefix: str, tmp_path: Path) -> Deployment:
+    """Return a deployment with default settings."""
     return deploy(tmp_path, broker.bootstrap_servers, topic_prefix)
 
 
 @pytest.fixture
 def run(deployment: Deployment) -> Iterator[Run]:
+    """Yield a run whose workers are not started yet."""
     with Run(deployment) as run:
         yield run
 
 
 def workload_for(run: Run, seconds: float, options: WorkloadOptions) -> Workload:
-    """Workload that has been flowing for so long, and still does."""
+    """Start a workload and let it run for some seconds; it is still running on return."""
     print(f"seed {SEED}")
     workload = Workload(run.deployment.settings, SEED, users=200, options=options)
     workload.start()
@@ -58,7 +60,7 @@ def wait_opened(run: Run) -> None:
 
 
 def judged(run: Run) -> Verdict:
-    """The verdict at rest, without a violation."""
+    """Wait for rest and return the verdict, which must have no violation."""
     assert run.rest(REST_S), f"{run.busy_with}\n{run.supervisor.log(0)[-3_000:]}"
     verdict = run.judge()
     assert [str(violation) for violation in verdict.violations] == []
@@ -66,14 +68,14 @@ def judged(run: Run) -> Verdict:
 
 
 def outputs_of(run: Run, user: str) -> list[LogRecord]:
-    """All outputs of one user, from the topic itself."""
+    """Return all outputs of one user, from the topic itself."""
     return [
         each for each in run.reader.read_all(run.deployment.settings.topics.embeddings) if each.key == user.encode()
     ]
 
 
-def test_a_run_without_faults_keeps_every_law(run: Run) -> None:
-    """With duplicates, disorder, poison, oversized records and tombstones in the input nothing is lost or doubled."""
+def test_a_run_without_faults_keeps_every_invariant(run: Run) -> None:
+    """Duplicates, disorder, poison, oversized records and tombstones in the input lose and double nothing."""
     run.supervisor.scale(1)
     options = WorkloadOptions(rate=500, duplicates=0.05, disorder=0.1, poison=0.02, oversized=0.003, tombstones=0.005)
     workload_for(run, 8, options).stop()
@@ -84,8 +86,8 @@ def test_a_run_without_faults_keeps_every_law(run: Run) -> None:
 
 
 @pytest.mark.parametrize("disk", ["kept", "empty"])
-def test_a_killed_worker_goes_on_where_its_checkpoint_ended(run: Run, disk: str) -> None:
-    """kill -9 under workload, twice, loses and doubles nothing, with the local disk as it was or gone."""
+def test_a_killed_worker_continues_where_its_checkpoint_ended(run: Run, disk: str) -> None:
+    """Two SIGKILLs under load lose and double nothing, whether the local disk is kept or lost."""
     run.supervisor.scale(1)
     workload = workload_for(run, 1, WorkloadOptions(rate=500, tombstones=0.005))
     for _ in range(2):
@@ -104,7 +106,7 @@ def test_a_killed_worker_goes_on_where_its_checkpoint_ended(run: Run, disk: str)
 
 
 def test_a_terminated_worker_leaves_nothing_to_repeat(run: Run) -> None:
-    """SIGTERM checkpoints and ends with 0; the next start publishes and commits nothing new without new events."""
+    """SIGTERM writes a checkpoint and ends with 0; without new events the next start publishes and commits nothing."""
     run.supervisor.scale(1)
     workload = workload_for(run, 1, WorkloadOptions(rate=300))
     wait_published(run)
@@ -123,7 +125,7 @@ def test_a_terminated_worker_leaves_nothing_to_repeat(run: Run) -> None:
 
 
 def test_damaged_databases_are_rebuilt_without_a_restart(run: Run) -> None:
-    """With unreadable blocks in the data files of every partition a worker starts, rebuilds them all, and goes on."""
+    """A worker whose data files all have unreadable blocks starts, rebuilds every partition, and continues."""
     run.supervisor.scale(1)
     workload = workload_for(run, 1, WorkloadOptions(rate=400))
     wait_published(run)
@@ -139,7 +141,7 @@ def test_damaged_databases_are_rebuilt_without_a_restart(run: Run) -> None:
 
 
 def test_of_two_workers_the_other_takes_over_from_a_dead_one(run: Run) -> None:
-    """A worker that is killed and does not come back leaves its partitions, whole, to the other one."""
+    """The partitions of a worker that is killed and does not come back move to the other one, complete."""
     run.supervisor.scale(2)
     workload = workload_for(run, 1, WorkloadOptions(rate=400))
     wait_published(run)
@@ -152,7 +154,7 @@ def test_of_two_workers_the_other_takes_over_from_a_dead_one(run: Run) -> None:
 
 
 def test_a_rebalance_leaves_the_cache_of_partitions_that_stay(run: Run) -> None:
-    """Users of a partition that comes back as it went are extended by a token; only those taken over are prefilled."""
+    """Users of a partition that returns unchanged are extended by a token; only those taken over are prefilled."""
     settings, users = run.deployment.settings, [f"user-{number}" for number in range(40)]
     run.supervisor.scale(2)
     run.wait_until(lambda: run.supervisor.is_ready(0) and run.supervisor.is_ready(1))
@@ -173,7 +175,7 @@ def metric(run: Run, name: str, labels: str = "") -> float:
 
 
 def test_a_worker_stopped_past_its_session_can_write_nothing_more(run: Run) -> None:
-    """A worker frozen until the other one owns its partitions is fenced when it wakes, and joins or restarts."""
+    """A worker frozen until the other one owns its partitions is fenced when it wakes, and rejoins or restarts."""
     run.supervisor.scale(2)
     workload = workload_for(run, 1, WorkloadOptions(rate=400))
     wait_published(run)
@@ -206,7 +208,7 @@ REJECTED: dict[RejectReason, Event] = {
 
 
 def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
-    """One record of each reason, the largest as large as the broker takes, costs itself alone: untouched, explained."""
+    """Each rejected record, up to the broker's limit in size, becomes an unchanged dead letter; the rest is applied."""
     assert set(REJECTED) == set(RejectReason)
     poison = [record for number, bad in enumerate(REJECTED.values(), 2) for record in (bad, action("dan", number))]
     send(run.deployment.settings, [action("dan", 1), *poison])
@@ -221,7 +223,7 @@ def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
 
 
 def test_a_forgotten_user_comes_back_only_by_younger_events(run: Run) -> None:
-    """After a tombstone older events change nothing, also across a kill; younger ones begin a new sequence."""
+    """After a tombstone older events change nothing, even after a kill; younger ones begin a new sequence."""
     settings = run.deployment.settings
     send(settings, [action("flo", 1), action("flo", 2), action("gus", 1), (b"flo", None), (b"gus", None)])
     send(settings, [action("flo", 3), action("gus", 2)])
@@ -237,7 +239,7 @@ def test_a_forgotten_user_comes_back_only_by_younger_events(run: Run) -> None:
 
 
 def test_the_same_events_again_change_nothing(run: Run) -> None:
-    """A history sent a second time, as a retrying producer would, is dropped by event id, also after a restart."""
+    """Events sent a second time, as by a retrying producer, are dropped by event id, even after a restart."""
     history = [action("hal", number) for number in range(20)]
     send(run.deployment.settings, history)
     run.supervisor.scale(1)
@@ -250,19 +252,23 @@ def test_the_same_events_again_change_nothing(run: Run) -> None:
     assert len(outputs_of(run, "hal")) == published
 
 
+def with_staleness(folder: Path, max_staleness_ms: int) -> dict[str, dict[str, Any]]:
+    """Return settings under which only the age of unpublished actions triggers."""
+    policy = folder / "policy.toml"
+    policy.write_text(f"[triggers]\nevery_n = 100\nmax_staleness_ms = {max_staleness_ms}\n")
+    return {"triggers": {"policy_file": str(policy)}}
+
+
 @pytest.fixture
 def timed(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Run]:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("[triggers]\nevery_n = 100\nmax_staleness_ms = 1500\n")
-    with Run(
-        deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}})
-    ) as run:
+    """Yield a run whose users are published 1.5 s after their first new action."""
+    with Run(deploy(tmp_path, broker.bootstrap_servers, topic_prefix, with_staleness(tmp_path, 1_500))) as run:
         yield run
 
 
 @pytest.mark.parametrize("how", ["alive", "killed before"])
 def test_a_timer_fires_with_no_further_event(timed: Run, how: str) -> None:
-    """`max_staleness` publishes a user that acts no more, on time, and also after the worker was killed meanwhile."""
+    """`max_staleness` publishes an inactive user on time, even if the worker is killed before."""
     timed.supervisor.scale(1)
     send(timed.deployment.settings, [action("warm", 1)])
     wait_published(timed)
@@ -282,17 +288,15 @@ def test_a_timer_fires_with_no_further_event(timed: Run, how: str) -> None:
 
 @pytest.fixture
 def crowded(broker: Any, topic_prefix: str, tmp_path: Path) -> Iterator[Run]:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("[triggers]\nevery_n = 100\nmax_staleness_ms = 3000\n")
+    """Yield a run with little memory, whose users are published 3 s after their first new action."""
     limits = {"state": {"hot_users_max": 256}, "kafka": {"poll_records_max": 200}}
-    with Run(
-        deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"triggers": {"policy_file": str(policy)}, **limits})
-    ) as run:
+    overrides = {**with_staleness(tmp_path, 3_000), **limits}
+    with Run(deploy(tmp_path, broker.bootstrap_servers, topic_prefix, overrides)) as run:
         yield run
 
 
 def test_more_timers_fall_due_than_users_fit_into_memory(crowded: Run) -> None:
-    """Each of many users that wait on disk gets its embedding when its timer fires, though they come in portions."""
+    """Each of many users on disk is published when its timer fires, although they are loaded in portions."""
     users = [f"user-{number}" for number in range(3_000)]
     send(crowded.deployment.settings, [action(user, 1) for user in users])
     crowded.supervisor.scale(1)
@@ -315,8 +319,8 @@ def ends_with_one_line(run: Run) -> str:
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt"])
-def test_an_unusable_release_is_told_in_one_line(run: Run, fault: str) -> None:
-    """Without its release, or with one that was altered, a worker ends with one line that names it."""
+def test_an_unusable_release_is_reported_in_one_line(run: Run, fault: str) -> None:
+    """A worker whose release is missing or altered ends with one line that names it."""
     weights = run.deployment.release_dir / "weights.safetensors"
     if fault == "missing":
         shutil.rmtree(run.deployment.release_dir)
@@ -327,7 +331,7 @@ def test_an_unusable_release_is_told_in_one_line(run: Run, fault: str) -> None:
     assert "release" in ends_with_one_line(run)
 
 
-def test_an_unreachable_broker_is_told_in_one_line(run: Run) -> None:
+def test_an_unreachable_broker_is_reported_in_one_line(run: Run) -> None:
     """A worker that finds no broker ends with one line that names the address."""
     config = run.deployment.config
     address = run.deployment.settings.kafka.bootstrap_servers
@@ -335,8 +339,8 @@ def test_an_unreachable_broker_is_told_in_one_line(run: Run) -> None:
     assert "127.0.0.1:9" in ends_with_one_line(run)
 
 
-def test_a_wrong_partition_count_is_told_in_one_line(run: Run) -> None:
-    """A worker whose settings say another number of partitions than the topics have does not begin."""
+def test_a_wrong_partition_count_is_reported_in_one_line(run: Run) -> None:
+    """A worker whose settings and topics differ in the number of partitions does not start."""
     config = run.deployment.config
     config.write_text(config.read_text().replace("partitions = 4", "partitions = 3"))
     line = ends_with_one_line(run)

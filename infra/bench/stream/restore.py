@@ -33,7 +33,8 @@ from infra.bench.stream.synthetic_state import FIRST_USER, SyntheticState, fill,
 from infra.bench.stream.worker import PARTITIONS, MeasuredWorker, WorkerJob, prepare_worker
 from infra.harness.reporting import console, machine, print_result, print_table, run_command
 from infra.harness.worker_process import STOP_S, Process, fetch_page, running
-from infra.kafka.broker import BrokerOptions, broker_or_external
+from infra.kafka.broker import broker_or_external
+from infra.kafka.node import BrokerOptions
 from streams.core.layout import StateLimits
 
 REPORTS = Path("reports")
