@@ -6,6 +6,7 @@ import re
 import runpy
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.unit.wire.test_embeddings import ONE
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 """A Markdown link, not a picture; the group is its target."""
 CODE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
@@ -131,6 +132,16 @@ def test_settings_and_metrics_that_a_page_names_exist(page: Path) -> None:
     assert named - code - set(keys()) == set()
     series = {metric.name for metric in Metrics()}
     assert set(re.findall(r"`(streamformer_\w+)", text(page))) - series == set()
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=name_of)
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    """A path of the repository in a page leads to something, and a module that it says to run can be found."""
+    whole = page.read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:streams|encoder|infra|tests|docs)/[\w./-]*)`", whole))
+    modules = set(re.findall(r"python -m ((?:streams|encoder|infra)[\w.]*)", whole))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [module for module in modules if find_spec(module) is None] == []
 
 
 def test_the_contracts_name_every_reason_and_header() -> None:
