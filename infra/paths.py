@@ -1,4 +1,4 @@
-"""Where downloads are kept between runs."""
+"""Folder of downloads that are kept between runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infra.errors import InfraError
 
 
 def cache_dir() -> Path:
-    """The project's cache folder under `XDG_CACHE_HOME` (default `~/.cache`), created when missing."""
+    """Return the project's folder under `XDG_CACHE_HOME` (default `~/.cache`), created if missing."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamformer"
     try:
         path.mkdir(parents=True, exist_ok=True)

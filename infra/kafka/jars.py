@@ -1,7 +1,7 @@
-"""The broker's jars from Maven Central through jgo, checked against a pinned list of digests.
+"""The broker's jars, downloaded from Maven Central by jgo and checked against pinned digests.
 
-jgo caches what it downloads but writes files in place, so an interrupted download looks like a finished one. Every
-jar is therefore compared with `jars.sha256` before use; one that differs or is missing is downloaded once more.
+jgo caches downloads but writes files in place, so an interrupted download looks complete. Every jar is therefore
+compared with `jars.sha256` before use, and a jar that differs or is missing is downloaded once more.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from infra.errors import InfraError
 from infra.paths import cache_dir
 
 ENDPOINT = "org.apache.kafka:kafka_2.13:4.1.2+org.slf4j:slf4j-simple:1.7.36"
-"""Apache Kafka, and a logger that writes to standard error: without one the reason of a failed start is lost."""
+"""Apache Kafka, and a logger to standard error, without which the reason of a failed start would be lost."""
 
 DIGESTS = Path(__file__).with_name("jars.sha256")
 
 
 class JarsUnavailable(InfraError):
-    """The broker's jars could not be brought to this machine."""
+    """The broker's jars could not be downloaded, or are not the pinned ones."""
 
 
 def kafka_jars() -> list[Path]:
-    """The classpath of the broker, downloaded when missing or damaged; raises `JarsUnavailable`."""
+    """Return the classpath of the broker; download what is missing or damaged. Raises `JarsUnavailable`."""
     with _one_at_a_time():
         environment = _build()
         if wrong := _wrong(environment):
@@ -42,7 +42,7 @@ def kafka_jars() -> list[Path]:
                 raise JarsUnavailable(
                     "downloaded jars are not the pinned ones",
                     ", ".join(sorted(wrong)),
-                    "check what stands between this machine and Maven Central (a proxy?), then run it again",
+                    "check whether a proxy between this machine and Maven Central alters files, then run it again",
                 )
     return sorted(environment.all_jars)
 
@@ -54,13 +54,13 @@ def _build() -> Environment:
         raise JarsUnavailable(
             "cannot download the broker's jars from Maven Central",
             str(error),
-            "check the network and the free disk space and run it again, "
-            "or set KAFKA_BOOTSTRAP_SERVERS to a broker that you have",
+            "check the network and the free disk space, then run it again, "
+            "or set KAFKA_BOOTSTRAP_SERVERS to an existing broker",
         ) from error
 
 
 def _wrong(environment: Environment) -> set[str]:
-    """Names of jars that are missing, too many, or of other content than the pinned ones."""
+    """Return the names of jars that are missing, superfluous or different from the pinned ones."""
     lines = [line.split() for line in DIGESTS.read_text().splitlines()]
     pinned = {(name, digest) for digest, name in lines}
     found = {(jar.name, _digest(jar)) for jar in environment.all_jars}
@@ -73,7 +73,7 @@ def _digest(path: Path) -> str:
 
 
 def _forget(environment: Environment, names: set[str]) -> None:
-    """Delete jgo's environment, which it would not complete, and the jars in the repository that it links to."""
+    """Delete jgo's environment, which jgo would not complete, and the jars in its repository that are wrong."""
     shutil.rmtree(environment.path)
     repository = Path(GlobalSettings.load().repo_cache)
     for name in names:
@@ -83,7 +83,7 @@ def _forget(environment: Environment, names: set[str]) -> None:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Two downloads into the same cache would read each other's half-written files."""
+    """Lock the cache: two concurrent downloads would read each other's half-written files."""
     with (cache_dir() / "jars.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

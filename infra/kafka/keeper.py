@@ -1,9 +1,9 @@
-"""Keeps one Java broker for a parent process, and cleans up when the parent is gone however it went.
+"""A keeper process: it runs one Java broker for its parent, and cleans up however the parent ends.
 
-A program of its own (standard library only): `python keeper.py FOLDER -- COMMAND...`. It reads orders from standard
-input, one a line: `start`, `stop` (SIGTERM, then SIGKILL), `kill` (SIGKILL), and answers each with one line on
-standard output: the broker's pid, or its exit status. When standard input ends or the parent changes, the broker is
-stopped, FOLDER is removed and the keeper exits. Should the keeper itself be killed, the kernel kills the broker.
+This is a program of its own that needs only the standard library: `python keeper.py FOLDER -- COMMAND...`. It reads one
+order per line from standard input: `start`, `stop` (SIGTERM, then SIGKILL) or `kill` (SIGKILL). It confirms each with
+one line on standard output: the broker's pid, or its exit status. When standard input ends or the parent changes, it
+stops the broker, removes FOLDER and exits. If the keeper itself is killed, the kernel kills the broker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(folder: Path, command: list[str]) -> None:
-    """Obey orders until the parent is gone."""
+    """Obey orders until the parent has ended."""
     _ignore_terminal_signals()
     keeper = Keeper(folder, command)
     try:
@@ -38,7 +38,7 @@ def main(folder: Path, command: list[str]) -> None:
 
 
 class Keeper:
-    """One broker process at a time, its output appended to `server.log` in the folder."""
+    """Runs one broker process at a time, and appends its output to `server.log` in the folder."""
 
     def __init__(self, folder: Path, command: list[str]) -> None:
         self._folder = folder
@@ -46,9 +46,11 @@ class Keeper:
         self._process: subprocess.Popen[bytes] | None = None
 
     def obey(self, order: str) -> int:
+        """Carry out one order; return the line to print."""
         return {"start": self.start, "stop": self.stop, "kill": self.kill}[order]()
 
     def start(self) -> int:
+        """Start the broker; return its pid."""
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
@@ -56,6 +58,7 @@ class Keeper:
         return self._process.pid
 
     def stop(self) -> int:
+        """Stop the broker in order, by SIGKILL after `STOP_S`; return its exit status."""
         if self._process is None:
             return 0
         self._process.send_signal(signal.SIGCONT)
@@ -66,6 +69,7 @@ class Keeper:
             return self.kill()
 
     def kill(self) -> int:
+        """Kill the broker; return its exit status."""
         if self._process is None:
             return 0
         self._process.kill()
@@ -73,7 +77,7 @@ class Keeper:
 
 
 def _orders(parent_pid: int) -> Iterator[str]:
-    """Lines of standard input until it ends or the parent dies (a forked sibling may hold the pipe open)."""
+    """Yield lines of standard input until it ends, or the parent dies while a forked sibling holds the pipe open."""
     pending = b""
     while os.getppid() == parent_pid:
         if not select.select([0], [], [], PARENT_CHECK_S)[0]:
@@ -91,7 +95,7 @@ def _ignore_terminal_signals() -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child: restore the signals that the keeper ignores; be killed when the keeper dies."""
+    """Restore, in the child, the signals that the keeper ignores, and have it killed when the keeper dies."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

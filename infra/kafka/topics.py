@@ -1,7 +1,7 @@
-"""The topics as data, and what is done with them: create what is missing, verify what exists, delete.
+"""The topics as data: create missing ones, verify existing ones, delete them.
 
-A topic's partition count decides which worker holds which user and its cleanup policy decides whether state survives,
-so a wrong one is refused and never changed in place.
+The partition count of a topic decides which worker owns which user, and its cleanup policy decides whether state
+survives. A topic with the wrong ones is therefore rejected, and never changed in place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ADMIN_TIMEOUT_MS = 30_000
 
 
 class TopicMismatch(InfraError):
-    """A topic is missing, or exists with another partition count or cleanup policy than the code relies on."""
+    """A topic is missing, or its partition count or cleanup policy is not the one that the code relies on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic as it has to be; `configs` holds what differs from the broker's defaults."""
+    """A topic as it has to be; `configs` holds the settings that differ from the broker's defaults."""
 
     name: str
     partitions: int
@@ -37,7 +37,7 @@ class Topic:
     configs: Mapping[str, str] = field(default_factory=dict)
 
     def creation(self, replication_factor: int) -> dict[str, Any]:
-        """The topic in the form that kafka-python's `create_topics` takes."""
+        """Return the topic in the form that kafka-python's `create_topics` takes."""
         return {
             "num_partitions": self.partitions,
             "replication_factor": replication_factor,
@@ -46,7 +46,7 @@ class Topic:
 
 
 def topics_of(settings: Settings) -> tuple[Topic, ...]:
-    """Every topic of the application; all have one partition count, for they hold the same users by partition."""
+    """Return every topic of the application; all have one partition count, so that a user has one partition."""
     names, partitions = settings.topics, settings.topics.partitions
     return (
         Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
@@ -56,14 +56,14 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
     )
 
 
-# A refused record is written whole and gains headers on its way, so this topic takes more than any other.
+# A rejected record is written whole, with more headers, so this topic accepts larger records than any other.
 _DEAD_LETTER_CONFIGS: Mapping[str, str] = {
     "max.message.bytes": str(64 << 20),
     "retention.ms": str(30 * DAY_MS),
 }
 
-# The active segment is never compacted, so smaller segments bound what a restore reads twice; half of a closed log may
-# be outdated before it is rewritten, which costs less disk traffic than the default does once most keys are hot.
+# The active segment is never compacted, so smaller segments limit how many outdated records a restore reads. A closed
+# log is rewritten when half of it is outdated, which causes less disk traffic than the default once most keys are hot.
 _CHANGELOG_CONFIGS: Mapping[str, str] = {
     "min.cleanable.dirty.ratio": "0.5",
     "segment.bytes": str(128 << 20),
@@ -74,7 +74,7 @@ _CHANGELOG_CONFIGS: Mapping[str, str] = {
 def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[str]:
     """Create the missing topics, verify all of them, and return the names of those created.
 
-    Raises `TopicMismatch` when one exists in another shape, `BrokerFailed` when no broker answers.
+    Raises `TopicMismatch` when a topic has another shape, and `BrokerFailed` when no broker responds.
     """
     topics = topics_of(settings)
     with closing(_admin(settings)) as admin:
@@ -87,13 +87,13 @@ def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[st
 
 
 def verify_topics(settings: Settings) -> None:
-    """Raise `TopicMismatch`, naming every difference and its remedy, unless all topics are as they must be."""
+    """Raise `TopicMismatch`, with every difference and its remedy, unless all topics are as they must be."""
     with closing(_admin(settings)) as admin:
         _verify(admin, topics_of(settings))
 
 
 def delete_topics(settings: Settings) -> None:
-    """Delete the application's topics and all that is in them; those that are missing are no fault."""
+    """Delete the application's topics with their records; missing ones are ignored."""
     with closing(_admin(settings)) as admin:
         present = set(_asked(admin.list_topics))
         names = [topic.name for topic in topics_of(settings) if topic.name in present]
@@ -112,10 +112,14 @@ def _create(admin: kafka.KafkaAdminClient, topics: Sequence[Topic], replication_
     try:
         admin.create_topics(wanted, wait_for_metadata=True)
     except TopicAlreadyExistsError:
-        admin.wait_for_topics(list(wanted), timeout_ms=ADMIN_TIMEOUT_MS)  # someone else was faster; verified next
+        admin.wait_for_topics(
+            list(wanted), timeout_ms=ADMIN_TIMEOUT_MS
+        )  # another process created them; they are verified next
     except KafkaError as error:
         raise InfraError(
-            "cannot create topics", f"{', '.join(wanted)}: {error}", "see the broker's log and this user's rights"
+            "cannot create topics",
+            f"{', '.join(wanted)}: {error}",
+            "check the broker's log and this user's permissions",
         ) from error
 
 
@@ -132,12 +136,14 @@ def _verify(admin: kafka.KafkaAdminClient, topics: Sequence[Topic]) -> None:
     ]
     if problems:
         raise TopicMismatch(
-            "topics do not fit", " | ".join(problems), "stop the workers and change the topics, or the settings"
+            "topics do not match the settings",
+            " | ".join(problems),
+            "stop the workers and change the topics, or the settings",
         )
 
 
 def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> list[str]:
-    """What is wrong with one topic as found, each with its remedy."""
+    """Return each difference of one existing topic, with its remedy."""
     if not partitions:
         return [f"{topic.name} is missing: create it with `streamformer topics create`"]
     problems = []
@@ -157,8 +163,8 @@ def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> l
 
 
 def _asked(method: Any, *args: Any, **kwargs: Any) -> Any:
-    """The answer of an admin call, a failure of the broker told in one line."""
+    """Return the result of an admin call; raise a failure of the broker as one line."""
     try:
         return method(*args, **kwargs)
     except KafkaError as error:
-        raise InfraError("the broker refused a request about topics", str(error), "see the broker's log") from error
+        raise InfraError("the broker rejected a request about topics", str(error), "check the broker's log") from error
