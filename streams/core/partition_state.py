@@ -219,11 +219,11 @@ class PartitionState:
 
     def requeue(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
         """Put back distinct `users` that the encode queue shed: those still due are due again after the delay."""
-        self._put_off(users, "queued", now_ms + delay_ms)
+        self._delay(users, "queued", now_ms + delay_ms)
 
     def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
         """End the failed job of distinct `users`: those still due are due again after the delay."""
-        self._put_off(users, "in_job", now_ms + delay_ms)
+        self._delay(users, "in_job", now_ms + delay_ms)
 
     def seed_published(self, users: Sequence[bytes], offsets: I64) -> None:
         """Record up to which source offsets the output topic holds embeddings of `users` by this encoder version.
@@ -315,7 +315,7 @@ class PartitionState:
         headers["reason"] = np.where(done, 0, headers["reason"])
         headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
 
-    def _put_off(self, users: Sequence[bytes], ended: str, due_ms: int) -> None:
+    def _delay(self, users: Sequence[bytes], ended: str, due_ms: int) -> None:
         """End the live flag `ended` of users, and set their deadline unless they are queued again."""
         rows = self._sequences.rows_of([users[index] for index in self._hot(users).tolist()])
         headers, live = self._sequences.columns(rows)

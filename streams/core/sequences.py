@@ -238,8 +238,8 @@ class SequenceState:
     def _repeated_in_kept(self, rows: I64, ids: U64, events: I64, outcomes: Outcomes) -> I64:
         """Set the outcome of `events` that repeat a kept event id; return those whose original may leave the ring.
 
-        An original that this batch may push out of the ring is a duplicate or not depending on the order of events,
-        which only the slow path knows.
+        Whether an event repeats an original that this batch may push out of the ring depends on the order of events,
+        and only the slow path follows it.
         """
         # [E, M] fingerprints against [E, 1]: cheap, and for nearly all batches the end of the search
         found: I64 = events[(self._fingerprints[rows[events]] == _fingerprint(ids[events])[:, None]).any(axis=1)]

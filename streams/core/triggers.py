@@ -87,7 +87,7 @@ class Triggers:
         headers["due_ms"] = np.where(is_due, headers["due_ms"], deadline)
 
     def _count_since_job(self, live: Columns, fresh: I64, is_fresh: Bool, now_ms: int) -> None:
-        """Count the fresh actions since the last job began, and note the time of the first."""
+        """Count the fresh actions since the last job began, and keep the time of the first."""
         live["since_job_ms"][is_fresh & (live["since_job"] == 0)] = now_ms
         live["since_job"] += fresh.astype(np.uint32)
         live["last_applied_ms"] = now_ms

@@ -144,9 +144,9 @@ def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -
     metadata = _metadata(texts)
     vector = _vector(value, metadata.dtype)
     if vector.shape != (metadata.dim,):
-        raise MalformedEmbedding(f"the value holds {vector.size} numbers where header dim says {metadata.dim}")
+        raise MalformedEmbedding(f"the value has {vector.size} numbers, but header dim is {metadata.dim}")
     if not np.isfinite(vector).all():
-        raise MalformedEmbedding("the vector holds a number that is not finite")
+        raise MalformedEmbedding("the vector contains a number that is not finite")
     vector.flags.writeable = False
     return Embedding(user, vector, metadata)
 
@@ -161,7 +161,7 @@ def _values(vectors: F32, codec: EmbeddingCodec) -> Iterator[bytes]:
         written = vectors.astype("<f2" if codec is EmbeddingCodec.FLOAT16 else "<f4")
     if not np.isfinite(written).all():
         rows = int((~np.isfinite(written).all(axis=1)).sum())
-        raise MalformedEmbedding(f"{rows} of {len(vectors)} vectors hold a number that is not finite in {codec}")
+        raise MalformedEmbedding(f"{rows} of {len(vectors)} vectors contain a number that is not finite in {codec}")
     if codec is EmbeddingCodec.JSON:
         return (_json(row) for row in written)
     raw = written.tobytes()
@@ -180,10 +180,12 @@ def _vector(value: bytes, codec: EmbeddingCodec) -> Vector:
             with np.errstate(over="ignore"):
                 return np.array(msgspec.json.decode(value, type=list[float]), np.float32)
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
-            raise MalformedEmbedding(f"the value is no JSON array of numbers: {error}") from None
+            raise MalformedEmbedding(f"the value is not a JSON array of numbers: {error}") from None
     dtype = np.dtype("<f2" if codec is EmbeddingCodec.FLOAT16 else "<f4")
     if len(value) % dtype.itemsize:
-        raise MalformedEmbedding(f"the value has {len(value)} bytes, no multiple of the {dtype.itemsize} of {codec}")
+        raise MalformedEmbedding(
+            f"the value has {len(value)} bytes, not a multiple of {dtype.itemsize}, the size of a {codec}"
+        )
     return np.frombuffer(value, dtype).astype(np.float32)
 
 
@@ -220,7 +222,7 @@ def _number(texts: dict[str, str], name: str) -> int:
     text = _text(texts, name)
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 19):
-        raise MalformedEmbedding(f"header {name} is {text[:40]!r}, not a whole number")
+        raise MalformedEmbedding(f"header {name} is {text[:40]!r}, not an integer")
     return int(text)
 
 

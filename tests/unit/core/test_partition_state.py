@@ -100,7 +100,7 @@ def test_replay_publishes_nothing_that_is_published() -> None:
 
 
 def test_firing_timers_loads_users_with_unseen_outputs() -> None:
-    """A cold user with unseen outputs is asked for by the next timers; once loaded, its state contains them."""
+    """The next timers request a cold user with unseen outputs; once it is loaded, its state contains them."""
     state = PartitionState(TriggerPolicy(), LIMITS)
     state.seed_published([b"a"], np.array([3]))
     assert state.has_unseen_outputs
@@ -147,8 +147,8 @@ def test_evicts_those_untouched_for_longest() -> None:
     assert state.missing(users) == users[:2]
 
 
-def test_deadline_of_an_evicted_user_asks_for_it_to_be_loaded() -> None:
-    """A user with a pending timer may be evicted; when the timer is due, the user is asked for."""
+def test_deadline_of_an_evicted_user_requests_it() -> None:
+    """A user with a pending timer may be evicted; when the timer is due, the user is requested."""
     state = state_of(TriggerPolicy(every_n=100, max_staleness_ms=1_000), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
     snapshot = state.begin_checkpoint()

@@ -23,19 +23,19 @@ HIGH, LOW = 3, 1
 
 
 class Runtime:
-    """Embeds user `b"7"` as [7, 7]; `trouble` is called first with the users, in the encoder thread."""
+    """Embeds user `b"7"` as [7, 7]; `fail` is called first with the users, in the encoder thread."""
 
     version, dtype, embedding_dim, sequence_length = "v", "float32", 2, 8
 
-    def __init__(self, trouble: Callable[[Sequence[bytes]], None] = lambda users: None) -> None:
+    def __init__(self, fail: Callable[[Sequence[bytes]], None] = lambda users: None) -> None:
         self.calls: list[list[bytes]] = []
         self.extensions = self.prefills = self.cleared = 0
-        self._trouble = trouble
+        self._fail = fail
 
     def embed(self, batch: SequenceBatch) -> F32:
         """Return NaN for user 13, and the user's number for all others."""
         self.calls.append(list(batch.users))
-        self._trouble(batch.users)
+        self._fail(batch.users)
         self.extensions += len(batch) - 1
         self.prefills += 1
         values = [float("nan") if user == b"13" else float(user) for user in batch.users]
@@ -244,12 +244,12 @@ def test_unacknowledged_batches_are_bounded() -> None:
 def test_only_the_user_that_the_encoder_cannot_embed_is_rejected() -> None:
     """A failing batch is retried on empty caches, then halved, and only the user that causes it is rejected."""
 
-    def trouble(users: Sequence[bytes]) -> None:
+    def fail(users: Sequence[bytes]) -> None:
         if b"6" in users:
             raise RuntimeError("six")
 
     async def scenario() -> None:
-        runtime, owner, metrics = Runtime(trouble), Owner(), Metrics()
+        runtime, owner, metrics = Runtime(fail), Owner(), Metrics()
         queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
         put(queue, owner, [1, 2, 6, 3])
         async with running(queue):
@@ -267,13 +267,13 @@ def test_an_encoder_that_recovers_loses_no_user() -> None:
     failing = threading.Event()
     failing.set()
 
-    def trouble(users: Sequence[bytes]) -> None:
+    def fail(users: Sequence[bytes]) -> None:
         if failing.is_set():
             raise RuntimeError("failing")
 
     async def scenario() -> None:
         owner = Owner()
-        queue = EncodeQueue(Runtime(trouble), EncodeQueuePolicy(attempts_max=1_000, retry_backoff_ms=1), Metrics())
+        queue = EncodeQueue(Runtime(fail), EncodeQueuePolicy(attempts_max=1_000, retry_backoff_ms=1), Metrics())
         put(queue, owner, [1, 2])
         assert queue.healthy
         async with running(queue):

@@ -133,19 +133,19 @@ def test_a_number_too_large_for_float16_is_rejected() -> None:
 
 
 MALFORMED = {
-    "one number short": (b"\0" * 8, {}, "holds 2 numbers where header dim says 3"),
+    "one number short": (b"\0" * 8, {}, "has 2 numbers, but header dim is 3"),
     "half a number": (b"\0" * 11, {}, "11 bytes"),
-    "another dim": (b"\0" * 12, {"dim": b"4"}, "says 4"),
+    "another dim": (b"\0" * 12, {"dim": b"4"}, "dim is 4"),
     "NaN": (np.full(3, np.nan, "<f4").tobytes(), {}, "not finite"),
     "unknown dtype": (b"\0" * 12, {"dtype": b"bfloat16"}, "bfloat16"),
     "no dtype": (b"\0" * 12, {"dtype": None}, "header dtype is missing"),
     "no version": (b"\0" * 12, {"encoder_version": None}, "header encoder-version is missing"),
     "no offset": (b"\0" * 12, {"source_offset": None}, "header source-offset is missing"),
-    "offset a word": (b"\0" * 12, {"source_offset": b"many"}, "not a whole number"),
-    "offset too long": (b"\0" * 12, {"source_offset": b"9" * 5_000}, "not a whole number"),
+    "offset a word": (b"\0" * 12, {"source_offset": b"many"}, "not an integer"),
+    "offset too long": (b"\0" * 12, {"source_offset": b"9" * 5_000}, "not an integer"),
     "header not UTF-8": (b"\0" * 12, {"reason": b"\xff"}, "not UTF-8"),
-    "JSON cut": (b"[1,2", {"dtype": b"json"}, "no JSON array"),
-    "JSON of words": (b'["a"]', {"dtype": b"json"}, "no JSON array"),
+    "JSON cut": (b"[1,2", {"dtype": b"json"}, "not a JSON array"),
+    "JSON of words": (b'["a"]', {"dtype": b"json"}, "not a JSON array"),
     "JSON overflow": (b"[1e39,1,1]", {"dtype": b"json"}, "not finite"),
 }
 
