@@ -40,4 +40,4 @@ def broker(
 def _watch(running: Broker) -> NoReturn:
     while running.is_running():
         time.sleep(CHECK_S)
-    raise BrokerFailed("the broker ended by itself", running.last_words(), "check memory and disk, then start it again")
+    raise BrokerFailed("the broker ended by itself", running.last_error(), "check memory and disk, then start it again")

@@ -190,7 +190,7 @@ class Workload:
         kinds: list[Event] = [
             (None, value),
             (b"\xff\xfe", None),
-            (b"somebody else", value),
+            (b"another-user", value),
             (key, value.replace(b'"item-', b'"\xff')),
             (key, value[:-1]),
             (key, b""),

@@ -103,7 +103,7 @@ class Broker:
         """Return False once the process has ended, even if its keeper has not noticed yet."""
         return _is_running(self.pid)
 
-    def last_words(self) -> str:
+    def last_error(self) -> str:
         """Return the line of the broker's log that best explains why it ended."""
         return reason(self._log())
 

@@ -16,6 +16,7 @@ from encoder.model import EncoderConfig
 from infra.chaos.checks.checker import Checker, Rules, Verdict
 from infra.chaos.checks.violations import Explained, Kind
 from infra.harness.history import History, LogRecord
+from infra.harness.releases import random_release
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
@@ -24,7 +25,6 @@ from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
 from streams.wire.actions import DecodeLimits, decode_actions
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
-from tests.unit.inference.histories import random_release
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=4)
 NOW_MS = 1_700_000_000_000
@@ -52,7 +52,7 @@ def encoder() -> EncoderRuntime:
     config = EncoderConfig(
         d_model=16, heads=2, kv_heads=1, windows=(3, 3), embedding_dim=8, item_dim=8, sequence_length=8
     )
-    return make_full(random_release(config, 1), cache_bytes_max=1 << 22, precision=Precision(), native=False)
+    return make_full(random_release(config, seed=1), cache_bytes_max=1 << 22, precision=Precision(), native=False)
 
 
 def sent() -> list[LogRecord]:
@@ -111,8 +111,8 @@ def faithful(encoder: EncoderRuntime) -> RecordedRun:
         effects = state.apply(decoded.actions, NOW_MS)
         for rejected in decoded.rejected:
             origin = [("source-topic", TOPIC.encode()), ("source-partition", b"0")]
-            told = [("error-reason", rejected.reason.encode()), ("source-offset", b"%d" % part[rejected.index].offset)]
-            append(letters, part[rejected.index].key or b"", part[rejected.index].value, [*told, *origin])
+            error = [("error-reason", rejected.reason.encode()), ("source-offset", b"%d" % part[rejected.index].offset)]
+            append(letters, part[rejected.index].key or b"", part[rejected.index].value, [*error, *origin])
         for user, offset in zip(effects.forgotten, effects.forgotten_offsets.tolist(), strict=True):
             append(outputs, *encode_tombstone(user, offset))
         if effects.due:

@@ -27,7 +27,7 @@ class _Partition:
 
 
 class StateChecks:
-    """Follows the changelog, of which it knows the documented byte layout."""
+    """Follows the changelog, and decodes it by the documented byte layout."""
 
     def __init__(self, model: Model, *, sequence_length: int, chunk_length: int) -> None:
         self._model = model
