@@ -1,4 +1,4 @@
-"""What the state relies on from Kafka transactions, shown on the real broker."""
+"""The guarantees of Kafka transactions that the state relies on, on a real broker."""
 
 from __future__ import annotations
 
@@ -31,21 +31,27 @@ def names(broker: Any, topic_prefix: str) -> ChangelogNames:
 
 @pytest.fixture
 def client(broker: Any) -> dict[str, Any]:
+    """Return the connection options."""
     return {"bootstrap_servers": broker.bootstrap_servers}
 
 
 def producer(names: ChangelogNames, client: dict[str, Any]) -> ChangelogProducer:
+    """Return a producer that is not started."""
     return ChangelogProducer(names, client, transaction_timeout_ms=10_000)
 
 
 async def fence_predecessors(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """As every owner before it reads: a commit is acknowledged before its markers are written, a start after it."""
+    """Start a producer and stop it, because a commit is acknowledged before its markers are written.
+
+    Every owner of a partition does the same before it reads.
+    """
     successor = producer(names, client)
     await successor.start()
     await successor.stop()
 
 
 async def read_all(names: ChangelogNames, client: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Return every visible record."""
     await fence_predecessors(names, client)
     reader = LogReader(names.changelog, client)
     await reader.open()
@@ -56,6 +62,7 @@ async def read_all(names: ChangelogNames, client: dict[str, Any]) -> list[tuple[
 
 
 async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None:
+    """Return the committed source offset."""
     await fence_predecessors(names, client)
     consumer = aiokafka.AIOKafkaConsumer(**client, group_id=names.group_id, enable_auto_commit=False)
     await consumer.start()
@@ -68,6 +75,7 @@ async def committed(names: ChangelogNames, client: dict[str, Any]) -> int | None
 
 
 async def commit(writer: ChangelogProducer, records: Sequence[tuple[bytes, bytes]], source_offset: int) -> int:
+    """Commit records and a source offset in one transaction; return the offset of the last record."""
     await writer.begin()
     last = await writer.append(records)
     await writer.send_source_offset(source_offset)
@@ -76,11 +84,12 @@ async def commit(writer: ChangelogProducer, records: Sequence[tuple[bytes, bytes
 
 
 def numbered(n: int, size: int = 10) -> Sequence[tuple[bytes, bytes]]:
+    """Return `n` distinct records with values of `size` bytes."""
     return [(b"k%d" % i, b"v" * size) for i in range(n)]
 
 
 def test_commit_writes_records_and_offset_together(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """One commit makes its records readable and its source offset committed, and tells the last record's offset."""
+    """One commit makes its records readable and its source offset committed, and returns the last record's offset."""
 
     async def scenario() -> None:
         writer = producer(names, client)
@@ -95,7 +104,7 @@ def test_commit_writes_records_and_offset_together(names: ChangelogNames, client
 
 
 def test_a_commit_larger_than_one_batch_arrives_whole(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """Records beyond one produce batch are split over several and none is missing."""
+    """Records beyond the size of one produce batch are split over several, and none is missing."""
 
     async def scenario() -> None:
         records = numbered(40, size=BATCH_BYTES_MAX // 10)
@@ -128,7 +137,7 @@ def test_a_predecessor_is_fenced_and_leaves_nothing(names: ChangelogNames, clien
 
 
 def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """Records that were sent but not committed are gone for readers, and do not hold the reader back."""
+    """Records that were sent but not committed are invisible, and do not delay the reader."""
 
     async def scenario() -> None:
         old, new = producer(names, client), producer(names, client)
@@ -145,7 +154,7 @@ def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNa
 
 
 def test_reader_ends_behind_trailing_markers(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """A log that ends in transaction markers, aborted ones too, is read to its end and the reader returns."""
+    """The reader returns at the end of a log that ends in transaction markers, aborted ones too."""
 
     async def scenario() -> None:
         writer = producer(names, client)

@@ -1,4 +1,4 @@
-"""Records without aiokafka's wrapper: the same content, the same positions, and only for whoever asks for them."""
+"""Overrides are installed by one call; records without a wrapper have the same content and positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ assert {STORE_SCHEME!r} not in stores.STORES.aliases
 
 
 class _Assignment:
-    """As much of aiokafka's assignment as reading takes: active, never paused, its position moved by the reader."""
+    """The part of aiokafka's assignment that reading uses: active, never paused, its position moved by the reader."""
 
     active, paused, position = True, False, 0
 
@@ -57,7 +57,7 @@ def _partition_records(key_deserializer: Any) -> ParsedRecords:
 
 
 def test_parsed_records_hold_what_wrapped_ones_hold() -> None:
-    """Key, value, headers, offset and time are those of aiokafka's own records, for missing and empty parts too."""
+    """Key, value, headers, offset and time equal those of aiokafka's own records, for missing and empty parts too."""
     wrapped, parsed = list(_partition_records(None)), list(_partition_records(as_parsed))
     assert [[getattr(record, name) for name in SEEN] for record in parsed] == [
         [getattr(record, name) for name in SEEN] for record in wrapped
@@ -67,7 +67,7 @@ def test_parsed_records_hold_what_wrapped_ones_hold() -> None:
 
 
 def test_other_consumers_get_consumer_records() -> None:
-    """Without `as_parsed` a consumer of this process gets complete consumer records, topic and partition included."""
+    """Without `as_parsed` a consumer in this process gets complete consumer records, with topic and partition."""
     records = list(_partition_records(None))
     assert all(type(record) is ConsumerRecord for record in records)
     assert {(record.topic, record.partition) for record in records} == {TP}
@@ -75,7 +75,7 @@ def test_other_consumers_get_consumer_records() -> None:
 
 @pytest.mark.parametrize("records_max", [1, 2, 3, 4, 5])
 def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
-    """Whatever the limit of one read, the pieces join, and the position stands behind what has been read."""
+    """With any limit per read the pieces are contiguous, and the position is after the last record read."""
     assignment = _Assignment()
     result = FetchResult(TP, assignment=assignment, partition_records=_partition_records(as_parsed), backoff=0)
     offsets: list[int] = []
@@ -86,13 +86,13 @@ def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
 
 
 def test_importing_the_worker_overrides_nothing() -> None:
-    """Faust and aiokafka are as published until `install_overrides` is called, whatever has been imported."""
+    """Faust and aiokafka are unchanged until `install_overrides` is called, with every worker module imported."""
     ended = subprocess.run([sys.executable, "-c", IMPORTS_ALL], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
 def test_overrides_are_installed_by_one_call_and_once() -> None:
-    """`install_overrides` sets both names, and a second call sets them to the same."""
+    """`install_overrides` sets both names, and a second call sets them to the same values."""
     for _ in range(2):
         install_overrides()
         assert fetcher.PartitionRecords is ParsedRecords

@@ -75,6 +75,7 @@ INSIDES: dict[Any, dict[str, str]] = {
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
+    """Return a short hash of a function's source text."""
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
 
 
@@ -89,7 +90,7 @@ def test_inside_is_as_it_was_read(owner: Any, name: str, expected: str) -> None:
 
 
 def test_consumer_attributes_that_are_set_exist() -> None:
-    """The engine sets three attributes on aiokafka's consumer, which reads them under these names."""
+    """The three attributes that the engine sets on aiokafka's consumer are read there under these names."""
     source = Path(inspect.getfile(aiokafka.AIOKafkaConsumer)).read_text()
     assert "self._fetch_max_wait_ms" in source
     assert "self._isolation_level" in source

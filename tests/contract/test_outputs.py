@@ -1,4 +1,4 @@
-"""What the outputs promise on a real broker: dead letters of every size, and an honest look at what was published."""
+"""The outputs on a real broker: dead letters of every size, and reading back what was published."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def config(broker: Any, topic_prefix: str) -> OutputsConfig:
 
 
 async def sent_and_read(config: OutputsConfig, value: bytes) -> Any:
+    """Send a dead letter with this value and return the record that arrives."""
     outputs = Outputs(config)
     await outputs.start()
     try:
@@ -48,7 +49,7 @@ async def sent_and_read(config: OutputsConfig, value: bytes) -> Any:
 
 
 def test_a_dead_letter_above_the_clients_megabyte_arrives_whole(config: OutputsConfig) -> None:
-    """What the broker takes is not refused by the client before: 1.2 MB arrive untouched."""
+    """The client rejects nothing that the broker accepts: 1.2 MB arrive unchanged."""
     value = b"x" * 1_200_000
     record = asyncio.run(sent_and_read(config, value))
     assert record.value == value
@@ -56,7 +57,7 @@ def test_a_dead_letter_above_the_clients_megabyte_arrives_whole(config: OutputsC
 
 
 def test_a_dead_letter_too_large_for_its_topic_arrives_without_its_value(config: OutputsConfig) -> None:
-    """The broker's refusal stops nothing: key and headers arrive, one of which tells how long the value was."""
+    """When the broker rejects the value, key and headers still arrive, and one header holds the size of the value."""
     record = asyncio.run(sent_and_read(config, b"x" * 2_000_000))
     assert (record.key, record.value) == (b"ann", None)
     assert dict(record.headers) == {"error-reason": b"value-too-large", VALUE_OMITTED: b"2000000"}
@@ -66,7 +67,7 @@ def test_a_dead_letter_too_large_for_its_topic_arrives_without_its_value(config:
     ("offset", "expected"), [(0, [b"ann", b"ben"]), (1, [b"ben"]), (2, []), (1_000, [b"ann", b"ben"])]
 )
 def test_published_since_an_offset(config: OutputsConfig, offset: int, expected: list[bytes]) -> None:
-    """From an offset within the topic on; an offset beyond its end is of a topic that was there before: all is read."""
+    """Reading begins at an offset within the topic; one beyond its end is of an earlier topic, so all is read."""
 
     async def published() -> list[bytes]:
         outputs = Outputs(config)

@@ -1,7 +1,8 @@
-"""`python -m tests.integration.broken_worker FAULT FOLDER [OPTIONS]`: the real worker with one fault put in on purpose.
+"""Runs the real worker with one deliberate fault.
 
-Some faults are trouble that a whole worker must bear (`TROUBLE`); the others break what bears it (`BROKEN`). What is to
-happen once in all starts of a worker leaves a file in FOLDER.
+Usage: `python -m tests.integration.broken_worker FAULT FOLDER [OPTIONS]`. Some faults are trouble that a sound worker
+must survive (`TROUBLE`); the others break its defences (`BROKEN`) or delay it (`LIFE`). A fault that strikes once per run
+leaves a file in FOLDER, because the worker is started again.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ CRASHED = 9
 RESTORE_S = 4.0
 LOST_BATCHES = (3, 4)
 FOLDER = Path()
-"""Set by `run`."""
+"""Folder of the run, set by `run`."""
 
 
 def crash_once() -> None:
-    """End the process as kill -9 would, at the first call of all."""
+    """End the process as kill -9 would, at the first call of the run."""
     if not (mark := FOLDER / "crashed").exists():
         mark.touch()
         os._exit(CRASHED)
 
 
-# -- trouble that a worker must bear
+# -- trouble that a sound worker must survive
 
 
 def crashes_before_commit() -> None:
+    """Crash once, just before the commit of a checkpoint."""
     commit = ChangelogProducer.commit
 
     async def crashing(self: ChangelogProducer) -> None:
@@ -55,6 +57,7 @@ def crashes_before_commit() -> None:
 
 
 def crashes_after_commit() -> None:
+    """Crash once, after a commit and before the local store is written."""
     commit = ChangelogProducer.commit
 
     async def crashing(self: ChangelogProducer) -> None:
@@ -65,6 +68,7 @@ def crashes_after_commit() -> None:
 
 
 def delivers_twice() -> None:
+    """Deliver every batch twice."""
     on_batch = Ingest.on_batch
 
     async def twice(self: Ingest, batch: RecordBatch) -> None:
@@ -79,6 +83,7 @@ def delivers_twice() -> None:
 
 
 def loses_batches() -> None:
+    """Lose two batches."""
     on_batch, count = Ingest.on_batch, iter(range(1, 1 << 30))
 
     async def losing(self: Ingest, batch: RecordBatch) -> None:
@@ -88,10 +93,11 @@ def loses_batches() -> None:
     Ingest.on_batch = losing  # type: ignore[method-assign]
 
 
-# -- what bears it, broken
+# -- broken defences
 
 
 def no_dedupe_by_offset() -> None:
+    """Deliver every batch twice, to a state that does not recognise applied offsets."""
     delivers_twice()
     apply = SequenceState.apply
 
@@ -103,11 +109,14 @@ def no_dedupe_by_offset() -> None:
 
 
 def no_position_guard() -> None:
+    """Lose two batches, and accept every batch as contiguous."""
     loses_batches()
     OwnedPartition.continuity = lambda self, batch: Continuity.CONTIGUOUS  # type: ignore[method-assign]
 
 
 def store_before_commit() -> None:
+    """Write the local store before the transaction commits, and crash in between."""
+
     async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
         snapshot = state.begin_checkpoint()
         records = [*encode(snapshot, state.limits), encode_mark(mark)]
@@ -125,6 +134,7 @@ def store_before_commit() -> None:
 
 
 def offset_before_records() -> None:
+    """Store the changelog offset before its records, and crash in between."""
     write_steps = PartitionStore.write_steps
 
     def hasty(self: PartitionStore, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
@@ -137,6 +147,8 @@ def offset_before_records() -> None:
 
 
 def restore_ends_at_a_silence() -> None:
+    """End a restore at the first fetch that returns nothing."""
+
     async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
         self._consumer.seek(self.tp, start)
         while records := (await self._consumer.getmany(self.tp, timeout_ms=0, max_records=records_max)).get(self.tp):
@@ -145,10 +157,11 @@ def restore_ends_at_a_silence() -> None:
     LogReader.batches = batches  # type: ignore[method-assign, assignment]
 
 
-# -- slowness and standstill, for the life cycle
+# -- delays and stalls, for the tests of the life cycle
 
 
 def restores_slowly() -> None:
+    """Delay each restore."""
     restore = partitions_module.restore
 
     async def slow(*args: Any, **kwargs: Any) -> PartitionStore:
@@ -159,6 +172,7 @@ def restores_slowly() -> None:
 
 
 def stops_for_ever() -> None:
+    """Never finish giving back partitions."""
     revoke_all = Partitions.revoke_all
 
     async def endless(self: Partitions) -> None:
@@ -170,6 +184,8 @@ def stops_for_ever() -> None:
 
 
 def processes_nothing() -> None:
+    """Never process a batch."""
+
     async def waiting(self: Ingest, batch: RecordBatch) -> None:
         await asyncio.Event().wait()
 
@@ -177,6 +193,7 @@ def processes_nothing() -> None:
 
 
 def blocks_the_loop() -> None:
+    """Block the event loop with each batch."""
     decode = ingest_module.decode_actions
 
     def blocking(*args: Any, **kwargs: Any) -> Any:
@@ -199,11 +216,12 @@ LIFE: tuple[Fault, ...] = (restores_slowly, stops_for_ever, processes_nothing, b
 
 
 def command(fault: Fault, folder: Path) -> tuple[str, ...]:
-    """What starts a worker with the fault in it; options may follow."""
+    """Return the command that starts a worker with the fault; options may follow."""
     return sys.executable, "-m", "tests.integration.broken_worker", fault.__name__, str(folder)
 
 
 def run(name: str, folder: str, *options: str) -> None:
+    """Install the fault and run the worker."""
     global FOLDER
     FOLDER = Path(folder)
     {fault.__name__: fault for fault in (*TROUBLE, *BROKEN, *LIFE)}[name]()

@@ -1,4 +1,4 @@
-"""Changelogs of every shape, written by the worker's own producer, and beside each the truth: what was committed."""
+"""Changelogs of every shape, written by the worker's own producer, each with a record of what was committed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Shape = Callable[["Log"], Awaitable[None]]
 
 @dataclass
 class Log:
-    """One changelog partition as its writers leave it, and what of it was committed."""
+    """A changelog partition as its writers leave it, and the state that was committed to it."""
 
     names: ChangelogNames
     client: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Log:
 
     @classmethod
     def create(cls, bootstrap_servers: str, name: str, seed: int) -> Log:
-        """A new topic of one partition, and one as its source."""
+        """Create a topic of one partition, and another as its source."""
         source, changelog = TopicPartition(f"{name}-source", 0), TopicPartition(f"{name}-changelog", 0)
         admin = kafka.KafkaAdminClient(bootstrap_servers=bootstrap_servers)
         topic = {"num_partitions": 1, "replication_factor": 1}
@@ -51,10 +51,11 @@ class Log:
         return cls(names, {"bootstrap_servers": bootstrap_servers}, random.Random(seed))
 
     def producer(self) -> ChangelogProducer:
+        """Return a producer of this partition that is not started."""
         return ChangelogProducer(self.names, self.client, transaction_timeout_ms=30_000)
 
     def records(self, count: int, size: int, keys: int = 1 << 30) -> list[Record]:
-        """So many records of so many random bytes, one in twenty a tombstone, over a set of keys."""
+        """Return `count` records over `keys` keys: random values of `size` bytes, and one in twenty a tombstone."""
         return [
             (
                 b"c%d" % self.random.randrange(keys),
@@ -64,7 +65,7 @@ class Log:
         ]
 
     async def checkpoint(self, writer: ChangelogProducer, records: list[Record]) -> None:
-        """Write a checkpoint; the truth follows once it is committed."""
+        """Commit a checkpoint, and update the expected state after the commit."""
         offset = self.offset + 10
         marked = [*records, encode_mark(CheckpointMark(offset, 0))]
         await writer.begin()
@@ -79,13 +80,13 @@ class Log:
                 self.truth[key] = value
 
     async def leave_open(self, writer: ChangelogProducer) -> None:
-        """Begin a checkpoint and end before its commit: the successor's start aborts it."""
+        """Begin a checkpoint and end before its commit; the successor's start aborts it."""
         await writer.begin()
         await writer.append([*self.records(20, 50), encode_mark(CheckpointMark(self.offset + 10, 0))])
 
 
 async def written(log: Log, checkpoints: int, count: int, size: int, keys: int = 1 << 30) -> None:
-    """So many checkpoints of so many records each."""
+    """Commit a number of checkpoints with `count` records each."""
     writer = log.producer()
     await writer.start()
     for _ in range(checkpoints):
@@ -94,7 +95,7 @@ async def written(log: Log, checkpoints: int, count: int, size: int, keys: int =
 
 
 async def compacted(log: Log) -> None:
-    """Small segments, every key written over and over: compaction has removed the first records."""
+    """Write few keys again and again into small segments, until compaction has removed the first records."""
     await written(log, 30, 120, 1_000, keys=60)
     until_s = asyncio.get_running_loop().time() + COMPACT_S
     while await first_offset(log) == 0:
@@ -104,7 +105,7 @@ async def compacted(log: Log) -> None:
 
 
 async def first_offset(log: Log) -> int:
-    """Offset of the first record that is still there."""
+    """Return the offset of the first record that still exists."""
     reader = LogReader(log.names.changelog, log.client)
     await reader.open()
     try:
@@ -116,15 +117,17 @@ async def first_offset(log: Log) -> int:
 
 
 async def few_large_values(log: Log) -> None:
+    """Write two checkpoints of large values."""
     await written(log, 2, 8, 100_000)
 
 
 async def many_small_ones(log: Log) -> None:
+    """Write many small checkpoints."""
     await written(log, 120, 25, 40)
 
 
 async def trailing_markers(log: Log) -> None:
-    """Ends with markers: of a commit, then of aborted transactions whose records are there and must not be seen."""
+    """End the log with markers: of a commit, then of aborted transactions, whose records must stay invisible."""
     await written(log, 10, 20, 60)
     for _ in range(4):
         writer = log.producer()
@@ -136,16 +139,16 @@ async def trailing_markers(log: Log) -> None:
 
 
 async def nothing(log: Log) -> None:
-    """A changelog that was never written."""
+    """Leave the changelog empty."""
 
 
 async def an_open_transaction(log: Log) -> None:
-    """Some checkpoints; each start finds a new one committed and another left open."""
+    """Write some checkpoints; each start finds one more committed and another left open."""
     await written(log, 5, 20, 60)
 
 
 async def left_open(log: Log) -> None:
-    """A predecessor that commits, begins another checkpoint, and is never heard of again."""
+    """Commit a checkpoint, begin another one, and vanish."""
     writer = log.producer()
     await writer.start()
     await log.checkpoint(writer, log.records(10, 60))
@@ -157,7 +160,7 @@ CHECKPOINT_RECORDS = 11
 
 
 async def another_checkpoint(log: Log) -> None:
-    """A predecessor that commits ten records and a mark, and stops in order."""
+    """Commit ten records and a mark, and stop in order."""
     await written(log, 1, CHECKPOINT_RECORDS - 1, 60)
 
 

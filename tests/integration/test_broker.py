@@ -33,7 +33,7 @@ with Broker.start() as broker:
 
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Iterator[Broker]:
-    """A broker that a test may kill."""
+    """Yield a broker that the test may kill."""
     with Broker.start(BrokerOptions(folder=tmp_path)) as running:
         yield running
 
@@ -76,13 +76,13 @@ def test_broker_does_not_outlive_its_parent(number: signal.Signals) -> None:
 
 
 def test_broker_dies_with_its_keeper(own_broker: Broker) -> None:
-    """When the keeper itself is killed, the kernel takes the broker with it."""
+    """If the keeper itself is killed, the kernel kills the broker too."""
     os.kill(own_broker._process.pid, signal.SIGKILL)
     _wait_until(lambda: not broker_module._is_running(own_broker.pid))
 
 
 def test_taken_port_is_one_clear_line() -> None:
-    """A port in use is refused with a line that names it, before anything is started."""
+    """A port in use is rejected with a line that names it, before anything is started."""
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()
@@ -93,13 +93,13 @@ def test_taken_port_is_one_clear_line() -> None:
 
 
 def test_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
-    """A data folder that cannot be made is reported, not raised as an OSError."""
+    """A data folder that cannot be created is reported in one line, not as an OSError."""
     with pytest.raises(BrokerFailed, match="cannot create the broker's data folder"):
         Broker.start(BrokerOptions(folder=tmp_path / "missing"))
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the data folder cannot be written, the error says so and the folder is gone."""
+    """If the data folder cannot be written, the error names the reason and the folder is removed."""
 
     def no_space(*_: object) -> str:
         raise OSError(28, "No space left on device")
@@ -111,7 +111,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_external_address_is_used(own_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With KAFKA_BOOTSTRAP_SERVERS set, that broker is used and none is started."""
+    """If KAFKA_BOOTSTRAP_SERVERS is set, that broker is used and none is started."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", own_broker.bootstrap_servers)
     with broker_or_external() as found:
         assert found.bootstrap_servers == own_broker.bootstrap_servers
@@ -119,7 +119,7 @@ def test_external_address_is_used(own_broker: Broker, monkeypatch: pytest.Monkey
 
 
 def test_unreachable_external_broker_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An address where nothing answers is named in one line."""
+    """An address where no broker responds is named in one line."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     with (
         pytest.raises(BrokerFailed, match=r"no Kafka broker answers at 127\.0\.0\.1:1") as caught,

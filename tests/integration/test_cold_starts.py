@@ -59,12 +59,13 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture
 def log(broker: Any, topic_prefix: str) -> Log:
+    """Return an empty changelog."""
     print(f"seed {SEED}")
     return Log.create(broker.bootstrap_servers, topic_prefix, SEED)
 
 
 def test_every_cold_start_begins_on_whole_state(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
-    """Whatever the changelog looks like, each of 300 starts restores exactly what was committed, and none refuses."""
+    """For every shape of changelog each start, 300 in all, restores exactly what was committed."""
 
     async def of_shape(shape: Shape) -> tuple[str, tuple[int, int, int]]:
         name = shape.__name__
@@ -115,13 +116,13 @@ def test_every_start_on_a_damaged_disk_rebuilds_it(log: Log, tmp_path: Path, dis
 
 
 def test_a_predecessor_at_work_is_shut_out_before_the_end_is_read(log: Log, tmp_path: Path) -> None:
-    """A predecessor that commits until it is fenced changes nothing behind the end that a start restores to."""
+    """A predecessor that commits until it is fenced changes nothing after the end that a start restores to."""
     starts = asyncio.run(racing(Starts(log, tmp_path), RACES))
     assert starts.count == (RACES, 0, 0), starts.rejected
 
 
 async def racing(starts: Starts, count: int) -> Starts:
-    """Starts while a predecessor goes on with checkpoints until it finds itself fenced, or the starts are over."""
+    """Make starts while a predecessor writes checkpoints until it finds itself fenced, or the starts are over."""
     tasks: list[asyncio.Task[None]] = []
     over = asyncio.Event()
 
@@ -138,13 +139,14 @@ async def racing(starts: Starts, count: int) -> Starts:
 
 
 async def committed_once_more(reader: LogReader) -> None:
-    """Wait until the log has moved beyond the end that was read; TimeoutError when it does not."""
+    """Wait until the log has grown beyond the end that was read; raise TimeoutError when it does not."""
     async with asyncio.timeout(COMMIT_S):
         while (await reader._consumer.end_offsets([reader.tp]))[reader.tp] == reader.end:
             await asyncio.sleep(0.01)
 
 
 async def until_fenced(log: Log, writer: ChangelogProducer, over: asyncio.Event) -> None:
+    """Write checkpoints until fenced or told to stop."""
     try:
         while not over.is_set():
             await log.checkpoint(writer, log.records(10, 60))
@@ -154,8 +156,8 @@ async def until_fenced(log: Log, writer: ChangelogProducer, over: asyncio.Event)
 
 
 @pytest.mark.parametrize("rest", ["empty", "old"])
-def test_a_changelog_that_lost_its_last_records_is_refused(log: Log, tmp_path: Path, rest: str) -> None:
-    """With an offset committed, a changelog that is empty or ends before it lets no start begin."""
+def test_a_changelog_that_lost_its_last_records_is_rejected(log: Log, tmp_path: Path, rest: str) -> None:
+    """When an offset is committed and the changelog is empty, or ends before that offset, no start begins."""
 
     async def scenario() -> Starts:
         await written(log, 3 if rest == "old" else 0, 10, 50)
@@ -172,8 +174,8 @@ def test_a_changelog_that_lost_its_last_records_is_refused(log: Log, tmp_path: P
     assert "has lost records" in starts.rejected[0]
 
 
-def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> None:
-    """Records deleted from the head are lost users, though the last mark is there: no cold start begins on the rest."""
+def test_a_changelog_cut_at_its_head_is_rejected(log: Log, tmp_path: Path) -> None:
+    """When records at the head were deleted, users are lost, and no cold start begins although the last mark exists."""
     cut = 40
 
     async def scenario() -> Starts:
@@ -187,7 +189,7 @@ def test_a_changelog_cut_at_its_head_is_refused(log: Log, tmp_path: Path) -> Non
 
 
 def test_damage_met_while_acquiring_is_rebuilt(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
-    """A database that opens and then cannot be read is deleted and restored anew, by the same start."""
+    """A database that opens but cannot be read is deleted and restored again by the same start."""
     mark, damaged = PartitionStore.mark, []
 
     def damaged_once(self: PartitionStore) -> Any:
@@ -206,7 +208,7 @@ def test_damage_met_while_acquiring_is_rebuilt(log: Log, tmp_path: Path, monkeyp
 
 
 def delete_records(log: Log, before: int) -> None:
-    """What an operator's kafka-delete-records does; a compacted topic has to allow it first."""
+    """Delete records as an operator's kafka-delete-records does; a compacted topic has to allow it first."""
     admin = kafka.KafkaAdminClient(bootstrap_servers=log.client["bootstrap_servers"])
     changelog = log.names.changelog
     resource = kafka.admin.ConfigResource(
@@ -221,7 +223,7 @@ def delete_records(log: Log, before: int) -> None:
 
 
 def ends_at_a_silence(patch: Patch) -> None:
-    """Ends at the first fetch that brings nothing, as a recovery that looks before its consumer has fetched."""
+    """End at the first fetch that returns nothing, like a recovery that looks before its consumer has fetched."""
 
     async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
         self._consumer.seek(self.tp, start)
@@ -232,7 +234,7 @@ def ends_at_a_silence(patch: Patch) -> None:
 
 
 def ends_at_the_last_record_seen(patch: Patch) -> None:
-    """Ends when a record with the last offset has been seen, which is a marker's: it waits for ever."""
+    """End when a record with the last offset was seen; that offset belongs to a marker, so this never ends."""
 
     async def batches(self: LogReader, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
         self._consumer.seek(self.tp, start)
@@ -246,7 +248,7 @@ def ends_at_the_last_record_seen(patch: Patch) -> None:
 
 
 def end_read_before_fencing(patch: Patch) -> None:
-    """Restores up to an end that was read while the predecessor could still commit."""
+    """Restore up to an end that was read while the predecessor could still commit."""
     ends: dict[TopicPartition, int] = {}
     open_, batches = LogReader.open, LogReader.batches
 
@@ -282,7 +284,7 @@ Fault = Callable[[Patch], None]
     ids=lambda fault: fault.__name__,
 )
 def test_a_broken_end_fails_the_count(log: Log, tmp_path: Path, monkeypatch: Patch, fault: Fault) -> None:
-    """With its end broken no restore passes for whole: the mark refuses it, and without the mark it is counted."""
+    """A restore with a broken end is rejected by the mark; without that check it is counted as incomplete."""
 
     async def scenario() -> tuple[Starts, Starts]:
         await many_small_ones(log)
@@ -299,7 +301,7 @@ def test_a_broken_end_fails_the_count(log: Log, tmp_path: Path, monkeypatch: Pat
 
 
 def test_without_fencing_the_count_fails(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
-    """A predecessor that nothing shuts out commits behind the end that a start restores to."""
+    """A predecessor that nothing fences commits records after the end that a start restores to."""
     unique = property(lambda self: f"{self.changelog.topic}-{uuid.uuid4()}")
     monkeypatch.setattr(ChangelogNames, "transactional_id", unique)
     restore = partitions.restore

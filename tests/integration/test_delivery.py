@@ -29,14 +29,14 @@ PARTITIONS = 2
 
 
 class Receiver:
-    """A Faust app whose agent only notes the batches it gets; every assignment starts at the beginning."""
+    """A Faust app whose agent only records the batches it gets; every assignment starts at offset 0."""
 
     def __init__(self, bootstrap_servers: str, name: str, datadir: Path) -> None:
         install_overrides()
         self.batches: list[RecordBatch] = []
         self.servers = bootstrap_servers
         self.busy_s = 0.0
-        """For how long a delivery keeps the event loop busy, so that the next one lies ready."""
+        """Time that a delivery blocks the event loop, so that the next one is ready."""
         self.topic = f"{name}-in"
         self._changelog = f"{name}-numbers-changelog"
         admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
@@ -66,6 +66,7 @@ class Receiver:
             await self.resume(tp.partition, 0)
 
     async def resume(self, partition: int, offset: int) -> None:
+        """Seek a partition and resume it."""
         source = TP(self.topic, partition)
         await self.app.consumer.seek_wait({source: offset})
         self.app.consumer.resume_partitions({source})
@@ -76,7 +77,7 @@ class Receiver:
             time.sleep(self.busy_s)
 
     async def produce_until(self, condition: Callable[[], bool]) -> int:
-        """Send records to partition 0 without a pause, from a thread of its own; returns how many."""
+        """Send records to partition 0 from a thread until the condition holds; return their number."""
 
         def produce() -> int:
             producer, sent, end = KafkaProducer(bootstrap_servers=self.servers), 0, time.monotonic() + 30
@@ -93,12 +94,14 @@ class Receiver:
         return sent
 
     def offsets(self, partition: int, epoch: int | None = None) -> list[int]:
+        """Return the offsets received of a partition, of one epoch if it is given."""
         chosen = [b for b in self.batches if b.tp.partition == partition and epoch in (None, b.epoch)]
         return [record.offset for batch in chosen for record in batch.records]
 
 
 @asynccontextmanager
 async def running(receiver: Receiver) -> AsyncIterator[Receiver]:
+    """Run the app during the block."""
     await receiver.app.start()
     try:
         yield receiver
@@ -107,6 +110,7 @@ async def running(receiver: Receiver) -> AsyncIterator[Receiver]:
 
 
 async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until the condition holds; raise TimeoutError when it does not."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)
@@ -115,7 +119,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> No
 async def produce(
     bootstrap_servers: str, topic: str, partition: int, n: int, transactional_id: str | None = None
 ) -> None:
-    """Send n records; with a transactional id each one in its own transaction, so that markers lie between them."""
+    """Send n records; with a transactional id each one in its own transaction, so that markers are between them."""
     producer = aiokafka.AIOKafkaProducer(bootstrap_servers=bootstrap_servers, transactional_id=transactional_id)
     async with producer:
         for i in range(n):
@@ -128,10 +132,11 @@ async def produce(
 
 @pytest.fixture
 def receiver(broker: Any, topic_prefix: str, tmp_path: Path) -> Receiver:
+    """Return an app that is not started, with a topic of its own."""
     return Receiver(broker.bootstrap_servers, topic_prefix, tmp_path)
 
 
-def test_batches_of_a_partition_join_without_a_hole(broker: Any, receiver: Receiver) -> None:
+def test_batches_of_a_partition_are_contiguous(broker: Any, receiver: Receiver) -> None:
     """Each batch begins where the one before it ended, and together they hold every record once, in order."""
 
     async def scenario() -> None:
@@ -148,8 +153,8 @@ def test_batches_of_a_partition_join_without_a_hole(broker: Any, receiver: Recei
     asyncio.run(scenario())
 
 
-def test_markers_of_a_transactional_upstream_are_no_hole(broker: Any, receiver: Receiver, topic_prefix: str) -> None:
-    """Offsets taken by transaction markers are inside the batches' bounds: nothing seems to be missing."""
+def test_markers_of_a_transactional_upstream_are_no_gap(broker: Any, receiver: Receiver, topic_prefix: str) -> None:
+    """Offsets of transaction markers are inside the bounds of batches, so no record seems to be missing."""
 
     async def scenario() -> None:
         async with running(receiver):
@@ -164,7 +169,7 @@ def test_markers_of_a_transactional_upstream_are_no_hole(broker: Any, receiver: 
 
 
 def test_a_seek_starts_a_new_epoch_at_its_offset(broker: Any, receiver: Receiver) -> None:
-    """After a seek the next batch begins exactly at the offset sought, and can be told from those fetched before."""
+    """After a seek the next batch begins exactly at the new offset, and its epoch differs from earlier batches."""
 
     async def scenario() -> None:
         await produce(broker.bootstrap_servers, receiver.topic, 0, 20)
@@ -184,7 +189,7 @@ Interference = Callable[[driver.AIOKafkaConsumerThread, Any], Coroutine[Any, Any
 
 
 def interfere(monkeypatch: pytest.MonkeyPatch, interference: Interference | None = None) -> list[int]:
-    """Do something before the second fetches of deliveries; the list gets how many records each of them brought."""
+    """Run `interference` before the second fetch of each delivery; return the sizes of those fetches."""
     monkeypatch.setattr(delivery, "MORE_S", 0.5)
     fetch, brought = driver.AIOKafkaConsumerThread._fetch_records, list[int]()
 
@@ -203,7 +208,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch, interference: Interference | None
 def test_what_came_since_the_fetch_is_delivered_with_it(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the agent is busy a fetch lies ready and records gather behind it: the next delivery brings both."""
+    """Records that arrive while the agent is busy are delivered together with the fetch that is ready."""
     brought = interfere(monkeypatch)
 
     async def scenario() -> None:
@@ -220,7 +225,7 @@ def test_what_came_since_the_fetch_is_delivered_with_it(
 def test_a_seek_between_both_fetches_voids_the_first(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A partition sought while its delivery is completed is delivered from there on, and nothing from before it."""
+    """A partition that is sought between the two fetches of a delivery is delivered from the new offset only."""
     tp, seeks = TP(receiver.topic, 0), list[int]()
 
     async def seek(thread: Any, consumer: Any) -> None:
@@ -248,7 +253,7 @@ def test_a_seek_between_both_fetches_voids_the_first(
 def test_a_failure_between_both_fetches_loses_nothing(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first of them brought is sought back when the second fails, and delivered by a later one."""
+    """When the second fetch fails, the records of the first are fetched again and delivered later."""
     fails = list[int]()
 
     async def fail(thread: Any, consumer: Any) -> None:
@@ -279,7 +284,7 @@ def test_a_failure_between_both_fetches_loses_nothing(
 
 
 def test_faust_commits_nothing_of_a_batched_topic(broker: Any, receiver: Receiver, topic_prefix: str) -> None:
-    """Acknowledged batches leave no committed offset behind, at shutdown neither: only checkpoints commit."""
+    """Acknowledged batches leave no committed offset, not even at shutdown: only checkpoints commit."""
 
     async def scenario() -> None:
         await produce(broker.bootstrap_servers, receiver.topic, 0, 10)

@@ -1,4 +1,4 @@
-"""The life of a worker: it tells the model about its health, ends in order, within bounds, or the hard way."""
+"""The life of a worker: health during a restore and a stall, orderly and forced ends, all within bounds."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PARTITIONS = 2
 SESSION_MS = 6_000
 ENDED_S = 60.0
 HEARTBEAT_S = 2.0
-"""A session counts from the last heartbeat, which comes each second."""
+"""Allowance: a session is counted from the last heartbeat, which is sent every second."""
 SLACK_S = 10.0
-"""What a busy machine may add to a bound."""
+"""Allowance for a busy machine on top of a bound."""
 GAUGE_S = 5.0
 """Bound for a gauge to follow; the worker sets gauges once per second."""
 Enter = Callable[..., Run]
@@ -39,7 +39,7 @@ Enter = Callable[..., Run]
 
 @pytest.fixture
 def enter(broker: Any, topic_prefix: str, tmp_path: Any) -> Any:
-    """A run with settings of its own, and a fault in its workers if one is named; closed after the test."""
+    """Return a function that starts a run with its own settings, and with a fault in its workers if one is named."""
     with ExitStack() as stack:
 
         def entered(fault: Fault | None = None, **groups: dict[str, Any]) -> Run:
@@ -52,26 +52,29 @@ def enter(broker: Any, topic_prefix: str, tmp_path: Any) -> Any:
 
 
 def some(count: int) -> list[Event]:
+    """Return one action for each of `count` users."""
     return [action(f"user-{number}", number) for number in range(count)]
 
 
 def metric(run: Run, name: str, number: int = 0) -> float:
+    """Return the sum of a worker's metric over its labels."""
     return sample(run.supervisor.page(number, "/metrics")[1], name)
 
 
 def ready_partitions(run: Run, number: int) -> float:
+    """Return the number of partitions that a worker reports as ready."""
     return sample(run.supervisor.page(number, "/metrics")[1], "streamformer_partitions", 'state="ready"')
 
 
 def ended(run: Run, number: int = 0) -> int:
-    """The exit code of a worker that is about to end."""
+    """Wait for a worker to end; return its exit code."""
     process = run.supervisor.workers[number].process
     assert process is not None
     return process.wait(ENDED_S)
 
 
 def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
-    """SIGTERM checkpoints all that was processed and ends with 0 in time; the next start has nothing to read."""
+    """SIGTERM checkpoints everything that was processed and ends with 0 in time; the next start reads nothing again."""
     run = enter(
         checkpoint={"interval_ms": 600_000}, worker={"watchdog_timeout_ms": 700_000, "shutdown_timeout_ms": 15_000}
     )
@@ -93,7 +96,7 @@ def test_sigterm_leaves_nothing_to_replay(enter: Enter) -> None:
 
 
 def test_stopping_is_bounded(enter: Enter) -> None:
-    """A worker that cannot finish within worker.shutdown_timeout_ms ends itself with 71."""
+    """A worker that cannot finish within worker.shutdown_timeout_ms ends with 71."""
     run = enter(stops_for_ever, worker={"shutdown_timeout_ms": 2_000})
     run.supervisor.scale(1)
     run.wait_until(run.supervisor.is_ready)
@@ -104,7 +107,7 @@ def test_stopping_is_bounded(enter: Enter) -> None:
 
 
 def test_a_second_signal_forces(enter: Enter) -> None:
-    """While a worker is stopping, one more SIGTERM ends it at once with 71."""
+    """A second SIGTERM ends a worker that is stopping at once, with 71."""
     run = enter(stops_for_ever, worker={"shutdown_timeout_ms": 600_000})
     run.supervisor.scale(1)
     run.wait_until(run.supervisor.is_ready)
@@ -118,7 +121,7 @@ def test_a_second_signal_forces(enter: Enter) -> None:
 
 
 def test_a_standstill_ends_the_worker(enter: Enter) -> None:
-    """A worker that has records and does not process them ends itself with 70 and says what stands still."""
+    """A worker that has records and does not process them ends with 70 and logs what is stalled."""
     run = enter(processes_nothing, worker={"watchdog_timeout_ms": 3_000})
     send(run.deployment.settings, some(50))
     run.supervisor.scale(1)
@@ -127,7 +130,7 @@ def test_a_standstill_ends_the_worker(enter: Enter) -> None:
 
 
 def test_health_during_a_restore(enter: Enter) -> None:
-    """While partitions are restored a worker is live and not ready, and says how many; then it is ready."""
+    """While partitions are restored a worker is live and not ready, and reports how many; then it is ready."""
     run = enter(restores_slowly)
     run.supervisor.scale(1)
     run.wait_until(lambda: run.supervisor.page(0, "/readyz") == (503, f"{PARTITIONS} partitions are being restored\n"))
@@ -139,7 +142,7 @@ def test_health_during_a_restore(enter: Enter) -> None:
 
 
 def test_health_of_a_blocked_event_loop(enter: Enter) -> None:
-    """An event loop that does not turn is told by `/livez`, which does not need it."""
+    """`/livez` reports a blocked event loop, because the server has its own threads."""
     run = enter(blocks_the_loop, worker={"watchdog_timeout_ms": 2_000})
     run.supervisor.scale(1)
     run.wait_until(run.supervisor.is_ready)
@@ -155,7 +158,7 @@ def test_health_of_a_blocked_event_loop(enter: Enter) -> None:
 
 
 def test_a_restart_moves_no_partition(enter: Enter) -> None:
-    """A worker that is back within the session gets its partitions again, and the other one keeps its own untouched."""
+    """A worker that returns within its session keeps its partitions, and the other worker's are untouched."""
     run = enter(kafka={"session_timeout_ms": 60_000, "heartbeat_interval_ms": 1_000})
     run.supervisor.scale(2)
     run.wait_until(lambda: ready_partitions(run, 0) + ready_partitions(run, 1) == PARTITIONS)
@@ -172,7 +175,7 @@ def test_a_restart_moves_no_partition(enter: Enter) -> None:
 
 
 def test_a_worker_that_stops_for_good_hands_over_when_its_session_ends(enter: Enter) -> None:
-    """SIGTERM does not leave the group: the others take over after kafka.session_timeout_ms, not at once."""
+    """SIGTERM does not leave the group: other workers take over after kafka.session_timeout_ms, not at once."""
     run = enter()
     run.supervisor.scale(2)
     run.wait_until(lambda: ready_partitions(run, 0) == ready_partitions(run, 1) == 1)

@@ -1,11 +1,11 @@
-"""Real workers with one fault put in on purpose: trouble is borne, and what bears it is missed when it is broken.
+"""Real workers with one deliberate fault: sound workers survive trouble, and a broken defence is noticed.
 
-The simulation does this for sixteen faults of core, codec and checkpoint (`tests/simulation/test_mutations.py`). Here
-are those that need a broker, a disk or a process: dedupe by offset behind a delivery that repeats, the position guard
-behind one that loses, the order of a checkpoint and the changelog offset in the last write of a store around a crash,
-and the end of a restore. A broken end and a missing fence are also counted start by start in `test_cold_starts.py`.
+The simulation does this for faults of core, codec and checkpoint (`tests/simulation/test_mutations.py`). Here are those
+that need a broker, a disk or a process: dedupe by offset against a delivery that repeats, the position guard against one
+that loses, the order of a checkpoint and of the last write of a store around a crash, and the end of a restore. A broken
+end and a missing fence are also counted per start in `test_cold_starts.py`.
 
-A fault is noticed when the checker finds a violation, or when the worker itself refuses to begin.
+A fault is noticed when the checker finds a violation, or when the worker itself rejects its state.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ from tests.integration.broken_worker import BROKEN, TROUBLE, Fault, command, res
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 ROUNDS = 5
 ROUND_S = 0.6
-"""Enough for the worker to have read one round before the next is sent."""
+"""Time in which the worker reads one round before the next is sent."""
 ACTIONS = 10
 EVENTS = ROUNDS * ACTIONS * 20
 EARLY, LATE = [f"early-{number}" for number in range(20)], [f"late-{number}" for number in range(20)]
 REST_S = 60.0
 BROKEN_REST_S = 6.0
-"""With a fault there may be no rest: an embedding that the model demands never comes."""
+"""Shorter, because with a fault the run may never rest: an embedding that the model expects is never published."""
 
 
 @pytest.fixture
 def deployment(broker: Any, topic_prefix: str, tmp_path: Path) -> Deployment:
+    """Return a deployment with two partitions."""
     return deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {"topics": {"partitions": 2}})
 
 
 def history(users: list[str], round_: int) -> list[Event]:
-    """Ten actions of each user, more than a chunk, and without event ids: only offsets tell a repetition."""
+    """Return ten actions per user, more than a chunk, without event ids, so that only offsets reveal a repetition."""
     return [action(user, round_ * ACTIONS + number, event_id=None) for number in range(ACTIONS) for user in users]
 
 
 def lived_through(deployment: Deployment, fault: Fault) -> Iterator[Run]:
-    """Early users act, then late ones, in rounds; the worker is started again whenever it ends."""
+    """Let early users act, then late ones, in rounds; the worker is started again whenever it ends."""
     with Run(deployment, command(fault, deployment.folder)) as run:
         send(deployment.settings, history(EARLY, 0))
         run.supervisor.scale(1)
-        run.wait_until(lambda: committed_events(run) > 0 or bool(refusals(run)))
+        run.wait_until(lambda: committed_events(run) > 0 or bool(aborts(run)))
         if fault is restore_ends_at_a_silence:
             run.supervisor.hold(0)
             shutil.rmtree(deployment.data_dir(0))
@@ -63,37 +64,37 @@ def lived_through(deployment: Deployment, fault: Fault) -> Iterator[Run]:
 
 
 def committed_events(run: Run) -> int:
-    """0 also while the broker has no coordinator for the group yet."""
+    """Return the number of committed events; 0 while the broker has no coordinator for the group yet."""
     try:
         return sum(run.reader.committed().values())
     except KafkaError:
         return 0
 
 
-def refusals(run: Run) -> list[str]:
-    """What the worker said when it would not go on."""
+def aborts(run: Run) -> list[str]:
+    """Return the last log lines of workers that aborted."""
     return [end.last_line for end in run.supervisor.exits if end.code == ABORTED]
 
 
 def found(run: Run, rest_s: float) -> list[str]:
-    """Violations once every event is committed, or what the worker said when it refused to begin."""
-    run.wait_until(lambda: committed_events(run) == EVENTS or bool(refusals(run)))
-    if refused := refusals(run):
+    """Return the violations once every event is committed, or the last log lines of workers that aborted."""
+    run.wait_until(lambda: committed_events(run) == EVENTS or bool(aborts(run)))
+    if refused := aborts(run):
         return refused
     run.rest(rest_s)
     return [str(violation) for violation in run.judge().violations]
 
 
 @pytest.mark.parametrize("fault", TROUBLE, ids=lambda fault: fault.__name__)
-def test_trouble_is_borne(deployment: Deployment, fault: Fault) -> None:
-    """A crash on either side of a commit, a delivery that repeats and one that loses break no law."""
+def test_trouble_is_survived(deployment: Deployment, fault: Fault) -> None:
+    """A crash on either side of a commit, a delivery that repeats and one that loses break no invariant."""
     for run in lived_through(deployment, fault):
         assert found(run, REST_S) == []
 
 
 @pytest.mark.parametrize("fault", BROKEN, ids=lambda fault: fault.__name__)
 def test_fault_is_noticed(deployment: Deployment, fault: Fault) -> None:
-    """With this broken the checker finds a violation, or the worker refuses to begin."""
+    """When this defence is broken, the checker finds a violation or the worker rejects its state."""
     for run in lived_through(deployment, fault):
         noticed = found(run, BROKEN_REST_S)
         print(noticed[:3])

@@ -43,6 +43,7 @@ class Publisher:
         self._producer = KafkaProducer(bootstrap_servers=bootstrap_servers)
 
     def embed(self, user: str, offset: int, version: str = "v1") -> None:
+        """Write an embedding."""
         one = np.array([offset])
         batch = EmbeddingBatch(
             [user.encode()], np.full((1, 3), offset, np.float32), one, one, ["every_n"], one, version, 1_700_000_000_000
@@ -51,22 +52,25 @@ class Publisher:
             self.send(message)
 
     def send(self, message: Message) -> None:
+        """Write any message, to the user's partition."""
         key, value, headers = message
         self._producer.send(self.topic, key=key, value=value, headers=headers).get(timeout=10)
 
     def close(self) -> None:
+        """Close the producer."""
         self._producer.close()
 
 
 @pytest.fixture
 def publisher(broker: Broker | ExternalBroker, topic_prefix: str) -> Iterator[Publisher]:
+    """Return a publisher to a new topic of two partitions."""
     publisher = Publisher(broker.bootstrap_servers, topic_prefix)
     yield publisher
     publisher.close()
 
 
 def read(subscriber: EmbeddingSubscriber, count: int) -> list[tuple[str, int]]:
-    """The next `count` changes, a tombstone as -1; fails after ten seconds."""
+    """Return the next `count` changes, a tombstone as -1; fail after ten seconds."""
     changes: list[tuple[str, int]] = []
     deadline = time.monotonic() + 10
     while len(changes) < count and time.monotonic() < deadline:
@@ -77,7 +81,7 @@ def read(subscriber: EmbeddingSubscriber, count: int) -> list[tuple[str, int]]:
 
 
 def test_changes_come_as_they_are_published(publisher: Publisher) -> None:
-    """A subscriber gets what is published after it stands, in order, without stale, repeated and malformed records."""
+    """A subscriber gets, in order, what is published after its start, without stale, repeated and malformed records."""
     publisher.embed("ann", 1)
     with EmbeddingSubscriber(publisher.bootstrap_servers, topic=publisher.topic) as subscriber:
         publisher.embed("ann", 5)
@@ -91,7 +95,7 @@ def test_changes_come_as_they_are_published(publisher: Publisher) -> None:
 
 
 def test_a_table_is_what_the_topic_holds(publisher: Publisher) -> None:
-    """From the beginning to the end of all partitions: each user's newest embedding, none forgotten; then changes."""
+    """The table holds the newest embedding of each user of all partitions, no forgotten ones; then changes follow."""
     for number in range(20):
         publisher.embed(f"user-{number}", number)
         publisher.embed(f"user-{number}", number + 100)
@@ -107,13 +111,13 @@ def test_a_table_is_what_the_topic_holds(publisher: Publisher) -> None:
 
 
 def test_an_empty_topic_is_an_empty_table(publisher: Publisher) -> None:
-    """A table of nothing ends at once."""
+    """The table of an empty topic is returned at once."""
     with EmbeddingSubscriber(publisher.bootstrap_servers, topic=publisher.topic, from_beginning=True) as subscriber:
         assert subscriber.table() == {}
 
 
 def test_readers_share_users_by_partition(publisher: Publisher) -> None:
-    """Readers of one partition each hold together every user, and no user twice."""
+    """Readers of one partition each have all users between them, and no user twice."""
     for number in range(20):
         publisher.embed(f"user-{number}", number)
     parts = []
@@ -126,8 +130,8 @@ def test_readers_share_users_by_partition(publisher: Publisher) -> None:
     assert len(parts[0]) + len(parts[1]) == len(parts[0] | parts[1]) == 20
 
 
-def test_what_does_not_exist_is_told(publisher: Publisher) -> None:
-    """A missing topic, a missing partition and a silent address are errors of one line that name them."""
+def test_what_does_not_exist_is_named(publisher: Publisher) -> None:
+    """A missing topic, a missing partition and an address without a broker are errors of one line that name them."""
     with pytest.raises(StreamformerError, match="nowhere does not exist"):
         EmbeddingSubscriber(publisher.bootstrap_servers, topic="nowhere")
     with pytest.raises(StreamformerError, match=r"has the partitions \[0, 1\]"):
@@ -137,13 +141,14 @@ def test_what_does_not_exist_is_told(publisher: Publisher) -> None:
 
 
 def tail(publisher: Publisher, *options: str) -> subprocess.Popen[str]:
+    """Start `streamformer tail`."""
     command = [sys.executable, "-m", "infra.cli", "tail", "--bootstrap-servers", publisher.bootstrap_servers, *options]
     environment = {"STREAMFORMER_TOPICS_EMBEDDINGS": publisher.topic, "PATH": "/usr/bin:/bin"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_tail_prints_lines_of_json(publisher: Publisher) -> None:
-    """With `--json` each line is an object with the whole vector; `--count` ends it."""
+    """With `--json` each line is an object with the whole vector, and `--count` ends the command."""
     publisher.embed("ann", 5)
     publisher.embed("ann", 6)
     out, error = tail(publisher, "--from-beginning", "--json", "--count", "2").communicate(timeout=30)
@@ -152,7 +157,7 @@ def test_tail_prints_lines_of_json(publisher: Publisher) -> None:
 
 
 def test_tail_prints_plain_lines_without_a_terminal(publisher: Publisher) -> None:
-    """Into a pipe a line holds no colour codes, and a user id cannot smuggle any."""
+    """Lines in a pipe hold no colour codes, and a user id cannot inject any."""
     publisher.embed("ann\x1b[31m", 5)
     publisher.send(encode_tombstone(b"bob", 6))
     out, error = tail(publisher, "--from-beginning", "--count", "2").communicate(timeout=30)
@@ -166,7 +171,7 @@ def test_tail_prints_plain_lines_without_a_terminal(publisher: Publisher) -> Non
 
 @pytest.mark.usefixtures("default_signals")
 def test_tail_ends_quietly(publisher: Publisher) -> None:
-    """Ctrl-C ends it with exit code 0 and nothing on standard error."""
+    """Ctrl-C ends the command with exit code 0 and nothing on standard error."""
     publisher.embed("ann", 5)
     process = tail(publisher, "--from-beginning")
     assert process.stdout is not None
@@ -176,7 +181,7 @@ def test_tail_ends_quietly(publisher: Publisher) -> None:
 
 
 def test_tail_survives_a_closed_pipe(publisher: Publisher) -> None:
-    """When the reader of its lines goes away, it ends without a traceback."""
+    """When the reader of its lines ends, the command ends without a traceback."""
     publisher.embed("ann", 5)
     process = tail(publisher, "--from-beginning")
     assert process.stdout is not None
@@ -188,8 +193,8 @@ def test_tail_survives_a_closed_pipe(publisher: Publisher) -> None:
     assert process.stderr.read() == ""
 
 
-def test_tail_tells_a_bad_address_in_one_line(publisher: Publisher) -> None:
-    """An address where nothing listens: exit code 1, one line, no traceback."""
+def test_tail_reports_a_bad_address_in_one_line(publisher: Publisher) -> None:
+    """At an address without a broker the command ends with exit code 1 and one line, without a traceback."""
     publisher.bootstrap_servers = "127.0.0.1:1"
     process = tail(publisher)
     out, error = process.communicate(timeout=30)

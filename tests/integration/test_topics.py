@@ -1,4 +1,4 @@
-"""Topics are created once, in the shape that the code relies on, and a wrong shape is refused with its remedy."""
+"""Topics are created once, in the shape that the code relies on; another shape is rejected, with its remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.broker
 
 @pytest.fixture
 def settings(broker: Any, topic_prefix: str) -> Settings:
-    """Three partitions of topics that no other test uses."""
+    """Return settings with topics of three partitions that no other test uses."""
     return _settings(broker.bootstrap_servers, topic_prefix, 3)
 
 
@@ -44,14 +44,14 @@ def test_delete_takes_the_topics_of_the_settings_and_no_other(settings: Settings
 
 
 def test_missing_topics_are_all_named(settings: Settings) -> None:
-    """Verification of topics that do not exist names each of them and the command that creates them."""
+    """Verification names every missing topic and the command that creates it."""
     with pytest.raises(TopicMismatch, match="streamformer topics create") as caught:
         verify_topics(settings)
     assert all(f"{topic.name} is missing" in str(caught.value) for topic in topics_of(settings))
 
 
-def test_wrong_partition_count_is_refused(settings: Settings, topic_prefix: str) -> None:
-    """Topics with another partition count than the settings are refused by creation and verification alike."""
+def test_wrong_partition_count_is_rejected(settings: Settings, topic_prefix: str) -> None:
+    """Creation and verification both reject topics with another partition count than the settings."""
     ensure_topics(settings)
     for attempt in (ensure_topics, verify_topics):
         with pytest.raises(
@@ -61,8 +61,8 @@ def test_wrong_partition_count_is_refused(settings: Settings, topic_prefix: str)
 
 
 @pytest.mark.parametrize("policy", ["delete", "compact,delete"])
-def test_changelog_that_would_lose_state_is_refused(settings: Settings, policy: str) -> None:
-    """A changelog that deletes by age is refused, with the command that mends it."""
+def test_changelog_that_would_lose_state_is_rejected(settings: Settings, policy: str) -> None:
+    """A changelog that deletes by age is rejected, with the command that repairs it."""
     _create(settings, settings.changelog_topic, policy)
     with pytest.raises(TopicMismatch, match=r"--add-config cleanup\.policy=compact"):
         ensure_topics(settings)

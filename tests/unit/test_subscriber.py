@@ -1,4 +1,4 @@
-"""What a subscriber takes for news."""
+"""Which changes a subscriber takes for new."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata
 
 
 def embedding(user: str, offset: int, version: str = "v1") -> Embedding:
+    """Return an embedding of a user at a source offset."""
     metadata = EmbeddingMetadata(version, 2, EmbeddingCodec.FLOAT32, 5, 3, "every_n", offset, 9)
     return Embedding(user, np.array([0.1, -2.0], np.float32), metadata)
 
 
 def accepted(*changes: Change, users_max: int = 100) -> list[bool]:
+    """Return for each change whether it is new."""
     freshest = Freshest(users_max)
     return [freshest.accepts(change) for change in changes]
 
 
-def test_an_older_or_equal_embedding_is_no_news() -> None:
-    """After offset 5 of a user and version, 4 is stale and 5 a repetition; 6 is news; both are counted apart."""
+def test_an_older_or_equal_embedding_is_not_new() -> None:
+    """After offset 5 of a user and version, 4 is stale, 5 repeated and 6 new; the first two are counted separately."""
     freshest = Freshest(100)
     news = [freshest.accepts(embedding("ann", offset)) for offset in (5, 4, 5, 6)]
     assert news == [True, False, False, True]
@@ -36,25 +38,25 @@ def test_users_and_versions_are_apart() -> None:
 
 
 def test_a_tombstone_outdates_every_version() -> None:
-    """After a tombstone at 7 nothing from before it is news, of any version; a later action is."""
+    """After a tombstone at 7 no earlier embedding is new, of any version; a later one is."""
     changes: list[Change] = [Tombstone("ann", 7), embedding("ann", 6), embedding("ann", 6, "v2"), embedding("ann", 8)]
     assert accepted(*changes) == [True, False, False, True]
 
 
 def test_an_old_tombstone_forgets_nobody() -> None:
-    """A tombstone that arrives again behind a newer embedding is dropped; one without an offset is always news."""
+    """A tombstone that is delivered again after a newer embedding is dropped; one without an offset is always new."""
     assert accepted(embedding("ann", 9), Tombstone("ann", 7), Tombstone("ann", -1)) == [True, False, True]
 
 
 def test_memory_is_bounded_by_users() -> None:
-    """Beyond the limit the user not heard of for longest is forgotten, the others are not."""
+    """Beyond the limit the user without a change for longest is forgotten, and only that one."""
     changes = [embedding(user, 5) for user in ("ann", "bob", "ann", "cem", "ann", "bob")]
     assert accepted(*changes, users_max=2) == [True, True, False, True, False, True]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["v1", "v2", None]), st.integers(0, 9))))
-def test_news_never_steps_back(inputs: list[tuple[str, str | None, int]]) -> None:
-    """Whatever arrives in whatever order: per user and version the accepted offsets rise, tombstones before all."""
+def test_accepted_offsets_only_rise(inputs: list[tuple[str, str | None, int]]) -> None:
+    """In any order of arrival accepted offsets rise per user and version, and tombstones hold for all versions."""
     freshest = Freshest(100)
     seen: dict[tuple[str, str | None], int] = {}
     for user, version, offset in inputs:
@@ -67,7 +69,7 @@ def test_news_never_steps_back(inputs: list[tuple[str, str | None, int]]) -> Non
 
 
 def test_a_line_of_json_holds_everything() -> None:
-    """JSON names each fact and writes numbers as short as float32 allows."""
+    """The JSON holds every field, and numbers as short as float32 allows."""
     assert json.loads(as_json(embedding("ann", 5))) == {
         "user": "ann",
         "encoder_version": "v1",

@@ -1,4 +1,4 @@
-"""Where settings come from, and what a wrong one says."""
+"""Sources of settings, and the errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from streams.wire.embeddings import EmbeddingCodec
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the surroundings reaches a test."""
+    """Remove every variable of the surroundings."""
     for key in keys():
         monkeypatch.delenv(variable(key), raising=False)
     monkeypatch.delenv("STREAMFORMER_CONFIG", raising=False)
 
 
 def problems_of(config_file: Path | None = None) -> list[str]:
+    """Return the problems that loading the settings reports."""
     with pytest.raises(SettingsError) as caught:
         load_settings(config_file)
     return caught.value.problems
@@ -32,7 +33,7 @@ def problems_of(config_file: Path | None = None) -> list[str]:
 def test_the_environment_wins_over_the_file_and_the_file_over_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each key is decided by the first of environment, file, default that names it, key by key within a group."""
+    """Each key is taken from the first of environment, file and default that has it, key by key within a group."""
     file = tmp_path / "s.toml"
     file.write_text('app_id = "file"\n[kafka]\npoll_records_max = 7\nfetch_max_wait_ms = 8\n')
     monkeypatch.setenv("STREAMFORMER_KAFKA_POLL_RECORDS_MAX", "9")
@@ -42,7 +43,7 @@ def test_the_environment_wins_over_the_file_and_the_file_over_defaults(
 
 
 def test_the_file_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`STREAMFORMER_CONFIG` names the file where the command line does not."""
+    """`STREAMFORMER_CONFIG` names the file if the command line does not."""
     file = tmp_path / "s.toml"
     file.write_text('app_id = "file"')
     monkeypatch.setenv("STREAMFORMER_CONFIG", str(file))
@@ -50,7 +51,7 @@ def test_the_file_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest
 
 
 def other_than(line: str) -> str:
-    """A value that the key of a printed line may have and does not have."""
+    """Return a valid value for the key of a printed line that differs from the printed one."""
     key, value = line.split(" = ", 1)
     named = {"kafka.bootstrap_servers": "b:1", "kafka.security_protocol": "SSL", "kafka.sasl_mechanism": "PLAIN"}
     named |= {"log_level": "DEBUG", "encoder.runtime": "full", "encoder.dtype": "bf16", "output.codec": "json"}
@@ -64,7 +65,7 @@ def other_than(line: str) -> str:
 
 
 def test_every_key_can_be_set_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable that the documentation names for a key sets that key and no other."""
+    """The documented variable of a key sets that key and no other."""
     pair = {"kafka.ssl_cert_file", "kafka.ssl_key_file"}
     lines = printed(load_settings()).splitlines()
     for key, line in zip(keys(), lines, strict=True):
@@ -76,8 +77,8 @@ def test_every_key_can_be_set_by_its_variable(monkeypatch: pytest.MonkeyPatch) -
         assert differing == (pair if key in pair else {key})
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong values, unknown keys and unknown variables come in one error, each with its key and what was got."""
+def test_all_problems_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong values, unknown keys and unknown variables are one error, each with its key and the value."""
     file = tmp_path / "s.toml"
     file.write_text("[state]\nsequence_length = 0\nsequense = 1\n[web]\nport = 70000\n[nowhere]\nx = 1\n")
     monkeypatch.setenv("STREAMFORMER_KAFKA_SECURITY_PROTOCOL", "TLS")
@@ -98,7 +99,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("content", [b"app_id = ", b"\xff\xfe"])
 def test_a_broken_file_is_a_problem(tmp_path: Path, content: bytes) -> None:
-    """A file that is no TOML is named, with what is wrong."""
+    """A file that is not TOML is named, with the reason."""
     file = tmp_path / "s.toml"
     file.write_bytes(content)
     [problem] = problems_of(file)
@@ -106,12 +107,12 @@ def test_a_broken_file_is_a_problem(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
-    """A named file that is absent is an error, not a default."""
+    """A named file that is absent is an error; defaults do not replace it."""
     assert "none.toml" in problems_of(tmp_path / "none.toml")[0]
 
 
 def test_secrets_come_from_files_and_are_never_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password read from a file arrives without its newline and appears in no printed form."""
+    """A password is read from a file without its newline, and appears in no printed form."""
     file = tmp_path / "password"
     file.write_text("hunter2\n")
     monkeypatch.setenv("STREAMFORMER_KAFKA_SASL_PASSWORD_FILE", str(file))
@@ -124,13 +125,13 @@ def test_secrets_come_from_files_and_are_never_printed(tmp_path: Path, monkeypat
 
 
 def test_a_secret_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing secret file is named with the variable that names it."""
+    """A missing secret file is named together with its variable."""
     monkeypatch.setenv("STREAMFORMER_KAFKA_SASL_PASSWORD_FILE", "/nowhere/password")
     assert "STREAMFORMER_KAFKA_SASL_PASSWORD_FILE" in problems_of()[0]
 
 
 def test_a_wrong_secret_is_not_echoed(tmp_path: Path) -> None:
-    """An error about a secret does not show what was got."""
+    """An error about a secret does not show its value."""
     file = tmp_path / "s.toml"
     file.write_text("[kafka]\nsasl_password = 1234567\n")
     assert "1234567" not in "".join(problems_of(file))
@@ -148,14 +149,14 @@ def test_a_wrong_secret_is_not_echoed(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_each_other_are_problems(
     variables: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is wrong only together is told as well."""
+    """Combinations of settings are checked too."""
     for name, value in variables.items():
         monkeypatch.setenv(f"STREAMFORMER_{name}", value)
     assert text in "\n".join(problems_of())
 
 
 def test_a_certificate_that_is_none_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CA file without a certificate is told in the words of the settings."""
+    """A CA file without a certificate is reported with the name of its settings."""
     file = tmp_path / "ca.pem"
     file.write_text("no certificate")
     monkeypatch.setenv("STREAMFORMER_KAFKA_SECURITY_PROTOCOL", "SSL")
@@ -165,7 +166,7 @@ def test_a_certificate_that_is_none_is_a_problem(tmp_path: Path, monkeypatch: py
 
 
 def test_settings_are_frozen() -> None:
-    """Nothing changes a setting after start."""
+    """No setting changes after start."""
     settings = Settings()
     with pytest.raises(ValidationError):
         settings.app_id = "x"
@@ -183,12 +184,12 @@ def test_defaults_are_those_of_the_parts() -> None:
 
 
 def test_secrets_are_known_by_their_type() -> None:
-    """The keys that have a `_FILE` twin are the two passwords."""
+    """The keys that also have a `_FILE` variable are the two passwords."""
     assert secret_keys() == ["kafka.sasl_password", "kafka.ssl_key_password"]
 
 
-def test_settings_that_fit_only_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch with more users than may be hot would wait for ever, a checkpoint rarer than the watchdog looks dead."""
+def test_settings_that_contradict_each_other_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with more users than may be hot would never fit; a checkpoint rarer than the watchdog looks stalled."""
     monkeypatch.setenv("STREAMFORMER_STATE_HOT_USERS_MAX", "100")
     assert [problem.split(":")[0] for problem in problems_of()] == [
         "kafka.poll_records_max must be at most state.hot_users_max"

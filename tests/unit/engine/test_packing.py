@@ -72,7 +72,7 @@ def test_messages_keep_their_order_across_batches(count: int, size: int, batches
 
 
 def test_a_failed_batch_fails_the_whole_call() -> None:
-    """When one of several batches is not acknowledged, the caller gets its error and no offset."""
+    """If one of several batches is not acknowledged, the caller gets its error and no offset."""
 
     async def scenario() -> None:
         producer = Producer()

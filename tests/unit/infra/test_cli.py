@@ -1,4 +1,4 @@
-"""The console script tells every known failure in plain words, without a traceback and with a non-zero exit code."""
+"""The console script reports every known failure in one line, without a traceback and with a non-zero exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEAD = "127.0.0.1:1"
 
 
 class Result(NamedTuple):
-    """How a call of the script ended."""
+    """Outcome of one call of the script."""
 
     returncode: int
     stdout: str
@@ -40,7 +40,7 @@ Run = Callable[..., Result]
     ],
 )
 def test_known_failures_are_one_line(arguments: list[str], message: str, run: Run) -> None:
-    """A wrong address, file or folder is one line on standard error, nothing on standard output, exit code 1."""
+    """A wrong address, file or folder is one line on standard error, nothing on standard output, and exit code 1."""
     result = run(*arguments)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -61,15 +61,15 @@ def test_known_failures_are_one_line(arguments: list[str], message: str, run: Ru
         (["no-such-command"], "no-such-command"),
     ],
 )
-def test_wrong_usage_says_what_is_wrong(arguments: list[str], culprit: str, run: Run) -> None:
-    """An option that cannot be is refused by name before anything is done, with exit code 2."""
+def test_wrong_usage_is_named(arguments: list[str], culprit: str, run: Run) -> None:
+    """An invalid option is rejected by name before anything is done, with exit code 2."""
     result = run(*arguments)
     assert result.returncode == 2
     assert culprit in result.stderr
 
 
 def test_taken_port_is_one_line(run: Run) -> None:
-    """A broker on a port in use is refused with the port's number."""
+    """A broker on a port in use is rejected with the port's number."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -87,7 +87,7 @@ def test_wrong_setting_is_named(tmp_path: Path, run: Run) -> None:
     assert "topics.partitions" in result.stderr
 
 
-def test_help_lists_the_commands_of_every_room(run: Run) -> None:
+def test_help_lists_the_commands_of_every_package(run: Run) -> None:
     """The help of the script names the commands of infra, streams and encoder."""
     result = run("--help")
     assert result.returncode == 0
@@ -109,7 +109,7 @@ def test_a_release_on_the_command_line_comes_first(tmp_path: Path, run: Run, mon
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The console script called in an empty folder without settings in the environment."""
+    """Return a function that calls the script in an empty folder without settings in the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     for name in os.environ:

@@ -70,7 +70,7 @@ def test_errors_of_the_worker_have_exactly_one_consequence() -> None:
 
 
 def test_text_is_one_line() -> None:
-    """What happened, the detail and the remedy are joined in one line, however the detail was broken."""
+    """The parts of an error are joined in one line, even if the detail has several."""
     error = StreamformerError("cannot read the log", "no such file:\n  a.csv", "check the path")
     assert str(error) == "cannot read the log: no such file: a.csv; check the path"
     assert str(StreamformerError("the log is empty", remedy="name another")) == "the log is empty; name another"

@@ -1,4 +1,4 @@
-"""The broker's jars are exactly the pinned ones, mended when damaged, and their absence is one clear line."""
+"""The broker's jars are exactly the pinned ones and repaired when damaged; their absence is one clear line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENTS = {"one.jar": b"one", "two.jar": b"two"}
 
 
 class Jgo:
-    """Behaves as jgo does: trusts what its folders hold, downloads only what the repository lacks."""
+    """A fake that behaves as jgo does: it trusts its folders, and downloads only what the repository lacks."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "env"
@@ -26,6 +26,7 @@ class Jgo:
         self.served = dict(CONTENTS)
 
     def build(self, _: str) -> Jgo:
+        """Create the environment, unless it exists, with links into the repository."""
         if not self.path.exists():
             self.path.mkdir()
             for name, content in self.served.items():
@@ -36,12 +37,13 @@ class Jgo:
 
     @property
     def all_jars(self) -> list[Path]:
+        """Jars in the environment."""
         return list(self.path.glob("*.jar"))
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jgo:
-    """Two small jars are pinned, and nothing is downloaded yet."""
+    """Return a fake with two small pinned jars, of which none is downloaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("M2_REPO", str(tmp_path / "m2"))
     digests = [f"{hashlib.sha256(content).hexdigest()}  {name}" for name, content in CONTENTS.items()]
@@ -58,28 +60,28 @@ def test_fresh_jars_are_the_pinned_ones(fake: Jgo) -> None:
 
 
 def test_half_a_download_is_downloaded_again(fake: Jgo) -> None:
-    """A jar cut short in the repository by an interrupted download is replaced by a whole one."""
+    """A jar in the repository that an interrupted download cut short is replaced by a whole one."""
     (fake.repository / "one.jar").write_bytes(b"o")
     assert _contents() == CONTENTS
 
 
-def test_damage_in_the_environment_is_mended(fake: Jgo) -> None:
-    """A jar truncated after a good download is replaced, in the environment and in the repository it is linked from."""
+def test_damage_in_the_environment_is_repaired(fake: Jgo) -> None:
+    """A jar truncated after a good download is replaced in the environment and in the repository it is linked from."""
     kafka_jars()
     (fake.path / "two.jar").write_bytes(b"")
     assert _contents() == CONTENTS
 
 
 def test_missing_jar_is_fetched(fake: Jgo) -> None:
-    """A jar deleted from the environment comes back."""
+    """A jar deleted from the environment is downloaded again."""
     kafka_jars()
     (fake.path / "one.jar").unlink()
     assert _contents() == CONTENTS
 
 
 @pytest.mark.parametrize("served", [{**CONTENTS, "one.jar": b"evil"}, {"one.jar": b"one"}, {**CONTENTS, "x.jar": b"x"}])
-def test_other_jars_are_refused(fake: Jgo, served: dict[str, bytes]) -> None:
-    """Other content, a missing jar and one too many are never run, even when they come fresh from the network."""
+def test_other_jars_are_rejected(fake: Jgo, served: dict[str, bytes]) -> None:
+    """Wrong content, a missing jar and a superfluous one are never run, even fresh from the network."""
     fake.served = served
     with pytest.raises(JarsUnavailable, match="not the pinned ones"):
         kafka_jars()
@@ -94,7 +96,7 @@ def test_other_jars_are_refused(fake: Jgo, served: dict[str, bytes]) -> None:
     ],
 )
 def test_failed_download_is_one_clear_line(fake: Jgo, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """No network, a full disk and a missing artifact are each one line that names the way out."""
+    """No network, a full disk and a missing artifact are each one line that names the remedy."""
 
     def build(_: str) -> Jgo:
         raise error

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process."""
+"""The process keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ print(faults())
 
 
 def faults(mode: str) -> int:
+    """Return the page faults of a fresh process that creates and drops arrays."""
     return int(subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
 def test_temporaries_do_not_fault_their_pages_in_again() -> None:
-    """Arrays that come and go cost page faults by default, and none once freed memory is kept."""
+    """Temporary arrays cost page faults by default, and none once freed memory is kept."""
     assert faults("kept") < 100 < faults("default")

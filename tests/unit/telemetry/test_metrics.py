@@ -1,4 +1,4 @@
-"""The catalogue keeps its own rules, and Prometheus reads from it what was put in."""
+"""The catalogue follows its own rules, and Prometheus reads from it what was recorded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ LABELS = {"reason", "partition", "state", "version", "encoder_version", "dtype"}
 
 @pytest.fixture
 def metrics() -> Metrics:
+    """Return a catalogue."""
     return Metrics()
 
 
 @pytest.fixture
 def health(metrics: Metrics) -> Iterator[dict[str, str | None]]:
-    """What is wrong by path, served at `port`."""
+    """Yield the answers of the checks by path, with the server's port."""
     wrong: dict[str, str | None] = {"/livez": None, "/readyz": None}
     server = HealthServer(
         metrics, host="127.0.0.1", port=0, livez=lambda: wrong["/livez"], readyz=lambda: wrong["/readyz"]
@@ -44,6 +45,7 @@ def health(metrics: Metrics) -> Iterator[dict[str, str | None]]:
 
 
 def get(health: dict[str, str | None], path: str) -> tuple[int, str]:
+    """Return status and text of a page."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{health['port']}{path}", timeout=5) as answer:
             return answer.status, answer.read().decode()
@@ -52,7 +54,7 @@ def get(health: dict[str, str | None], path: str) -> tuple[int, str]:
 
 
 def test_names_follow_the_conventions(metrics: Metrics) -> None:
-    """Every name has the prefix, a counter ends in `_total`, anything else in a base unit; no name occurs twice."""
+    """Names are unique and have the prefix; a counter ends in `_total`, any other metric in a base unit."""
     names = [instrument.name for instrument in metrics]
     assert len(names) == len(set(names))
     for instrument in metrics:
@@ -68,14 +70,14 @@ def test_labels_come_from_a_known_set(metrics: Metrics) -> None:
 
 
 def test_every_instrument_is_fed(metrics: Metrics) -> None:
-    """Nothing stands in the catalogue, and on a dashboard, that no code ever counts, observes or sets."""
+    """Every instrument of the catalogue is counted, observed or set somewhere in the code."""
     files = [path for path in Path(streams.__file__).parent.rglob("*.py") if path.name != "metrics.py"]
     code = "\n".join(path.read_text() for path in files)
     assert [name for name in vars(metrics) if not re.search(rf"metrics\.{name}\b", code)] == []
 
 
 def test_what_is_counted_is_served(metrics: Metrics, health: dict[str, str | None]) -> None:
-    """Numbers, labels and buckets arrive at Prometheus as they were put in; untouched counters start at zero."""
+    """Prometheus gets numbers, labels and buckets as they were recorded; unused counters start at zero."""
     metrics.events.inc(3)
     metrics.events.inc(4)
     metrics.rejected.inc(reason="not-json")
@@ -100,7 +102,7 @@ def test_what_is_counted_is_served(metrics: Metrics, health: dict[str, str | Non
 
 @given(st.lists(st.floats(-10, 10), max_size=50))
 def test_a_histogram_counts_as_one_by_one(values: list[float]) -> None:
-    """Observing a batch equals asking of each value below which bounds it lies."""
+    """Observing a batch equals observing each of its values."""
     bounds = (-1.0, 0.0, 2.5)
     histogram = Histogram("h_seconds", "Help.", bounds=bounds)
     histogram.observe_many(np.array(values, np.float64))
@@ -119,13 +121,13 @@ def test_labels_are_held_to_the_catalogue() -> None:
 
 
 def test_a_counter_never_falls() -> None:
-    """A negative amount is refused."""
+    """A negative amount is rejected."""
     with pytest.raises(ValueError, match="cannot fall"):
         Counter("c_total", "Help.").inc(-1)
 
 
 def test_a_gauge_forgets_labels_that_went_away() -> None:
-    """A partition that has gone is reported no longer."""
+    """A removed partition is no longer reported."""
     gauge = Gauge("g_records", "Help.", "partition")
     gauge.set(5, partition=1)
     gauge.set(6, partition=2)
@@ -135,7 +137,7 @@ def test_a_gauge_forgets_labels_that_went_away() -> None:
 
 
 def test_threads_do_not_lose_counts() -> None:
-    """Four threads that count at once are all counted."""
+    """Nothing is lost when four threads count at the same time."""
     counter = Counter("c_total", "Help.", "reason")
 
     def count() -> None:
@@ -151,7 +153,7 @@ def test_threads_do_not_lose_counts() -> None:
 
 
 def test_health_follows_its_checks(health: dict[str, str | None]) -> None:
-    """A check that names a trouble answers 503 with it, each path for itself."""
+    """A check that reports a problem returns 503 with its text, independently for each path."""
     assert get(health, "/livez") == (200, "ok\n")
     health["/readyz"] = "restoring 2 partitions"
     assert get(health, "/readyz") == (503, "restoring 2 partitions\n")
@@ -160,15 +162,15 @@ def test_health_follows_its_checks(health: dict[str, str | None]) -> None:
 
 
 def test_health_answers_while_a_client_hangs(health: dict[str, str | None]) -> None:
-    """A client that connects and says nothing keeps nobody else waiting."""
+    """A client that connects and sends nothing delays no other client."""
     with socket.create_connection(("127.0.0.1", int(health["port"] or 0))):
         began = time.monotonic()
         assert get(health, "/livez")[0] == 200
         assert time.monotonic() - began < 2
 
 
-def test_a_taken_port_is_told_in_one_line(metrics: Metrics, health: dict[str, str | None]) -> None:
-    """Listening where somebody else listens is an error that names address and setting."""
+def test_a_taken_port_is_reported_in_one_line(metrics: Metrics, health: dict[str, str | None]) -> None:
+    """An address in use is an error that names the address and the setting."""
     port = int(health["port"] or 0)
     with pytest.raises(StreamformerError, match=rf"127.0.0.1:{port}.*web.port") as caught:
         HealthServer(metrics, host="127.0.0.1", port=port, livez=lambda: None, readyz=lambda: None)
@@ -176,7 +178,7 @@ def test_a_taken_port_is_told_in_one_line(metrics: Metrics, health: dict[str, st
 
 
 def test_gauges_of_partitions_that_have_gone_disappear() -> None:
-    """After `keep_partitions` only its partitions are reported, in every gauge that is told by partition alone."""
+    """After `keep_partitions`, every gauge with the label partition alone reports only the given ones."""
     metrics = Metrics()
     by_partition = [each for each in metrics if isinstance(each, Gauge) and each.labels == ("partition",)]
     assert {metrics.consumer_lag, metrics.processed_offset, metrics.committed_offset} <= set(by_partition)
