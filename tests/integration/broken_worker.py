@@ -1,8 +1,8 @@
 """Runs the real worker with one deliberate fault.
 
 Usage: `python -m tests.integration.broken_worker FAULT FOLDER [OPTIONS]`. Some faults are trouble that a sound worker
-must survive (`TROUBLE`); the others break its defences (`BROKEN`) or delay it (`LIFE`). A fault that strikes once per run
-leaves a file in FOLDER, because the worker is started again.
+must survive (`TROUBLE`); the others break its defences (`BROKEN`) or delay it (`LIFE`). A fault that strikes once per
+run leaves a file in FOLDER, because the worker is started again.
 """
 
 from __future__ import annotations

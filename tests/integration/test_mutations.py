@@ -1,9 +1,9 @@
 """Real workers with one deliberate fault: sound workers survive trouble, and a broken defence is noticed.
 
 The simulation does this for faults of core, codec and checkpoint (`tests/simulation/test_mutations.py`). Here are those
-that need a broker, a disk or a process: dedupe by offset against a delivery that repeats, the position guard against one
-that loses, the order of a checkpoint and of the last write of a store around a crash, and the end of a restore. A broken
-end and a missing fence are also counted per start in `test_cold_starts.py`.
+that need a broker, a disk or a process: dedupe by offset against a delivery that repeats, the position guard against
+one that loses, the order of a checkpoint and of the last write of a store around a crash, and the end of a restore. A
+broken end and a missing fence are also counted per start in `test_cold_starts.py`.
 
 A fault is noticed when the checker finds a violation, or when the worker itself rejects its state.
 """
