@@ -1,1 +1,1 @@
-"""Encoders of user action sequences: features, models, training, evaluation, inference. Nothing here knows Kafka."""
+"""Encoders of user action sequences: features, models, training, evaluation and inference, without any Kafka code."""

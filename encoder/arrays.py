@@ -1,4 +1,4 @@
-"""Array types by element: the one place where they are named."""
+"""Array types by element type, named in one place."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""From action columns to what a model reads: the same function in training, in batch and in the stream.
+"""Features: from action columns to model inputs, by the same function in training, in batch and in the stream.
 
-`tokenize` looks ids up in the release's vocabularies and finds the gap to the previous action of the same user;
-`Tokens.features` gathers any rows into integer tensors. All time arithmetic stays in integer milliseconds here: the
-model reduces it modulo its periods in float64 before anything becomes float32.
+`Tokenizer.tokenize` looks ids up in the vocabularies of a release and computes the time gap to the user's previous
+action; `Tokens.features` gathers any rows into integer tensors. All time arithmetic here is in integer milliseconds:
+the model reduces times modulo its periods in float64 before anything becomes float32.
+
+Shapes: N actions, U users, I items, R selected rows, L actions of the longest sequence.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from encoder.actions.columns import Actions, name_code
 from encoder.arrays import I64, U64
 
 FEATURE_VERSION = 1
-"""Changes whenever the meaning of a column below does; a release trained with another version is refused."""
+"""Version of the meaning of the columns below; a release trained with another version is rejected."""
 
 UNKNOWN = 0
-"""The row that every unknown item, action type or surface shares."""
+"""Row shared by all unknown items, action types or surfaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabularies:
-    """What a release knows. Row 0 of each is shared by everything unknown; known ids follow in the order given."""
+    """Known items, action types and surfaces of a release. Row 0 of each is `UNKNOWN`; known ids follow in order."""
 
     item_keys: U64
-    """[I] strictly increasing; the key at index i has row i + 1."""
+    """[I] item keys, strictly increasing; the key at index i has row i + 1."""
     actions: tuple[str, ...]
     surfaces: tuple[str, ...]
 
@@ -41,7 +43,11 @@ class Vocabularies:
                 raise ValueError(f"two {what} share a code, or one is empty or repeated: {names}; rename one")
 
     def item_rows(self, keys: U64) -> I64:
-        """Rows of item keys, `UNKNOWN` for those outside the vocabulary; shape kept."""
+        """Return the rows of item keys [...], `UNKNOWN` for keys outside the vocabulary.
+
+        >>> Vocabularies(np.array([3, 7], np.uint64), (), ()).item_rows(np.array([7, 5, 3], np.uint64)).tolist()
+        [2, 0, 1]
+        """
         if not len(self.item_keys):
             return np.zeros(keys.shape, np.int64)
         at = np.minimum(np.searchsorted(self.item_keys, keys), len(self.item_keys) - 1)
@@ -49,7 +55,7 @@ class Vocabularies:
 
 
 def code_rows(names: Sequence[str]) -> I64:
-    """[65,536] table from the code of a name to its row, `UNKNOWN` elsewhere."""
+    """Return the table [65,536] from the code of a name to its row, `UNKNOWN` for all other codes."""
     rows = np.zeros(1 << 16, np.int64)
     rows[[name_code(name) for name in names]] = np.arange(1, len(names) + 1)
     return rows
@@ -57,7 +63,7 @@ def code_rows(names: Sequence[str]) -> I64:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Tokens as int64 tensors of one common shape [...]: what a model's `inputs` takes."""
+    """Model inputs as int64 tensors of one common shape [...]."""
 
     item: Tensor
     action: Tensor
@@ -66,17 +72,18 @@ class Features:
     time_ms: Tensor
     """Event time."""
     gap_ms: Tensor
-    """Event time since the user's previous action; 0 for the first row kept."""
+    """Event time since the user's previous action; 0 for the oldest kept action."""
     position: Tensor
-    """Counted from the user's first action ever."""
+    """Index of the action, counted from the user's first action ever."""
 
     def to(self, device: torch.device) -> Features:
+        """Return the features on a device."""
         return Features(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The columns of `Features` for N actions of one or many users, as numpy arrays [N]."""
+    """The columns of `Features` for N actions of one or more users, as numpy arrays [N]."""
 
     item: I64
     action: I64
@@ -87,7 +94,7 @@ class Tokens:
     position: I64
 
     def features(self, rows: I64 | None = None) -> Features:
-        """All rows, or those named in any shape; a negative one is padding and reads as an unknown action at time 0."""
+        """Return all rows, or `rows` of any shape; a negative row is padding: an unknown action at time 0."""
         if rows is None:
             return Features(*(torch.from_numpy(getattr(self, name)) for name in self.__slots__))
         padding = rows < 0
@@ -103,7 +110,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """Binds `tokenize` to the vocabularies of one release; the look-up tables are built once."""
+    """Tokenizes actions with the vocabularies of one release; the lookup tables are built once."""
 
     def __init__(self, vocabularies: Vocabularies) -> None:
         self.vocabularies = vocabularies
@@ -111,10 +118,10 @@ class Tokenizer:
         self._surface_rows = code_rows(vocabularies.surfaces)
 
     def tokenize(self, actions: Actions, starts: I64, positions: I64, rows: I64 | None = None) -> Tokens:
-        """Columns of N actions, users one after another, each oldest first, or of R `rows` of them alone.
+        """Return the tokens of N actions, ordered by user and then oldest first, or only of R selected `rows`.
 
-        `starts` [U + 1] bounds the users as in `SequenceBatch`; `positions` [N] or [R] counts each user's actions from
-        the first ever. A late clock cannot make a gap negative: rows are in event-time order, and a gap is at least 0.
+        `starts` [U + 1] bounds the users as in `SequenceBatch`; `positions` [N], or [R] with `rows`, counts the actions
+        of each user from the first ever. Gaps are at least 0, because rows are in event-time order.
         """
         time_ms = actions["timestamp_ms"].astype(np.int64)
         gap_ms = gaps_ms(time_ms, starts)
@@ -132,22 +139,36 @@ class Tokenizer:
 
 
 def gaps_ms(time_ms: I64, starts: I64) -> I64:
-    """[N] event time since the row before, 0 at the first row of each user."""
+    """Return the event time [N] since the previous row, 0 at the first row of each user.
+
+    >>> gaps_ms(np.array([5, 9, 20, 3]), np.array([0, 3, 4])).tolist()
+    [0, 4, 11, 0]
+    """
     gaps = np.zeros(len(time_ms), np.int64)
     np.subtract(time_ms[1:], time_ms[:-1], out=gaps[1:])
-    gaps[starts[:-1][np.diff(starts) > 0]] = 0
+    gaps[starts[:-1][np.diff(starts) > 0]] = 0  # an empty user's start is the first row of another user, or N
     return np.maximum(gaps, 0, out=gaps)
 
 
 def sequence_positions(starts: I64, counts: I64) -> I64:
-    """[N] positions of the rows of a `SequenceBatch`: the newest row of user u has position counts[u] - 1."""
+    """Return the positions [N] of the rows of a `SequenceBatch`: the newest row of user u has position counts[u] - 1.
+
+    Two users with 3 and 1 kept rows, of 10 and 1 actions:
+
+    >>> sequence_positions(np.array([0, 3, 4]), np.array([10, 1])).tolist()
+    [7, 8, 9, 0]
+    """
     lengths = np.diff(starts)
     return np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[1:] - counts, lengths)
 
 
 def padded_rows(starts: I64, *, length: int | None = None) -> I64:
-    """[U, L] row numbers of each user's sequence, oldest first, -1 behind its end; L is the longest or `length`."""
+    """Return the rows [U, L] of each user's sequence, oldest first, padded with -1; L is the longest or `length`.
+
+    >>> padded_rows(np.array([0, 3, 4])).tolist()
+    [[0, 1, 2], [3, -1, -1]]
+    """
     lengths = np.diff(starts)
     width = int(lengths.max(initial=0)) if length is None else length
-    at = np.arange(width, dtype=np.int64)
+    at = np.arange(width, dtype=np.int64)  # [L]
     return np.where(at < lengths[:, None], starts[:-1, None] + at, -1)

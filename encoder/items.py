@@ -1,7 +1,9 @@
-"""Where item vectors come from: trained in place, a file the user has, or the text of the items.
+"""Item vectors: trained in place, read from a file, or computed from the text of the items.
 
 All three are modules with one interface: `forward(rows [...]) -> [..., V]` and `table() -> [I + 1, V]`. Row 0 is a
-learned vector that every unknown item shares. A release keeps the table alone: what is served is always a look-up.
+learned vector that all unknown items share. A release stores only the table, so serving is always a lookup.
+
+Shapes: I items, V item vector, G n-grams of all texts.
 """
 
 from __future__ import annotations
@@ -25,29 +27,31 @@ from encoder.errors import StreamformerError
 Keys = U64
 
 TEXT_BUCKETS = 1 << 16
-"""Rows of the hashed n-gram table (ItemSage hashes its tokens too: arXiv 2205.11728, section 4.2)."""
+"""Number of rows of the hashed n-gram table (ItemSage also hashes its tokens: arXiv 2205.11728)."""
 
 
 class ItemError(StreamformerError):
-    """Item vectors or texts that cannot be used; the text says which and what to do."""
+    """Item vectors or texts that cannot be used; the text says why and what to do."""
 
 
 class TrainedItems(nn.Module):
-    """One trained vector for each known item, and row 0 for the unknown ones."""
+    """One trained vector per known item, and row 0 for the unknown ones."""
 
     def __init__(self, items: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(items + 1, dim))
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Return the vectors [..., V] of item rows [...]."""
         return F.embedding(rows, self.weight)
 
     def table(self) -> Tensor:
+        """Return the table [I + 1, V]."""
         return self.weight
 
 
 class FixedItems(nn.Module):
-    """Vectors that training leaves alone (somebody's PinSage); only the unknown row learns."""
+    """Vectors that training does not change (such as PinSage); only the unknown row is trained."""
 
     vectors: Tensor
 
@@ -57,14 +61,19 @@ class FixedItems(nn.Module):
         self.unknown = nn.Parameter(torch.zeros(1, vectors.shape[1]))
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Return the vectors [..., V] of item rows [...]."""
         return F.embedding(rows, self.table())
 
     def table(self) -> Tensor:
+        """Return the table [I + 1, V]."""
         return torch.cat([self.unknown, self.vectors])
 
 
 class TextItems(nn.Module):
-    """The mean of the hashed word, word-pair and trigram vectors of an item's text, weighted by learned importance."""
+    """Vectors computed from the hashed n-grams of an item's text, with a learned importance per n-gram.
+
+    vector = sum over the n-grams g of the text: sigmoid(importance_g) * weight_g / sqrt(number of n-grams)
+    """
 
     grams: Tensor
     offsets: Tensor
@@ -80,10 +89,12 @@ class TextItems(nn.Module):
         self.unknown = nn.Parameter(torch.zeros(1, dim))
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Return the vectors [..., V] of item rows [...]."""
         return F.embedding(rows, self.table())
 
     def table(self) -> Tensor:
-        weights = torch.sigmoid(F.embedding(self.grams, self.importance)).squeeze(-1)
+        """Return the table [I + 1, V]."""
+        weights = torch.sigmoid(F.embedding(self.grams, self.importance)).squeeze(-1)  # [G]
         total = F.embedding_bag(
             self.grams,
             self.weight,
@@ -92,7 +103,7 @@ class TextItems(nn.Module):
             per_sample_weights=weights,
             include_last_offset=True,
         )
-        counts = (self.offsets[1:] - self.offsets[:-1]).unsqueeze(-1)
+        counts = (self.offsets[1:] - self.offsets[:-1]).unsqueeze(-1)  # [I + 1, 1] n-grams of each item
         has_text = (counts > 0).to(total.dtype)
         return total / counts.clamp(min=1).sqrt() + (1 - has_text) * self.unknown
 
@@ -101,7 +112,7 @@ ItemVectors = TrainedItems | FixedItems | TextItems
 
 
 def text_grams(text: str) -> I64:
-    """Buckets of the words, word pairs and character trigrams of a text, lower-cased; [G]."""
+    """Return the hash buckets of the words, word pairs and character trigrams of a text, in lower case."""
     words = re.findall(r"\w+", text.lower())
     pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
     trigrams = [f"#{padded[i : i + 3]}" for padded in (f"^{w}$" for w in words) for i in range(len(padded) - 2)]
@@ -109,20 +120,20 @@ def text_grams(text: str) -> I64:
 
 
 def read_vectors(path: Path) -> tuple[Keys, F32]:
-    """Keys [I] strictly increasing and vectors [I, V] of a file.
+    """Read strictly increasing keys [I] and vectors [I, V] from a file. Raises `ItemError`.
 
-    Either `x.safetensors` with tensors `vectors` [I, V] and `keys` [I] (unsigned 64-bit), or `x.npy` [I, V] beside
-    `x.ids.txt` with one item id a line. Raises `ItemError`.
+    The file is either `x.safetensors` with the tensors `vectors` [I, V] and `keys` [I] (unsigned 64-bit), or `x.npy`
+    [I, V] next to `x.ids.txt` with one item id per line.
     """
     keys, vectors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npy(path)
     if vectors.ndim != 2 or len(keys) != len(vectors):
-        raise ItemError(f"item vectors do not fit their ids: {len(keys)} ids, shape {vectors.shape}; rewrite {path}")
+        raise ItemError(f"item vectors do not match their ids: {len(keys)} ids, shape {vectors.shape}; rewrite {path}")
     if not np.isfinite(vectors).all():
         raise ItemError(f"item vectors are not finite: {path}; remove the rows with NaN or infinity")
     order = np.argsort(keys)
     keys, vectors = keys[order], vectors[order].astype(np.float32)
     if (keys[1:] == keys[:-1]).any():
-        raise ItemError(f"an item id occurs twice in {path}; keep one row for each item")
+        raise ItemError(f"an item id occurs twice in {path}; keep one row per item")
     return keys, vectors
 
 
@@ -144,6 +155,6 @@ def _read_npy(path: Path) -> tuple[Keys, F32]:
 
 
 def texts_by_key(texts: Mapping[str, str], keys: Keys) -> list[str]:
-    """The text of each key, in order, empty where `texts` (item id -> text) has none."""
+    """Return the text of each key, in order; empty if `texts` (item id -> text) has none."""
     by_key = {item_key(item): text for item, text in texts.items()}
     return [by_key.get(int(key), "") for key in keys]

@@ -1,17 +1,17 @@
-"""Encoders of action sequences: PinnerFormer as published, and one that never recomputes what it has computed.
+"""Encoders of action sequences: PinnerFormer as published, and a streaming encoder that never recomputes an output.
 
-Both read `Features` [B, L], oldest first, padded behind the end, and give a vector of length one at every position;
-the newest position's is the user's embedding. `StreamingEncoder.embed` is, token by token, the composition
+Both read `Features` [B, L], oldest first and padded at the end, and return a vector of length one at every position;
+the vector at the newest position is the user's embedding. Token by token, `StreamingEncoder.embed` is
 
-    x = inputs(features);  for block in blocks: q, k, v = block.project(x, rotation); x = block.finish(x, mixed)
+    x = inputs(features);  for block in blocks: q, k, v = block.project(x, rope); x = block.finish(x, mixed)
     embedding = head(x)        where mixed = attend(q, k and v of the last W positions)
 
-so whoever keeps each layer's last W keys, values and event times extends a user by one token with the same weights.
-Architecture after Pancha et al., "PinnerFormer: Sequence Modeling for User Representation at Pinterest" (KDD 2022,
-arXiv 2205.04507), section 3.
+so a caller that keeps the last W keys, values and event times of each layer can extend a user by one token with the
+same weights. The architecture is that of Pancha et al., "PinnerFormer: Sequence Modeling for User Representation at
+Pinterest" (KDD 2022, arXiv 2205.04507), with the changes that `StreamingEncoder` documents.
 
 Shapes: B users, L actions, D model, E embedding, V item vector, H query heads, G key/value heads, K head size,
-I items.
+I items, W window, P periods.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ HOUR_MS = 3_600_000
 ABSOLUTE_PERIODS_MS = tuple(
     round(hours * HOUR_MS) for hours in (0.25, 0.5, 0.75, 1, 2, 4, 8, 16, 24, 7 * 24, 28 * 24, 365 * 24)
 )
-"""PinnerFormer's twelve: a quarter of an hour to a year."""
+"""PinnerFormer's 12 absolute periods, from 15 minutes to one year (arXiv 2205.04507, appendix A.1)."""
 RELATIVE_PERIODS_MS = tuple(1_000 * math.exp(i / 31 * math.log(28 * 24 * 3_600)) for i in range(32))
-"""PinnerFormer's thirty-two: one second to four weeks, evenly spaced on a log scale."""
+"""PinnerFormer's 32 relative periods, from one second to four weeks, evenly spaced on a log scale."""
 Dropout = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """Size and kind of an encoder; checked whole on construction (`ValueError`)."""
+    """Kind and sizes of an encoder; the constructor reports all problems at once in a `ValueError`."""
 
     kind: Literal["streaming", "window"] = "streaming"
     d_model: int = 256
     heads: int = 8
     kv_heads: int = 2
     windows: tuple[int, ...] = (64, 64, 64, 64)
-    """One entry a layer: a query attends to itself and the W - 1 positions before it."""
+    """Window W of each layer: a query attends to itself and to the W - 1 positions before it."""
     embedding_dim: int = 256
     item_dim: int = 256
     action_dim: int = 16
     surface_dim: int = 8
     sequence_length: int = 256
-    """M: an embedding is a function of the last M actions."""
+    """Length M: an embedding is a function of the last M actions."""
     time_bias: bool = True
-    """Attention logits fall with event-time distance, by a learned slope for each head and layer."""
+    """Whether attention logits decrease with event-time distance, by a learned slope per head and layer."""
     read_out: bool = False
-    """`StreamingEncoder.read_out` exists: the time of the request may enter after the last layer."""
+    """Whether the time of the request can enter after the last layer, by `StreamingEncoder.read_out`."""
     item_tower: Literal["identity", "mlp"] = "mlp"
     normalize_items: bool = True
-    """Item embeddings have length one, as published; otherwise their length carries popularity."""
+    """Whether item embeddings have length one, as published; otherwise their length can express popularity."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
         if problems:
-            raise ValueError("encoder configuration does not hold together: " + "; ".join(problems))
+            raise ValueError("encoder configuration is inconsistent: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
         sizes = ("d_model", "heads", "kv_heads", "embedding_dim", "item_dim", "action_dim", "surface_dim")
         small = [f"{name} must be at least 1" for name in (*sizes, "sequence_length") if getattr(self, name) < 1]
         if small or not self.windows or min(self.windows) < 1:
-            return [*small, "windows needs one entry of at least 1 for each layer"]
+            return [*small, "windows needs one entry of at least 1 per layer"]
         checks = (
             (self.d_model % (2 * self.heads) == 0, "d_model must be a multiple of twice the heads"),
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
@@ -89,19 +89,25 @@ class EncoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Head size K."""
         return self.d_model // self.heads
 
     @property
     def receptive_field(self) -> int:
-        """Positions that the newest position depends on, itself included."""
+        """Number of positions that the output at a position depends on, including itself.
+
+        Each layer adds the W - 1 positions before: sum(W - 1) + 1.
+        """
         return sum(window - 1 for window in self.windows) + 1
 
 
 class TimeEncoding(nn.Module):
-    """cos and sin of 2 pi t / p + phase for fixed periods p with learned phases, and log(1 + t): [..., 2P + 1].
+    """Encodes a time t as [..., 2P + 1]: cosine and sine of each fixed period with a learned phase, and a logarithm.
 
-    PinnerFormer's appendix A.1, with log(1 + t) so that 0 is finite. Times are int64 milliseconds, reduced modulo the
-    period in float64, so an epoch time keeps its sub-second phase. `log_origin` centres the logarithm.
+        [ cos(2 pi t / p_i + phase_0i) ... , sin(2 pi t / p_i + phase_1i) ... , log(1 + t) - log_origin ]
+
+    This is PinnerFormer's appendix A.1 (arXiv 2205.04507), with log(1 + t) so that t = 0 stays finite. Times are int64
+    milliseconds and are reduced modulo the period in float64, so an epoch time keeps its sub-second phase.
     """
 
     periods_ms: Tensor
@@ -114,14 +120,15 @@ class TimeEncoding(nn.Module):
         self.width = 2 * len(periods_ms) + 1
 
     def forward(self, time_ms: Tensor) -> Tensor:
-        time = time_ms.clamp(min=0).double().unsqueeze(-1)
-        angle = (torch.remainder(time, self.periods_ms) * (2 * math.pi / self.periods_ms)).float()
+        """Return the encodings [..., 2P + 1] of times [...]."""
+        time = time_ms.clamp(min=0).double().unsqueeze(-1)  # [..., 1]
+        angle = (torch.remainder(time, self.periods_ms) * (2 * math.pi / self.periods_ms)).float()  # [..., P]
         log_s = (torch.log1p(time / 1_000) - self.log_origin).float()
         return torch.cat([torch.cos(angle + self.phases[0]), torch.sin(angle + self.phases[1]), log_s], dim=-1)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer taken apart, so that its keys and values can be kept."""
+    """A pre-norm transformer layer in two halves, before and after attention, so that keys and values can be cached."""
 
     slope: nn.Parameter | None
 
@@ -137,22 +144,22 @@ class Block(nn.Module):
         self.up = nn.Linear(d, 4 * d)
         self.down = nn.Linear(4 * d, d)
 
-    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [..., H, K], keys and values [..., G, K]; queries and keys are rotated by their positions."""
-        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_dim))
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [..., H, K], keys and values [..., G, K]; `rope` rotates queries and keys."""
+        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_dim))  # [..., H + 2 G, K]
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        if rotation is None:
+        if rope is None:
             return q, k, v
-        return apply_rope(q, rotation), apply_rope(k, rotation), v
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
     def finish(self, x: Tensor, mixed: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """The layer's output from its input and what attention mixed [..., H, K]."""
+        """Return the output [..., D] of the layer from its input [..., D] and the attention output [..., H, K]."""
         x = x + _drop(self.out(mixed.flatten(-2)), dropout)
         return x + _drop(self.down(F.gelu(self.up(self.norm_ffn(x)), approximate="tanh")), dropout)
 
 
 class Head(nn.Module):
-    """LayerNorm, Linear, GELU, Linear, length one: the output at every position."""
+    """The output layer at every position: LayerNorm, Linear, GELU, Linear, scaling to length one."""
 
     def __init__(self, d_model: int, embedding_dim: int) -> None:
         super().__init__()
@@ -161,11 +168,12 @@ class Head(nn.Module):
         self.down = nn.Linear(4 * d_model, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return embeddings [..., E] of hidden states [..., D]."""
         return F.normalize(self.down(F.gelu(self.up(self.norm(x)), approximate="tanh")), dim=-1)
 
 
 class Encoder(nn.Module):
-    """What both encoders share: inputs, head, and the item tower."""
+    """The common part of both encoders: inputs, head and item tower."""
 
     def __init__(self, config: EncoderConfig, items: ItemVectors, *, actions: int, surfaces: int) -> None:
         super().__init__()
@@ -183,19 +191,19 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks, first to last."""
+        """The blocks, from first to last."""
         return cast(list[Block], list(self.blocks))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, and where features must be."""
+        """Device of the parameters; features must be on it."""
         return self.action.device
 
     def _extra_width(self) -> int:
         return 0
 
-    def looked_up(self, features: Features) -> list[Tensor]:
-        """The first columns that `project` reads of each token: rows of tables [..., n], and the duration."""
+    def lookup_columns(self, features: Features) -> list[Tensor]:
+        """Return the first columns that `project` reads: table rows of item, action and surface, and the duration."""
         duration = torch.log1p(features.duration_ms.float() / 1_000).unsqueeze(-1)
         return [
             self.items(features.item),
@@ -204,23 +212,28 @@ class Encoder(nn.Module):
             duration,
         ]
 
-    def timed(self, features: Features) -> list[tuple[TimeEncoding, Tensor]]:
-        """The columns behind them: encodings, each with the times [...] that it encodes."""
+    def time_columns(self, features: Features) -> list[tuple[TimeEncoding, Tensor]]:
+        """Return the time encodings of the columns that follow, each with the times [...] that it encodes."""
         return [(self.clock, features.time_ms), (self.gap, features.gap_ms)]
 
     def _columns(self, features: Features) -> list[Tensor]:
-        return [*self.looked_up(features), *(encoding(time_ms) for encoding, time_ms in self.timed(features))]
+        return [
+            *self.lookup_columns(features),
+            *(encoding(time_ms) for encoding, time_ms in self.time_columns(features)),
+        ]
 
     def item_embeddings(self) -> Tensor:
-        """[I + 1, E], compared with a user's embedding by dot product; row 0 is the unknown item."""
+        """Return the item embeddings [I + 1, E]; row 0 is the unknown item. The score of a user is the dot product."""
         embedded: Tensor = self.item_tower(self.items.table())
         return F.normalize(embedded, dim=-1) if self.config.normalize_items else embedded
 
 
 class StreamingEncoder(Encoder):
-    """Causal, with a sliding window in each layer: what was computed for an action never changes.
+    """A causal encoder with a sliding window in each layer; the output for an action never changes.
 
-    The newest position depends on the last `config.receptive_field` actions and on nothing else.
+    Unlike in PinnerFormer, positions are relative (rope) instead of learned, the time since the newest action is not an
+    input, and attention is limited to the last W positions. The output at a position therefore depends on the last
+    `config.receptive_field` actions and on nothing else.
     """
 
     def __init__(self, config: EncoderConfig, items: ItemVectors, *, actions: int, surfaces: int) -> None:
@@ -229,24 +242,24 @@ class StreamingEncoder(Encoder):
         self.modulate = nn.Linear(2 * len(RELATIVE_PERIODS_MS) + 1, 2 * config.d_model) if config.read_out else None
 
     def inputs(self, features: Features) -> Tensor:
-        """Tokens [..., D]; each is a function of its own row of features alone."""
+        """Return tokens [..., D]; each depends on its own row of features only."""
         projected: Tensor = self.project(torch.cat(self._columns(features), dim=-1))
         return projected
 
     def forward(self, features: Features, lengths: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Hidden states [B, L, D] of padded sequences [B, L]; rows behind a sequence's end are meaningless.
+        """Return hidden states [B, L, D] of padded sequences [B, L]; values at padding are meaningless.
 
-        Nothing depends on `lengths` here, for padding lies in the future of every action.
+        `lengths` is not used here, because padding comes after every action and attention is causal.
         """
         x = _drop(self.inputs(features), dropout)
-        rotation = rope_at(features.position, self.config.head_dim)
+        rope = rope_at(features.position, self.config.head_dim)
         for block in self.layers:
-            q, k, v = block.project(x, rotation)
+            q, k, v = block.project(x, rope)
             x = block.finish(x, attend_window(q, k, v, features.time_ms, block.window, block.slope), dropout)
         return x
 
     def read_out(self, hidden: Tensor, since_ms: Tensor) -> Tensor:
-        """Hidden states [..., D] as of a request that comes `since_ms` [...] after their action (FiLM)."""
+        """Return hidden states [..., D] for a request `since_ms` [...] after their action (FiLM, arXiv 1709.07871)."""
         if self.since is None or self.modulate is None:
             raise ValueError("this encoder has no read-out: train it with read_out = true")
         modulation: Tensor = self.modulate(self.since(since_ms))
@@ -254,16 +267,19 @@ class StreamingEncoder(Encoder):
         return hidden * (1 + scale) + shift
 
     def embed(self, features: Features, lengths: Tensor) -> Tensor:
-        """The embedding of each user [B, E]: the head at the newest position."""
+        """Return the embedding [B, E] of each user: the head at the newest position."""
         embedding: Tensor = self.head(newest(self(features, lengths), lengths))
         return embedding
 
 
 class WindowEncoder(Encoder):
-    """PinnerFormer as published: learned positions counted from the newest action, and the time since it.
+    """PinnerFormer as published, with learned positions counted from the newest action and the time since it.
 
-    Rows are stored oldest first like everywhere else; row r of the paper's newest-first order is position
-    `lengths - 1 - r` here, and "attends to itself and older" is the causal mask.
+    The paper orders actions newest first; here rows are oldest first, as everywhere else. Row r of the paper is
+    position `lengths - 1 - r`, and its attention to "itself and older" is the causal mask:
+
+        position        0   1   2   3   (padding)        lengths = 4
+        row in paper    3   2   1   0
     """
 
     def __init__(self, config: EncoderConfig, items: ItemVectors, *, actions: int, surfaces: int) -> None:
@@ -275,15 +291,17 @@ class WindowEncoder(Encoder):
         return 2 * len(RELATIVE_PERIODS_MS) + 1
 
     def inputs(self, features: Features, lengths: Tensor) -> Tensor:
-        """Tokens [B, L, D]; every one depends on the newest action, so none can be kept."""
+        """Return tokens [B, L, D]; each depends on the newest action, so none can be cached."""
         age_ms = newest(features.time_ms, lengths).unsqueeze(-1) - features.time_ms
-        rank = (lengths.unsqueeze(-1) - 1 - torch.arange(features.item.shape[-1], device=lengths.device)).clamp(min=0)
+        rank = (lengths.unsqueeze(-1) - 1 - torch.arange(features.item.shape[-1], device=lengths.device)).clamp(
+            min=0
+        )  # [B, L]
         columns = [*self._columns(features), self.age(age_ms)]
         projected: Tensor = self.project(torch.cat(columns, dim=-1))
         return projected + F.embedding(rank, self.positions)
 
     def forward(self, features: Features, lengths: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """Hidden states [B, L, D] of padded sequences [B, L], L at most M."""
+        """Return hidden states [B, L, D] of padded sequences [B, L], with L at most M."""
         x = _drop(self.inputs(features, lengths), dropout)
         for block in self.layers:
             q, k, v = block.project(x, None)
@@ -291,7 +309,7 @@ class WindowEncoder(Encoder):
         return x
 
     def embed(self, features: Features, lengths: Tensor) -> Tensor:
-        """The embedding of each user [B, E]."""
+        """Return the embedding [B, E] of each user."""
         embedding: Tensor = self.head(newest(self(features, lengths), lengths))
         return embedding
 
@@ -300,13 +318,13 @@ AnyEncoder = StreamingEncoder | WindowEncoder
 
 
 def build_encoder(config: EncoderConfig, items: ItemVectors, *, actions: int, surfaces: int) -> AnyEncoder:
-    """The encoder of a configuration, with all weights zero until `initialize` or a release fills them."""
+    """Return the encoder of a configuration; its weights are zero until `initialize` or a release fills them."""
     kind = StreamingEncoder if config.kind == "streaming" else WindowEncoder
     return kind(config, items, actions=actions, surfaces=surfaces)
 
 
 def item_tower(config: EncoderConfig) -> nn.Module:
-    """From item vector to item embedding; PinnerFormer's MLP, or nothing where trained vectors are the embeddings."""
+    """Return the map [..., V] -> [..., E] from item vectors to embeddings: PinnerFormer's MLP or the identity."""
     if config.item_tower == "identity":
         return nn.Identity()
     width = 4 * config.embedding_dim
@@ -314,22 +332,22 @@ def item_tower(config: EncoderConfig) -> nn.Module:
 
 
 def initialize(encoder: AnyEncoder, generator: torch.Generator, item_table: Tensor | None = None) -> None:
-    """Fill every parameter; the whole table:
+    """Initialize every parameter, by this table.
 
     | parameter | value |
     | --- | --- |
     | trained item vectors | `item_table` [I + 1, V] if given, else normal, std 0.02 |
     | action, surface, position and other item tables | normal, std 0.02 |
     | LayerNorm | weight 1, bias 0 |
-    | `project`, columns of item vectors | normal, so that items bring a variance of 1 to each input |
-    | `project`, other columns | normal, so that all of them together bring at most 0.3 squared |
+    | `project`, columns of item vectors | normal, scaled so that items contribute a variance of 1 to each input |
+    | `project`, other columns | normal, scaled so that together they contribute a variance of at most 0.3^2 |
     | Linear that adds to the residual (`out`, `down` of a block), `modulate` | weight 0 |
     | other Linear | normal, std 1 / sqrt(inputs) |
     | Linear biases, time phases, importance of n-grams | 0 |
     | slopes of the time bias | -2 for the first head rising to 1 for the last |
 
-    The time encodings are a hundred columns of length one, item vectors small at first: with equal columns a model
-    hardly sees its items for the first million tokens.
+    Items get their own scale because the time encodings are about a hundred columns of magnitude one, while item
+    vectors are small at first: with equal weights, items would have almost no influence for the first million tokens.
     """
     residual = {id(weight) for block in encoder.layers for weight in (block.out.weight, block.down.weight)}
     with torch.no_grad():
@@ -350,6 +368,7 @@ def initialize(encoder: AnyEncoder, generator: torch.Generator, item_table: Tens
 
 
 def _balance_inputs(encoder: AnyEncoder) -> None:
+    """Scale the columns of `project`, whose standard deviation is width^-0.5, to the variances of the table above."""
     items = encoder.config.item_dim
     weight = encoder.project.weight
     weight[:, :items] *= math.sqrt(weight.shape[1] / items) / encoder.items.table().std()
@@ -357,7 +376,7 @@ def _balance_inputs(encoder: AnyEncoder) -> None:
 
 
 def newest(values: Tensor, lengths: Tensor) -> Tensor:
-    """Row lengths - 1 of each sequence: [B, L, ...] -> [B, ...]."""
+    """Return the values [B, ...] at the newest position, lengths - 1, of each sequence [B, L, ...]."""
     return values[torch.arange(len(lengths), device=values.device), lengths - 1]
 
 

@@ -1,10 +1,10 @@
-"""A release: a trained encoder with its vocabularies and a version that is a hash of all that it computes with.
+"""Releases: a trained encoder with its vocabularies, and a version that is a hash of everything it computes with.
 
-A folder of two files. `weights.safetensors` holds the parameters of the encoder, `items.weight` (one vector an item,
-row 0 for the unknown) and `item_keys` (the 64-bit keys, as signed integers of the same bits). `release.json` holds the
-format, the feature version, the encoder's configuration, the names of action types and surfaces, what was measured,
-and the version. Loading is strict: an unknown key, a missing tensor, another shape, a value that is not finite or a
-content that does not hash to the version is refused. Nothing is ever unpickled.
+A release is a folder with two files. `weights.safetensors` holds the parameters of the encoder, `items.weight` (one
+vector per item, row 0 for the unknown item) and `item_keys` (the 64-bit keys, stored as signed integers with the same
+bits). `release.json` holds the format, the feature version, the configuration of the encoder, the names of action types
+and surfaces, metrics, a record of the training, and the version. Loading is strict: an unknown key, a missing tensor, a
+wrong shape, a value that is not finite, or content that does not hash to the version is rejected. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,42 +36,44 @@ _KEYS = {"format", "version", "feature_version", "encoder", "actions", "surfaces
 
 
 class ReleaseError(StreamformerError):
-    """A folder that is not a release this code can trust; the text says why and what to do."""
+    """A folder that is not a valid release; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """An encoder ready to serve, and what it was trained with."""
+    """An encoder ready to serve, with its vocabularies and the record of its training."""
 
     model: AnyEncoder
-    """In evaluation mode, float32, its item vectors a plain table."""
+    """Encoder in evaluation mode, in float32, with a plain table of item vectors."""
     vocabularies: Vocabularies
     metrics: Mapping[str, Any]
-    """What was measured on it, by protocol."""
+    """Metrics of the release, by name."""
     training: Mapping[str, Any]
-    """How it was made: recipe, seed, minutes, machine."""
+    """Record of the training: recipe, tokens, seconds, machine and more."""
 
     @property
     def config(self) -> EncoderConfig:
+        """Configuration of the encoder."""
         return self.model.config
 
     @cached_property
     def version(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of configuration, vocabularies, feature version and weights."""
+        """Version: 16 hex digits of a SHA-256 over configuration, vocabularies and weights."""
         return _version(_identity(self), self._weights)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the vocabularies."""
         return Tokenizer(self.vocabularies)
 
     def item_vectors(self) -> tuple[U64, F32]:
-        """Keys [I] and vectors [I, E] of the known items; a user's score for an item is their dot product."""
+        """Return keys [I] and vectors [I, E] of the known items; an item's score is its dot product with the user."""
         with torch.inference_mode():
             vectors = self.model.item_embeddings()[1:].float().cpu().numpy()
         return self.vocabularies.item_keys, np.ascontiguousarray(vectors, np.float32)
 
     def save(self, folder: Path) -> Path:
-        """Write the release into `folder` (made if missing), each file whole or not at all; returns the folder."""
+        """Write the release to `folder`, replacing each file atomically, and return the folder; create it if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {
             **_identity(self),
@@ -97,7 +99,7 @@ def make_release(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> Release:
-    """A release of a trained model: a copy whose item vectors are folded into one table."""
+    """Return the release of a trained model: a copy whose item vectors are computed once and stored as one table."""
     with torch.inference_mode():
         table = model.items.table().detach().float().cpu().clone()
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("items.")}
@@ -107,7 +109,7 @@ def make_release(
 
 
 def load_release(folder: Path) -> Release:
-    """Read a release, strictly; raises `ReleaseError`."""
+    """Read and verify a release. Raises `ReleaseError`."""
     metadata = _read_metadata(folder / METADATA)
     tensors = _read_weights(folder / WEIGHTS)
     try:
@@ -117,11 +119,11 @@ def load_release(folder: Path) -> Release:
         model.load_state_dict(tensors, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         detail = " ".join(str(error).split())
-        raise ReleaseError(f"release does not hold together: {folder} ({detail}); train or copy it again") from error
+        raise ReleaseError(f"release is inconsistent: {folder} ({detail}); train or copy it again") from error
     release = Release(model.eval().requires_grad_(False), vocabularies, metadata["metrics"], metadata["training"])
     if release.version != metadata["version"]:
         raise ReleaseError(
-            f"release was altered: {folder} says version {metadata['version']}, its content is {release.version}; "
+            f"release was altered: {folder} has version {metadata['version']}, its content is {release.version}; "
             "copy it again"
         )
     return release
@@ -133,7 +135,7 @@ def _empty_model(config: EncoderConfig, vocabularies: Vocabularies) -> AnyEncode
 
 
 def _identity(release: Release) -> dict[str, Any]:
-    """The part of the metadata that changes what an embedding is."""
+    """Return the part of the metadata that determines embeddings."""
     return {
         "format": FORMAT,
         "feature_version": FEATURE_VERSION,
@@ -152,9 +154,9 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ReleaseError(f"release cannot be read: {path} ({error}); name a folder that train has written") from error
+        raise ReleaseError(f"release cannot be read: {path} ({error}); name a folder written by train") from error
     if not isinstance(metadata, dict) or set(metadata) != _KEYS:
-        raise ReleaseError(f"release has not the keys of format {FORMAT}: {path}; train or copy it again")
+        raise ReleaseError(f"release does not have the keys of format {FORMAT}: {path}; train or copy it again")
     for key, ours in (("format", FORMAT), ("feature_version", FEATURE_VERSION)):
         if metadata[key] != ours:
             raise ReleaseError(f"release has {key} {metadata[key]}, this code reads {ours}: {path}; train it again")
@@ -180,7 +182,7 @@ def _read_config(values: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
+    """Write another file and rename it, so that a reader sees either the old file or the new one."""
     beside = path.with_name(path.name + ".part")
     try:
         with beside.open("wb") as file:

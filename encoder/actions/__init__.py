@@ -1,1 +1,1 @@
-"""Actions as columns, and the rules by which an event becomes one: shared by training, batch and stream."""
+"""Actions as columns: one layout shared by training, batch and stream."""

@@ -1,8 +1,10 @@
 """Actions as columns: the one layout that training, batch and stream share.
 
-An action is a fixed-width record of 32 bytes. Ids of any form become 64-bit keys and names of action types and
-surfaces become 16-bit codes, both by a fixed hash: state outlives every vocabulary, so no vocabulary is needed to
-write it. Zero means "absent" in every hashed column.
+An action is a fixed-width record of 32 bytes. Ids become 64-bit keys and names of action types and surfaces become
+16-bit codes, both by a fixed hash. State can therefore be written without a vocabulary, and outlives every vocabulary.
+Zero means "absent" in all hashed columns.
+
+Shapes: N actions, U users.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ Actions = npt.NDArray[np.void]
 
 
 def item_key(text: str) -> int:
-    """The 64-bit key of an id: XXH3 of its UTF-8 bytes, never 0."""
+    """Return the 64-bit key of an id: the XXH3 of its UTF-8 bytes, never 0."""
     return xxh3_64_intdigest(text.encode()) or 1
 
 
 def name_code(name: str) -> int:
-    """The 16-bit code of an action type or surface: XXH3 modulo 65,535, plus 1; 0 for the empty name.
+    """Return the 16-bit code of an action type or surface: XXH3 modulo 65,535, plus 1; 0 for the empty name.
 
-    Two names of one vocabulary may share a code (0.3 % for twenty names); whoever builds a vocabulary checks that.
+    Two names of one vocabulary may share a code (with probability 0.3 % for twenty names); `Vocabularies` checks that.
     """
     return xxh3_64_intdigest(name.encode()) % 65_535 + 1 if name else 0
 
@@ -49,17 +51,18 @@ def name_code(name: str) -> int:
 class ActionBatch:
     """Decoded actions of one source partition, in offset order; row i of each column is one event.
 
-    A row whose `is_tombstone` is set forgets its user: its `timestamp_ms` is the Kafka record's time, the rest is 0.
+    A row with `is_tombstone` deletes the state of its user: its `timestamp_ms` is the time of the Kafka record, and its
+    other fields are 0.
     """
 
     users: list[bytes]
-    """User ids as they key the record, UTF-8; length N."""
+    """N user ids: the UTF-8 keys of the records."""
     actions: Actions
-    """[N] of ACTION_DTYPE."""
+    """[N] actions of `ACTION_DTYPE`."""
     offsets: I64
-    """[N], strictly increasing source offsets."""
+    """[N] source offsets, strictly increasing."""
     is_tombstone: Bool
-    """[N]."""
+    """[N] whether a row deletes its user."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -67,23 +70,27 @@ class ActionBatch:
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """The kept sequences of U users, one after another, each oldest first: what an encoder runtime is asked to embed.
+    """The kept sequences of U users, one after another, each oldest first: the input of an encoder runtime.
 
-    `counts[u]` is the number of actions ever applied for the user, so the newest row has position `counts[u] - 1`
-    and the first row of the user has position `counts[u] - (starts[u + 1] - starts[u])`. `revisions[u]` changes
-    whenever anything but an append happened (a late event, a deletion): with an equal revision, a cache that has
-    seen `c <= counts[u]` actions needs the last `counts[u] - c` rows only.
+        actions    a0 a1 a2 | b0 | c0 c1        starts = [0, 3, 4, 6]
+        position    7  8  9    0   41 42        counts = [10, 1, 43]
+
+    `counts[u]` is the number of actions ever applied for user u, so the user's newest row has position `counts[u] - 1`
+    and the oldest kept row has position `counts[u] - (starts[u + 1] - starts[u])`. `revisions[u]` changes with every
+    change that is not an append (a late event, a deletion): if the revision is equal, a cache that has seen
+    `c <= counts[u]` actions needs only the last `counts[u] - c` rows.
     """
 
     users: Sequence[bytes]
+    """U user ids."""
     actions: Actions
-    """[N] rows of all users."""
+    """[N] actions of all users."""
     starts: I64
-    """[U + 1]: user u owns rows starts[u] to starts[u + 1]."""
+    """[U + 1] bounds: user u owns rows starts[u] to starts[u + 1]."""
     counts: I64
-    """[U]."""
+    """[U] number of actions ever applied."""
     revisions: I64
-    """[U]."""
+    """[U] revision of each sequence."""
 
     def __len__(self) -> int:
         return len(self.users)

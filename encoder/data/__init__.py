@@ -1,1 +1,1 @@
-"""Event logs: read, split and cut into batches."""
+"""Action logs: reading, splitting and batching."""

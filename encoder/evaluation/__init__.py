@@ -1,1 +1,1 @@
-"""Ranking metrics and the evaluations of a release on a log."""
+"""Evaluation of a release on a log: ranking metrics, next-item evaluation, and the value of freshness."""

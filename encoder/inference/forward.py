@@ -122,10 +122,10 @@ class _Input:
         rows = len(features.item)
         columns = buffers.take("columns", rows, self._width)  # [T, width]
         at = 0
-        for values in self._model.looked_up(features):  # [T, n] each
+        for values in self._model.lookup_columns(features):  # [T, n] each
             columns[:, at : at + values.shape[1]] = values
             at += values.shape[1]
-        for encoding, time_ms in self._model.timed(features):
+        for encoding, time_ms in self._model.time_columns(features):
             self._kernel.encode_times(encoding, time_ms, columns[:, at : at + encoding.width])
             at += encoding.width
         return self._project(columns, buffers.take("input", rows, self._out)).float()

@@ -1,1 +1,1 @@
-"""Event logs, training, evaluation and their commands."""
+"""Training: recipes, objectives, losses, the trainer, and runs from a log to a release."""

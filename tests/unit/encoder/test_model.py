@@ -137,9 +137,9 @@ def step_by_step(model: StreamingEncoder, features: Features) -> Tensor:
     for at in range(features.item.shape[1]):
         token = Features(*(getattr(features, name)[:, at : at + 1] for name in Features.__slots__))
         x = model.inputs(token)
-        rotation = rope_at(token.position, model.config.head_dim)
+        rope = rope_at(token.position, model.config.head_dim)
         for block, cache in zip(model.layers, caches, strict=True):
-            q, k, v = block.project(x, rotation)
+            q, k, v = block.project(x, rope)
             cache.append((k, v, token.time_ms))
             keys, values, times = (torch.cat(column, dim=1) for column in zip(*cache[-block.window :], strict=True))
             mask = torch.ones(1, 1, 1, keys.shape[1], dtype=torch.bool)

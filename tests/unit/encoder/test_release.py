@@ -60,7 +60,7 @@ def test_an_altered_weight_is_refused(tmp_path: Path, release: Release) -> None:
         ("format", 2, "format 2"),
         ("feature_version", 9, "feature_version 9"),
         ("version", "0" * 16, "altered"),
-        ("actions", ["save"], "hold together"),
+        ("actions", ["save"], "inconsistent"),
         ("extra", 1, "keys of format"),
     ],
 )
