@@ -73,7 +73,7 @@ class Release:
         return self.vocabularies.item_keys, np.ascontiguousarray(vectors, np.float32)
 
     def save(self, folder: Path) -> Path:
-        """Write the release to `folder`, replacing each file atomically, and return the folder; create it if necessary."""
+        """Write the release to `folder`, created if necessary, and return the folder; each write is atomic."""
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {
             **_identity(self),

@@ -1,16 +1,17 @@
-"""The rows of the tables of `ablations`: what is trained in several ways, and what is the same in all.
+"""Rows of the tables of `ablations`: what each row changes, and what is the same in all rows.
 
-`encoders` holds the streaming encoder against PinnerFormer's window encoder, all else equal. Table 3 of PinnerFormer
-(`objectives`) and table 4 (`negatives`) need recipes alone. The other two need more:
+`encoders` compares the streaming encoder with PinnerFormer's window encoder, everything else equal. The tables after
+PinnerFormer's table 3 (`objectives`) and table 4 (`negatives`) only need recipes (arXiv 2205.04507). Two need more:
 
-- `features` (table 6) leaves one input out: the encoder sees it as one constant, in training and when it is asked.
-  Nothing else changes: the order of actions, what is predicted and how that is ranked. The attention bias by time is
-  off in every row, for it would read the time of "without any time". The item is left out as an input only.
-- `sasrec` (table 10) goes from SASRec (Kang, McAuley 2018) to the streaming encoder, each row the one before with one
-  thing changed, and the next item as objective in all. SASRec here is the window encoder that sees items and positions
-  alone, so with our projection, head, feed-forward width, learned scale, optimizer and dropout; its loss and its data
-  are those published, but for a negative that the user has acted on, which is left out and not drawn again. The paper's
-  row that weighs the newest output like all others together is missing.
+- `features` (table 6) leaves out one input: the encoder reads it as a constant, in training and in evaluation. The
+  order of actions, the targets and the ranking do not change. The attention bias by time is off in every row, because
+  it would read the time even in the row "without any time". The item is left out as an input only.
+- `sasrec` (table 10) leads from SASRec (Kang, McAuley 2018, arXiv 1808.09781) to the streaming encoder; each row
+  changes one thing in the row before it, and the objective of all rows is the next item. "SASRec" here is the window
+  encoder with only items and positions as inputs; it keeps our projection, head, feed-forward width, learned scale,
+  optimizer and dropout. Its loss and its data are as published, except that a negative on which the user has acted is
+  dropped instead of drawn again. The paper's row that weighs the newest output as much as all others together is
+  missing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from encoder.training.recipe import ItemConfig, Recipe
 from infra.bench.training.ablation_trainer import Ablation
 
 SASREC_LENGTH = 200
-"""Actions that SASRec reads of each user of MovieLens-1M."""
+"""Number of actions that SASRec reads per user of MovieLens-1M."""
 LEFT_OUT = {
     "the item": ("item",),
     "action type": ("action",),
@@ -40,7 +41,7 @@ LEFT_OUT = {
 
 
 class Table(StrEnum):
-    """What varies."""
+    """A table, named after what its rows change."""
 
     OBJECTIVES = "objectives"
     NEGATIVES = "negatives"
@@ -50,7 +51,7 @@ class Table(StrEnum):
 
 
 def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Ablation]:
-    """The ablations of a table; the others are compared with the first."""
+    """Return the ablations of a table, by row name; all rows are compared with the first one."""
     if table is Table.FEATURES:
         return features(recipe, log)
     if table is Table.SASREC:
@@ -61,7 +62,7 @@ def rows_of(table: Table, recipe: Recipe, log: ActionLog) -> dict[str, Ablation]
 
 
 def objectives(recipe: Recipe) -> dict[str, Ablation]:
-    """The four objectives of the paper's figure 2, and an even mix of two."""
+    """Return the four objectives of PinnerFormer's figure 2, and an even mix of two."""
     shares: dict[str, ObjectiveConfig] = {
         "next action": ObjectiveConfig({"next_action": 1.0}),
         "sasrec": ObjectiveConfig({"sasrec": 1.0}),
@@ -73,7 +74,7 @@ def objectives(recipe: Recipe) -> dict[str, Ablation]:
 
 
 def negatives(recipe: Recipe) -> dict[str, Ablation]:
-    """Random, in-batch and mixed negatives, with and without the correction by log-Q; the same number of each."""
+    """Return random, in-batch and mixed negatives, equally many, each with and without the log-Q correction."""
     kinds = {"random": (1_024, 0), "in-batch": (0, 1_024), "mixed": (512, 512)}
     return {
         f"{name}, {'log-Q' if log_q == 'exact' else 'as they are'}": Ablation(
@@ -85,27 +86,27 @@ def negatives(recipe: Recipe) -> dict[str, Ablation]:
 
 
 def features(recipe: Recipe, log: ActionLog) -> dict[str, Ablation]:
-    """All inputs, and all but one of those that the log has."""
+    """Return all inputs, then each input of the log left out."""
     recipe = replace(recipe, encoder=replace(recipe.encoder, time_bias=False))
     varies = {"action": len(log.action_names) > 1, "surface": len(log.surface_names) > 1}
     varies["duration_ms"] = bool(log.actions["duration_ms"].any())
     left_out = {f"without {name}": each for name, each in LEFT_OUT.items() if varies.get(each[0], True)}
-    return {name: Ablation(recipe, hidden=hidden) for name, hidden in {"all features": (), **left_out}.items()}
+    return {name: Ablation(recipe, masked=masked) for name, masked in {"all features": (), **left_out}.items()}
 
 
 def encoders(recipe: Recipe) -> dict[str, Ablation]:
-    """PinnerFormer as published and the streaming encoder: the same size, data, objective and loss."""
+    """Return PinnerFormer as published and the streaming encoder, with the same size, data, objective and loss."""
     return {"window encoder": Ablation(replace(recipe, encoder=window(recipe))), "streaming encoder": Ablation(recipe)}
 
 
 def window(recipe: Recipe) -> EncoderConfig:
-    """The window encoder of the recipe's size that sees a whole chunk in every layer."""
+    """Return the window encoder of the recipe's size; every layer attends to a whole chunk."""
     length, layers = recipe.data.chunk, len(recipe.encoder.windows)
     return replace(recipe.encoder, kind="window", windows=(length,) * layers, sequence_length=length, time_bias=False)
 
 
 def sasrec(recipe: Recipe) -> dict[str, Ablation]:
-    """From SASRec to the streaming encoder, one change at a time; every position weighs the same."""
+    """Return the steps from SASRec to the streaming encoder, one change at a time; all positions have equal weight."""
     length = SASREC_LENGTH
     streaming = replace(
         recipe,
@@ -116,13 +117,13 @@ def sasrec(recipe: Recipe) -> dict[str, Ablation]:
     pinnerformer = replace(streaming, encoder=window(streaming))
     catalogue = replace(pinnerformer, items=ItemConfig("trained", "random"))
     sampled = replace(catalogue, loss=replace(recipe.loss, equal_users=False))
-    alone = ("action", "surface", "duration_ms", "time_ms", "gap_ms")
+    items_only = ("action", "surface", "duration_ms", "time_ms", "gap_ms")
     return {
-        "SASRec, binary cross-entropy": Ablation(sampled, alone, last=length, binary=True),
-        "sampled softmax with log-Q": Ablation(sampled, alone, last=length),
-        "softmax over the catalogue": Ablation(catalogue, alone, last=length),
-        "whole histories in chunks": Ablation(catalogue, alone),
-        "items begun from co-occurrence": Ablation(pinnerformer, alone),
+        "SASRec, binary cross-entropy": Ablation(sampled, items_only, last=length, binary=True),
+        "sampled softmax with log-Q": Ablation(sampled, items_only, last=length),
+        "softmax over the catalogue": Ablation(catalogue, items_only, last=length),
+        "whole histories in chunks": Ablation(catalogue, items_only),
+        "items begun from co-occurrence": Ablation(pinnerformer, items_only),
         "all features (window encoder)": Ablation(pinnerformer),
         "streaming encoder": Ablation(streaming),
     }

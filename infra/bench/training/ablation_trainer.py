@@ -1,7 +1,7 @@
-"""What the rows of `ablation_tables` change that no recipe can: inputs left out, and SASRec's data and loss.
+"""Trainer for the ablations that a recipe cannot express: masked inputs, and SASRec's data and loss.
 
-The shipped encoder and its training have no option for any of it; here they are told something else. Every ablation
-reads the same number of tokens, is not validated on the way, and keeps the weights it ends with.
+The shipped encoder and its trainer have no options for these; the subclasses here change them. Every ablation reads the
+same number of tokens, runs without validation, and keeps its final weights.
 """
 
 from __future__ import annotations
@@ -26,50 +26,52 @@ from encoder.training.sources import make_items
 from encoder.training.trainer import Trainer
 
 CONSTANT = {"time_ms": 10**12}
-"""What a hidden column reads, 0 where none is named: a time whose logarithm the clock centres on."""
+"""Constant value of a masked column, 0 if not named here; the logarithm of this time is the origin of the clock's."""
 WHOLE = 1 << 40
-"""A chunk so long that no random phase ever cuts a history."""
+"""Chunk length at which practically no history is cut by a random phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """One row of a table."""
+    """One row of a table: a recipe and what it cannot express."""
 
     recipe: Recipe
-    hidden: tuple[str, ...] = ()
-    """Columns of `Features` that the encoder sees as one constant, in training and when it is asked."""
+    masked: tuple[str, ...] = ()
+    """Columns of `Features` that the encoder reads as a constant, in training and in evaluation."""
     last: int = 0
-    """Each user's last so many actions are trained on alone, in one piece; 0: all of them, in chunks."""
+    """Number of each user's last actions to train on, in one sequence; 0 trains on all actions, in chunks."""
     binary: bool = False
-    """SASRec's loss in place of the recipe's."""
+    """Whether to use SASRec's binary cross-entropy instead of the recipe's loss."""
 
 
 @dataclass(frozen=True)
 class TokensWithout(Tokens):
-    """Tokens of which the encoder does not see some columns; order, targets and their times stay what they are."""
+    """Tokens with some columns masked for the encoder; order, targets and times for everything else are unchanged."""
 
-    hidden: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
 
     def features(self, rows: I64 | None = None) -> Features:
-        seen = super().features(rows)
-        constant = {name: torch.full_like(getattr(seen, name), CONSTANT.get(name, 0)) for name in self.hidden}
-        return replace(seen, **constant)
+        """Return the features of rows, with each masked column set to its constant."""
+        features = super().features(rows)
+        constant = {name: torch.full_like(getattr(features, name), CONSTANT.get(name, 0)) for name in self.masked}
+        return replace(features, **constant)
 
 
-def without(tokens: Tokens, hidden: tuple[str, ...]) -> TokensWithout:
-    """Tokens whose `hidden` columns the encoder does not see."""
-    return TokensWithout(**{name: getattr(tokens, name) for name in Tokens.__slots__}, hidden=hidden)
+def without(tokens: Tokens, masked: tuple[str, ...]) -> TokensWithout:
+    """Return the tokens with the `masked` columns masked."""
+    return TokensWithout(**{name: getattr(tokens, name) for name in Tokens.__slots__}, masked=masked)
 
 
 class AblationTrainer(Trainer):
-    """The trainer of an ablation; `log` decides the vocabularies, also where less of it is trained on."""
+    """The trainer of an ablation; the vocabularies come from the whole `log`, even if only part of it is trained on."""
 
     def __init__(self, log: ActionLog, ablation: Ablation, precision: torch.dtype) -> None:
         vocabularies, items = make_items(log, ablation.recipe)
         trained = last_actions(log, ablation.last) if ablation.last else log
         super().__init__(trained, ablation.recipe, vocabularies, items, precision=precision)
         self.ablation = ablation
-        self.tokens_of_log = without(self.tokens_of_log, ablation.hidden)
+        self.tokens_of_log = without(self.tokens_of_log, ablation.masked)
+        # [U, I + 1] whether a user has acted on an item
         self._acted_on = np.zeros((len(log.users), len(vocabularies.item_keys) + 1), np.bool_)
         self._acted_on[log.user_of_row, vocabularies.item_rows(log.actions["item"])] = True
 
@@ -80,30 +82,33 @@ class AblationTrainer(Trainer):
         return epoch_batches(self.starts, replace(self.recipe.data, chunk=WHOLE), rng)
 
     def pooled_loss(self, users: Tensor, pairs: Pairs, rng: np.random.Generator) -> Tensor:
-        """The recipe's loss, or binary cross-entropy of each positive and one uniform item of its own.
+        """Return the recipe's loss, or the binary cross-entropy of each positive and one uniform negative.
 
-        An item that the user has acted on is no negative (Kang, McAuley 2018): SASRec draws again, here the term is
-        left out.
+            loss = sum_p w_p * ( softplus(-s_positive) + softplus(s_negative) )
+
+        An item that the user has acted on is not a negative (SASRec: arXiv 1808.09781). SASRec draws another item in
+        that case; here the term is left out.
         """
         if not self.ablation.binary:
             return super().pooled_loss(users, pairs, rng)
         user, positive = self.user_of_row[pairs.target], self.tokens_of_log.item[pairs.target]
-        table = self.model.item_embeddings()
-        negative = rng.integers(1, len(table), len(positive))
+        table = self.model.item_embeddings()  # [I + 1, E]
+        negative = rng.integers(1, len(table), len(positive))  # [P]
         is_negative = torch.from_numpy(~self._acted_on[user, negative])
         own, other = ((users * table[torch.from_numpy(rows)]).sum(-1) for rows in (positive, negative))
         return (self.pair_weights(user) * (F.softplus(-own) + is_negative * F.softplus(other))).sum()
 
 
-def last_actions(log: ActionLog, most: int) -> ActionLog:
-    """The last actions of each user, at most so many."""
-    return log.select(log.starts[1:][log.user_of_row] - np.arange(len(log)) <= most)
+def last_actions(log: ActionLog, count: int) -> ActionLog:
+    """Return the last `count` actions of each user, or all if there are fewer."""
+    from_the_end = log.starts[1:][log.user_of_row] - np.arange(len(log))  # [N] 1 for the newest row of a user
+    return log.select(from_the_end <= count)
 
 
 def train(
     log: ActionLog, ablation: Ablation, precision: torch.dtype, progress: Callable[[Progress], None] = lambda _: None
 ) -> AblationTrainer:
-    """Train an ablation until the tokens of its recipe are spent."""
+    """Train an ablation until the token budget of its recipe is spent."""
     trainer, started = AblationTrainer(log, ablation, precision), time.monotonic()
     for rows in trainer.batches():
         fraction = trainer.tokens / ablation.recipe.budget.tokens_max

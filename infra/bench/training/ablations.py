@@ -1,4 +1,4 @@
-"""The shape of PinnerFormer's tables 3, 4, 6 and 10 in small: one recipe, trained in every way that a table compares.
+"""Small versions of PinnerFormer's tables 3, 4, 6 and 10 (arXiv 2205.04507): one recipe in all ways of a table.
 
     python -m infra.bench.training.ablations objectives
     python -m infra.bench.training.ablations negatives
@@ -7,13 +7,14 @@
     python -m infra.bench.training.ablations sasrec
     python -m infra.bench.training.ablations encoders --log actions.csv.gz
 
-The demo's encoder on MovieLens-1M, or the recipe of the tldr-pages log on that, leave-one-out, each ablation with the
-same few tokens. What is unfair: the question is the very next item, which favours objectives that train on the next
-item; the paper asks for all of a fortnight. What the rows of each table are is told in `ablation_tables`.
+The encoder is the demo's on MovieLens-1M, or that of the tldr-pages recipe on the tldr-pages log. The split is
+leave-one-out, and every ablation trains on the same small number of tokens. What is unfair: the target is the very next
+item, which favours objectives that train on the next item, whereas the paper evaluates on all actions of the following
+two weeks. `ablation_tables` documents the rows of each table.
 
-Each row is compared with the first on the same questions. The standard error of the difference is over questions, of
-means over the seeds: it says what other users would have changed. What other seeds would have changed is seen from the
-smallest and the largest difference of one seed.
+Each row is compared with the first one on the same queries. The standard error of the difference is over queries, of
+means over the seeds: it measures what other users would change. What other seeds would change shows in the smallest and
+the largest difference of a single seed.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ from infra.harness.reporting import console, machine, print_result, print_table,
 
 
 @dataclass(frozen=True, slots=True)
-class Graded:
-    """One training on the test questions."""
+class AblationScores:
+    """Scores of one training on the test queries."""
 
     hits: F64
-    """[Q] 1 where the answer is among the best ten."""
+    """[Q] 1 if the target is among the best ten, else 0."""
     ndcg10: float
     p90_coverage10: float
 
 
 def main(
-    table: Annotated[Table, typer.Argument(help="What varies.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1_000_000,
-    seeds: Annotated[str, typer.Option(help="Seeds of each ablation, with commas between them.")] = "1",
-    log: Annotated[Path | None, typer.Option(help="The tldr-pages log; MovieLens-1M if none is named.")] = None,
+    table: Annotated[Table, typer.Argument(help="Table to compute, named after what its rows change.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per training.")] = 1_000_000,
+    seeds: Annotated[str, typer.Option(help="Seeds of each ablation, separated by commas.")] = "1",
+    log: Annotated[Path | None, typer.Option(help="The tldr-pages log; default: MovieLens-1M.")] = None,
 ) -> None:
-    """Train every ablation and rank the last action of every user."""
+    """Train every ablation of a table and rank the last action of every user."""
     chosen = seed_numbers(seeds)
     actions, recipe = data_set(log)
     recipe = replace(recipe, budget=replace(recipe.budget, tokens_max=tokens))
@@ -82,7 +83,7 @@ def main(
 
 
 def data_set(path: Path | None) -> tuple[ActionLog, Recipe]:
-    """A log and its recipe; the languages of tldr-pages stand in for surfaces."""
+    """Return a log and its recipe; for tldr-pages, languages serve as surfaces."""
     recipe = read_recipe(RUNS / ("tldr_pages.toml" if path else "demo.toml"))
     columns = replace(recipe.log.columns, surface="language") if path else LogColumns()
     recipe = replace(
@@ -96,60 +97,60 @@ def data_set(path: Path | None) -> tuple[ActionLog, Recipe]:
 def measured(
     log: ActionLog, table: Table, recipe: Recipe, seeds: Sequence[int], precision: torch.dtype
 ) -> dict[str, dict[str, Any]]:
-    """The figures of every row of a table, all trained in one precision and asked the same questions."""
+    """Return the figures of every row of a table, all trained in one precision and evaluated on the same queries."""
     split = make_split(log, recipe.split, seed=recipe.seed)
-    graded = {
-        name: [grade(split, with_seed(ablation, seed), f"{name}, seed {seed}", precision) for seed in seeds]
+    scores = {
+        name: [train_and_score(split, with_seed(ablation, seed), f"{name}, seed {seed}", precision) for seed in seeds]
         for name, ablation in rows_of(table, recipe, log).items()
     }
-    first = next(iter(graded.values()))
-    return {name: summary(each, first) for name, each in graded.items()}
+    first = next(iter(scores.values()))
+    return {name: summary(each, first) for name, each in scores.items()}
 
 
 def with_seed(ablation: Ablation, seed: int) -> Ablation:
-    """The ablation, trained with another seed."""
+    """Return the ablation with another seed."""
     return replace(ablation, recipe=replace(ablation.recipe, seed=seed))
 
 
-def grade(split: Split, ablation: Ablation, name: str, precision: torch.dtype) -> Graded:
-    """Train an ablation and grade it on the test questions."""
+def train_and_score(split: Split, ablation: Ablation, name: str, precision: torch.dtype) -> AblationScores:
+    """Train an ablation and score it on the test queries."""
     with TrainingScreen(console) as screen:
         screen.line(f"training {name}")
         trainer = train(split.train, ablation, precision, screen.show)
     evaluator = evaluator_of(split, trainer)
-    queries, items = evaluator.query_vectors(trainer.model), known_items(trainer.model)
-    scores = evaluator.scores(queries, items)
-    coverage = p90_coverage(evaluator.top_items(queries, items, 10), items=len(items))
-    return Graded(hits_at(scores.ranks, 10), scores.ndcg10, coverage)
+    vectors, items = evaluator.query_vectors(trainer.model), known_items(trainer.model)  # [K, E], [I, E]
+    scores = evaluator.scores(vectors, items)
+    coverage = p90_coverage(evaluator.top_items(vectors, items, 10), items=len(items))
+    return AblationScores(hits_at(scores.ranks, 10), scores.ndcg10, coverage)
 
 
 def evaluator_of(split: Split, trainer: AblationTrainer) -> NextItemEvaluator:
-    """The test questions, asked without the features that the ablation leaves out."""
+    """Return the evaluator of the test queries, with the masked columns of the ablation."""
     ablation = trainer.ablation
     evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.test, mask_seen=ablation.recipe.data.hide_seen)
-    evaluator.tokens = without(evaluator.tokens, ablation.hidden)
+    evaluator.tokens = without(evaluator.tokens, ablation.masked)
     return evaluator
 
 
-def summary(graded: Sequence[Graded], first: Sequence[Graded]) -> dict[str, Any]:
-    """Means over the seeds, and the difference of HR@10 to the first row, paired by seed and question.
+def summary(scores: Sequence[AblationScores], first: Sequence[AblationScores]) -> dict[str, Any]:
+    """Return means over the S seeds, and the difference of HR@10 from the first row, paired by seed and query.
 
-    The standard error is that of the mean over questions of each question's difference, a mean over the seeds.
+    The standard error is that of the mean over queries [Q] of the difference of each query, averaged over the seeds.
     """
-    differences = np.stack([one.hits - other.hits for one, other in zip(graded, first, strict=True)])
-    of_question = differences.mean(axis=0)
+    differences = np.stack([one.hits - other.hits for one, other in zip(scores, first, strict=True)])  # [S, Q]
+    of_query = differences.mean(axis=0)  # [Q]
     return {
-        "hr10": mean(float(each.hits.mean()) for each in graded),
-        "ndcg10": mean(each.ndcg10 for each in graded),
-        "p90_coverage10": mean(each.p90_coverage10 for each in graded),
-        "difference": float(of_question.mean()),
-        "standard_error": float(of_question.std(ddof=1) / np.sqrt(len(of_question))),
+        "hr10": mean(float(each.hits.mean()) for each in scores),
+        "ndcg10": mean(each.ndcg10 for each in scores),
+        "p90_coverage10": mean(each.p90_coverage10 for each in scores),
+        "difference": float(of_query.mean()),
+        "standard_error": float(of_query.std(ddof=1) / np.sqrt(len(of_query))),
         "difference_of_seeds": differences.mean(axis=1).tolist(),
     }
 
 
 def show(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table for people."""
+    """Print the table."""
     rows: list[tuple[str, ...]] = []
     for name, each in figures.items():
         of_seeds = each["difference_of_seeds"]
@@ -157,15 +158,15 @@ def show(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
         spread = f"{min(of_seeds):+.4f} to {max(of_seeds):+.4f}" if rows and len(of_seeds) > 1 else ""
         scores = (f"{each[column]:.4f}" for column in ("hr10", "ndcg10", "p90_coverage10"))
         rows.append((name, *scores, *compared, spread))
-    headings = ("", "HR@10", "NDCG@10", "P90 coverage@10", "to the first", "standard error", "of one seed")
+    headings = ("", "HR@10", "NDCG@10", "P90 coverage@10", "vs. the first", "standard error", "single seeds")
     print_table(title, headings, rows)
 
 
 def seed_numbers(text: str) -> list[int]:
-    """Seeds with commas between them."""
+    """Parse seeds separated by commas."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise typer.BadParameter(f"seeds are whole numbers with commas between them, not {text}")
+        raise typer.BadParameter(f"seeds must be whole numbers separated by commas, not {text}")
     return [int(part) for part in parts]
 
 

@@ -1,1 +1,1 @@
-"""Unit tests of the benchmarks."""
+"""Tests of the benchmarks' own arithmetic."""

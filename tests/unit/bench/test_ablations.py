@@ -1,4 +1,4 @@
-"""The tables of ablations: a feature left out is out of sight, SASRec's data and loss, and the paired difference."""
+"""The ablation tables: masked features have no influence, SASRec has its own data and loss, differences are paired."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from encoder.training.recipe import ItemConfig, Recipe
 from encoder.training.run import train_release
 from infra.bench.training.ablation_tables import LEFT_OUT, Table, features, rows_of, sasrec
 from infra.bench.training.ablation_trainer import Ablation, AblationTrainer, last_actions, train, without
-from infra.bench.training.ablations import Graded, evaluator_of, main, measured, seed_numbers, summary
+from infra.bench.training.ablations import AblationScores, evaluator_of, main, measured, seed_numbers, summary
 from tests.unit.encoder.test_model import STREAMING, WINDOW, random_actions, random_model, vocabularies
 from tests.unit.encoder.walks import small_recipe, walks, walks_table
 
@@ -41,13 +41,13 @@ def _one_thread() -> None:
 
 
 def recipe(tokens: int = 800) -> Recipe:
-    """A small recipe that asks for the last actions."""
+    """Return a small recipe with a leave-one-out split."""
     loss = {"kind": "sampled", "random_negatives": 8, "batch_negatives_max": 8, "log_q": "exact"}
     return small_recipe(budget={"tokens_max": tokens}, split={"kind": "leave_one_out"}, loss=loss)
 
 
 def table_of_everything() -> pa.Table:
-    """Walks with two action types, two languages and durations."""
+    """Return walks with two action types, two languages and durations."""
     table, rng = walks_table(SEED, users=20, items=30, length=20, follows=0.9), np.random.default_rng(SEED)
     seconds = pa.array(table["timestamp_ms"].to_numpy() // 1_000)
     return (
@@ -60,55 +60,55 @@ def table_of_everything() -> pa.Table:
 
 
 def embeddings(config: EncoderConfig, tokens: Tokens) -> Tensor:
-    """Of the newest action of two users with 9 and 21 actions, by the random encoder of the model's tests."""
+    """Return the embeddings of two users with 9 and 21 actions, by a random encoder."""
     return embeddings_after(random_model(config), tokens, np.array([0, 9, 30]), np.array([8, 29]))
 
 
 def some_tokens(*, slower_ms: int = 0) -> Tokens:
-    """30 actions of two users, each so much later after the one before than it would be."""
+    """Return 30 actions of two users, with `slower_ms` added to every gap."""
     actions = random_actions(30, np.random.default_rng(SEED))
     actions["timestamp_ms"] += np.arange(30) * slower_ms
     return ActionLog(np.array(["a", "b"]), np.array([0, 9, 30]), actions, (), (), np.array([])).tokens(vocabularies())
 
 
 def changed(tokens: Tokens, column: str) -> Tokens:
-    """The tokens with other values in one column: of the same range, but for times and positions."""
+    """Return the tokens with other values in one column; ids stay within their vocabulary."""
     values = getattr(tokens, column)
     return replace(tokens, **{column: np.roll(values, 1) if column in ("item", "action", "surface") else 2 * values})
 
 
-@pytest.mark.parametrize("hidden", [(), *LEFT_OUT.values()], ids=["all features", *LEFT_OUT])
-def test_an_embedding_depends_on_all_features_but_those_left_out(hidden: tuple[str, ...]) -> None:
-    """Changing one column changes the embeddings exactly if the encoder sees that column."""
+@pytest.mark.parametrize("masked", [(), *LEFT_OUT.values()], ids=["all features", *LEFT_OUT])
+def test_an_embedding_depends_on_all_features_but_those_left_out(masked: tuple[str, ...]) -> None:
+    """Changing one column changes the embeddings if and only if the column is not masked."""
     config, tokens = replace(STREAMING, time_bias=False, read_out=False), some_tokens()
-    before = embeddings(config, without(tokens, hidden))
+    before = embeddings(config, without(tokens, masked))
     for column in COLUMNS:
-        after = embeddings(config, without(changed(tokens, column), hidden))
-        assert torch.equal(before, after) == (column in hidden), column
+        after = embeddings(config, without(changed(tokens, column), masked))
+        assert torch.equal(before, after) == (column in masked), column
 
 
 def test_without_any_time_the_order_alone_is_left() -> None:
-    """Other times in the same order change no embedding; the gap or the clock alone would tell them apart."""
+    """With all times masked, other times in the same order give the same embeddings; the gap or the clock would not."""
     config = replace(STREAMING, time_bias=False, read_out=False)
     both = (some_tokens(), some_tokens(slower_ms=1_234_567))
     for name in ("any time", "the gap", "the clock"):
-        hidden = LEFT_OUT[name]
-        equal = torch.equal(*(embeddings(config, without(tokens, hidden)) for tokens in both))
+        masked = LEFT_OUT[name]
+        equal = torch.equal(*(embeddings(config, without(tokens, masked)) for tokens in both))
         assert equal == (name == "any time"), name
 
 
 def test_sasrec_sees_items_alone_and_in_order() -> None:
-    """Its embedding changes with the items and with no other column; its positions are places, not a column."""
-    alone, tokens = sasrec(recipe())["SASRec, binary cross-entropy"].hidden, some_tokens()
-    before = embeddings(WINDOW, without(tokens, alone))
+    """The SASRec row depends on the items and on no other column; its positions are indices, not a column."""
+    masked, tokens = sasrec(recipe())["SASRec, binary cross-entropy"].masked, some_tokens()
+    before = embeddings(WINDOW, without(tokens, masked))
     for column in COLUMNS:
-        after = embeddings(WINDOW, without(changed(tokens, column), alone))
+        after = embeddings(WINDOW, without(changed(tokens, column), masked))
         assert torch.equal(before, after) == (column != "item"), column
 
 
 @pytest.mark.parametrize("name", ["all features", "without the clock"])
-def test_neither_training_nor_the_exam_sees_a_feature_left_out(name: str) -> None:
-    """With the log moved by some days, gaps as they were, weights and answers are the same only without the clock."""
+def test_training_and_evaluation_mask_the_same_feature(name: str) -> None:
+    """If all times are shifted by days, weights and query vectors stay the same only without the clock."""
     log = walks(SEED, users=20, length=20)
     later = replace(log, actions=log.actions.copy())
     later.actions["timestamp_ms"] += np.arange(20).repeat(20) * 7_654_321_000
@@ -117,11 +117,11 @@ def test_neither_training_nor_the_exam_sees_a_feature_left_out(name: str) -> Non
     one, other = (train(split.train, ablation, torch.float32) for split in splits)
     equal = name == "without the clock"
     assert torch.equal(one.model.project.weight, other.model.project.weight) == equal
-    assert torch.equal(*(evaluator_of(split, one).queries(one.model) for split in splits)) == equal
+    assert torch.equal(*(evaluator_of(split, one).query_vectors(one.model) for split in splits)) == equal
 
 
-def test_a_plain_variant_is_trained_like_a_release(tmp_path: Path) -> None:
-    """Where nothing is changed but the recipe, the weights are those of `train_release`, to the last bit."""
+def test_a_plain_ablation_is_trained_like_a_release(tmp_path: Path) -> None:
+    """An ablation that only sets a recipe ends with the weights of `train_release`, to the last bit."""
     log, plain = walks(SEED, users=20, length=20), recipe()
     released = train_release(log, plain, out_dir=tmp_path, threads=1).model.state_dict()
     trained = train(make_split(log, plain.split, seed=plain.seed).train, Ablation(plain), torch.float32)
@@ -129,9 +129,9 @@ def test_a_plain_variant_is_trained_like_a_release(tmp_path: Path) -> None:
         assert torch.equal(values, released[name]), name
 
 
-def test_hiding_changes_neither_targets_nor_times() -> None:
-    """What is predicted, when, and what popularity counts are those of the log."""
-    trainer = AblationTrainer(walks(SEED), Ablation(recipe(), hidden=("item", "time_ms", "gap_ms")), torch.float32)
+def test_masking_changes_neither_targets_nor_times() -> None:
+    """Masked columns are constant for the encoder; items and times for everything else are those of the log."""
+    trainer = AblationTrainer(walks(SEED), Ablation(recipe(), masked=("item", "time_ms", "gap_ms")), torch.float32)
     seen = trainer.tokens_of_log.features(np.arange(9))
     assert len(seen.time_ms.unique()) == len(seen.item.unique()) == len(seen.gap_ms.unique()) == 1
     log = walks(SEED)
@@ -148,7 +148,7 @@ def test_only_what_the_log_has_is_left_out() -> None:
 
 
 def test_sasrec_is_trained_on_the_last_actions_in_one_piece() -> None:
-    """Of users with 20 actions, every sequence of an epoch is one user's last seven."""
+    """With `last=7`, every sequence of an epoch is the last seven of one user's 20 actions."""
     log = walks(SEED, users=20, length=20)
     assert np.diff(last_actions(log, 7).starts).tolist() == [7] * 20
     np.testing.assert_array_equal(last_actions(log, 7).actions[:7], log.actions[13:20])
@@ -160,7 +160,7 @@ def test_sasrec_is_trained_on_the_last_actions_in_one_piece() -> None:
 
 
 def test_binary_cross_entropy_by_hand() -> None:
-    """-log sigma(positive) - log(1 - sigma(negative)), pair by pair; an item acted on before is no negative."""
+    """The loss is -log sigma(positive) - log(1 - sigma(negative)) per pair; an item acted on is not a negative."""
     log = walks(SEED, users=5, length=15)
     plain = replace(recipe(), loss=replace(recipe().loss, equal_users=False))
     trainer = AblationTrainer(log, Ablation(plain, binary=True), torch.float32)
@@ -173,8 +173,8 @@ def test_binary_cross_entropy_by_hand() -> None:
     total, left_out = 0.0, 0
     for user, target, negative in zip(users, pairs.target, negatives, strict=True):
         total -= math.log(torch.sigmoid(user @ table[int(item[target])]))
-        whose = target // 15
-        if negative in item[whose * 15 : whose * 15 + 15]:
+        owner = target // 15
+        if negative in item[owner * 15 : owner * 15 + 15]:
             left_out += 1
         else:
             total -= math.log(1 - torch.sigmoid(user @ table[int(negative)]))
@@ -183,19 +183,19 @@ def test_binary_cross_entropy_by_hand() -> None:
 
 
 def test_from_sasrec_to_streaming_one_thing_changes_at_a_time() -> None:
-    """Each row differs from the one before in the loss, the data, the beginning, the inputs or the encoder alone."""
+    """Each row differs from the one before in only one of loss, data, initial items, inputs and encoder."""
     begun = replace(recipe(), items=ItemConfig("trained", "cooccurrence"))
     parts = [
-        {name: getattr(row, name) for name in ("binary", "last", "hidden")} | asdict(row.recipe)
+        {name: getattr(row, name) for name in ("binary", "last", "masked")} | asdict(row.recipe)
         for row in sasrec(begun).values()
     ]
     changes = [[name for name in one if one[name] != other[name]] for one, other in itertools.pairwise(parts)]
-    assert changes == [["binary"], ["loss"], ["last"], ["items"], ["hidden"], ["encoder"]]
+    assert changes == [["binary"], ["loss"], ["last"], ["items"], ["masked"], ["encoder"]]
 
 
 @pytest.mark.parametrize("table", [Table.OBJECTIVES, Table.NEGATIVES, Table.SASREC, Table.ENCODERS])
 def test_every_row_of_a_table_trains_and_is_compared(table: Table) -> None:
-    """Each ablation of a few hundred tokens gets its figures; the first differs from itself by nothing."""
+    """Every row of a table gets its figures, and the first row differs from itself by zero."""
     log = walks(SEED, users=20, length=20)
     figures = measured(log, table, recipe(400), [1, 2], torch.float32)
     assert list(figures) == list(rows_of(table, recipe(400), log))
@@ -208,7 +208,7 @@ def test_every_row_of_a_table_trains_and_is_compared(table: Table) -> None:
 
 
 def test_the_command_ends_with_its_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A log in the columns of tldr-pages goes from a file to the last line; its languages are surfaces."""
+    """The command reads a log in the format of tldr-pages, uses languages as surfaces, and ends with the JSON line."""
     pyarrow.csv.write_csv(table_of_everything().drop_columns(["timestamp_ms"]), tmp_path / "log.csv")
     main(Table.FEATURES, tokens=300, seeds="1,2", log=tmp_path / "log.csv")
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -217,10 +217,10 @@ def test_the_command_ends_with_its_figures(tmp_path: Path, capfd: pytest.Capture
     assert "without duration" not in result
 
 
-def test_differences_are_paired_by_seed_and_question() -> None:
-    """Two seeds, four questions: means over the seeds of 1, 0, -.5, 0, their mean .125, their deviation over 2."""
-    first = [Graded(np.array(hits), 0.1, 0.5) for hits in ([0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0])]
-    other = [Graded(np.array(hits), 0.3, 0.7) for hits in ([1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0])]
+def test_differences_are_paired_by_seed_and_query() -> None:
+    """Two seeds and four queries: mean differences 1, 0, -0.5 and 0, hence 0.125, with their deviation over sqrt(4)."""
+    first = [AblationScores(np.array(hits), 0.1, 0.5) for hits in ([0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0])]
+    other = [AblationScores(np.array(hits), 0.3, 0.7) for hits in ([1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0])]
     result = summary(other, first)
     assert result["hr10"] == 0.5
     assert result["difference"] == 0.125
@@ -229,7 +229,7 @@ def test_differences_are_paired_by_seed_and_question() -> None:
 
 
 def test_seeds_are_whole_numbers() -> None:
-    """Commas, with or without spaces; anything else is refused."""
+    """Seeds are separated by commas, with or without spaces; anything else is rejected."""
     assert seed_numbers("1, 2,30") == [1, 2, 30]
     for wrong in ("", "1,,2", "-1", "one"):
         with pytest.raises(typer.BadParameter, match="whole numbers"):

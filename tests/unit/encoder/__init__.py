@@ -1,1 +1,1 @@
-"""Unit tests of models, training and evaluation."""
+"""Tests of features, models, data, training and evaluation."""
