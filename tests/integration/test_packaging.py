@@ -110,7 +110,9 @@ def test_archive_and_wheel_hold_what_they_need(dist: Path) -> None:
     shipped = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "streams/py.typed",
+        "encoder/inference/attention.h",
         "encoder/inference/kernel.cpp",
+        "encoder/inference/vectors.h",
         "encoder/runs/demo.toml",
         "infra/kafka/jars.sha256",
         "infra/deploy/prometheus/alerts.yml",
