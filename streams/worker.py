@@ -36,7 +36,7 @@ third of the CPU time of ingestion on records that are never part of a cycle."""
 
 
 class Worker:
-    """One worker process."""
+    """A worker process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Broker:
-    """One running broker; made by `start`, used as a context manager."""
+    """A running broker, created by `start` and used as a context manager."""
 
     def __init__(self, process: subprocess.Popen[str], node: Node, folder: Path) -> None:
         self.id = node.id

@@ -33,7 +33,7 @@ class BrokerOptions:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One Kafka process on loopback, which is broker and controller."""
+    """A Kafka process on loopback, which is broker and controller."""
 
     id: int
     port: int

@@ -58,7 +58,7 @@ class KafkaSettings(Group):
     fetch_bytes_max: Positive = 4_194_304
     """Maximum number of bytes per fetch and partition."""
     fetch_max_wait_ms: Positive = 20
-    """How long the broker may delay the answer to a fetch while there is nothing to read. A partition that was still
+    """Time that the broker may delay the response to a fetch while there is nothing to read. A partition that was still
     being processed when the fetch was sent waits for the next one, so this delay adds to freshness."""
     session_timeout_ms: Positive = 10_000
     """Time without a heartbeat after which the group assigns this worker's partitions to others."""
@@ -124,7 +124,7 @@ class TopicsSettings(Group):
 
 
 class WorkerSettings(Group):
-    """One worker process."""
+    """The worker process."""
 
     instance_id: Name = Field(default_factory=socket.gethostname)
     """Name of this worker in its consumer group (static membership): after a restart under the same name it keeps its
@@ -171,7 +171,7 @@ class DecodeSettings(Group):
     name_chars_max: Positive = 64
     """Maximum length of an action type or surface, in characters."""
     timestamp_ahead_max_ms: Annotated[int, Field(ge=0)] = 600_000
-    """How far event time may be ahead of the worker's clock."""
+    """Maximum by which event time may be ahead of the worker's clock."""
     timestamp_min_ms: Annotated[int, Field(ge=0)] = 315_532_800_000
     """Oldest accepted event time (the year 1980). It is above any current time in seconds, so a producer that sends
     seconds instead of milliseconds is noticed."""

@@ -35,7 +35,7 @@ def as_parsed(key: bytes | None) -> bytes | None:
 
 
 class ParsedRecords(fetcher.PartitionRecords):
-    """One partition of a fetch response; aiokafka creates this class after `install_overrides`."""
+    """The records of one partition in a fetch response; aiokafka creates this class after `install_overrides`."""
 
     def __iter__(self) -> Iterator[Any]:
         records: Iterator[Any] = self._records_iterator

@@ -1,4 +1,4 @@
-"""One source partition while this worker owns it: state, store, producer, and the position of each."""
+"""A source partition while this worker owns it: state, store, producer, and the position of each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Continuity(Enum):
 
 @dataclass(slots=True, eq=False)
 class OwnedPartition:
-    """One source partition while this worker owns it."""
+    """A source partition while this worker owns it."""
 
     tp: TP
     state: PartitionState
@@ -42,9 +42,9 @@ class OwnedPartition:
     output_offset: int
     """Offset after the last acknowledged record of this partition in the output topic."""
     producer_failed: bool = False
-    """Whether the last checkpoint failed, so that the producer must be replaced before the next one."""
+    """True after a failed checkpoint: the producer must be replaced before the next one."""
     rebuilt: bool = False
-    """Whether the local store was just rebuilt: a value that is corrupt now is corrupt in the changelog too."""
+    """True after a rebuild of the local store: a value that is corrupt now is corrupt in the changelog too."""
     epoch: int = 0
     """Number of seeks so far; batches fetched before the last one are ignored."""
     unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)

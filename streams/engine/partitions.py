@@ -62,7 +62,7 @@ class PartitionsConfig:
 
 
 class PartitionHost(Protocol):
-    """What the worker provides to its partitions, and the events that they report to it."""
+    """The worker as its partitions see it: it provides their parts, and they report events to it."""
 
     def new_state(self) -> PartitionState:
         """Return an empty state."""

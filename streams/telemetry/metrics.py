@@ -43,7 +43,7 @@ class Distribution:
 
 
 class Instrument:
-    """One metric: its `name` with the unit last, one line of `help`, and the names of its labels."""
+    """A metric: its `name` with the unit last, one line of `help`, and the names of its labels."""
 
     kind: Kind
 

@@ -89,7 +89,7 @@ def numbered(n: int, size: int = 10) -> Sequence[tuple[bytes, bytes]]:
 
 
 def test_commit_writes_records_and_offset_together(names: ChangelogNames, client: dict[str, Any]) -> None:
-    """One commit makes its records readable and its source offset committed, and returns the last record's offset."""
+    """A commit makes its records readable and its source offset committed, and returns the last record's offset."""
 
     async def scenario() -> None:
         writer = producer(names, client)

@@ -75,7 +75,7 @@ def test_other_consumers_get_consumer_records() -> None:
 
 @pytest.mark.parametrize("records_max", [1, 2, 3, 4, 5])
 def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
-    """With any limit per read the pieces are contiguous, and the position is after the last record read."""
+    """The pieces are contiguous for any limit per read, and the position is after the last record read."""
     assignment = _Assignment()
     result = FetchResult(TP, assignment=assignment, partition_records=_partition_records(as_parsed), backoff=0)
     offsets: list[int] = []

@@ -57,7 +57,7 @@ def test_a_dead_letter_above_the_clients_megabyte_arrives_whole(config: OutputsC
 
 
 def test_a_dead_letter_too_large_for_its_topic_arrives_without_its_value(config: OutputsConfig) -> None:
-    """When the broker rejects the value, key and headers still arrive, and one header holds the size of the value."""
+    """Key and headers of a rejected dead letter still arrive, and one header holds the size of the value."""
     record = asyncio.run(sent_and_read(config, b"x" * 2_000_000))
     assert (record.key, record.value) == (b"ann", None)
     assert dict(record.headers) == {"error-reason": b"value-too-large", VALUE_OMITTED: b"2000000"}

@@ -65,7 +65,7 @@ def log(broker: Any, topic_prefix: str) -> Log:
 
 
 def test_every_cold_start_begins_on_whole_state(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
-    """For every shape of changelog each start, 300 in all, restores exactly what was committed."""
+    """Each start, 300 in all over every shape of changelog, restores exactly what was committed."""
 
     async def of_shape(shape: Shape) -> tuple[str, tuple[int, int, int]]:
         name = shape.__name__
@@ -157,7 +157,7 @@ async def until_fenced(log: Log, writer: ChangelogProducer, over: asyncio.Event)
 
 @pytest.mark.parametrize("rest", ["empty", "old"])
 def test_a_changelog_that_lost_its_last_records_is_rejected(log: Log, tmp_path: Path, rest: str) -> None:
-    """When an offset is committed and the changelog is empty, or ends before that offset, no start begins."""
+    """No start begins if an offset is committed and the changelog is empty, or ends before that offset."""
 
     async def scenario() -> Starts:
         await written(log, 3 if rest == "old" else 0, 10, 50)
@@ -175,7 +175,7 @@ def test_a_changelog_that_lost_its_last_records_is_rejected(log: Log, tmp_path: 
 
 
 def test_a_changelog_cut_at_its_head_is_rejected(log: Log, tmp_path: Path) -> None:
-    """When records at the head were deleted, users are lost, and no cold start begins although the last mark exists."""
+    """No cold start begins if records at the head were deleted, and users with them, although the last mark exists."""
     cut = 40
 
     async def scenario() -> Starts:

@@ -253,7 +253,7 @@ def test_a_seek_between_both_fetches_voids_the_first(
 def test_a_failure_between_both_fetches_loses_nothing(
     broker: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the second fetch fails, the records of the first are fetched again and delivered later."""
+    """The records of the first fetch are fetched again and delivered later when the second fetch fails."""
     fails = list[int]()
 
     async def fail(thread: Any, consumer: Any) -> None:

@@ -94,7 +94,7 @@ def test_trouble_is_survived(deployment: Deployment, fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", BROKEN, ids=lambda fault: fault.__name__)
 def test_fault_is_noticed(deployment: Deployment, fault: Fault) -> None:
-    """When this defence is broken, the checker finds a violation or the worker rejects its state."""
+    """The checker finds a violation, or the worker rejects its state, when this defence is broken."""
     for run in lived_through(deployment, fault):
         noticed = found(run, BROKEN_REST_S)
         print(noticed[:3])

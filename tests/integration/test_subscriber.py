@@ -148,7 +148,7 @@ def tail(publisher: Publisher, *options: str) -> subprocess.Popen[str]:
 
 
 def test_tail_prints_lines_of_json(publisher: Publisher) -> None:
-    """With `--json` each line is an object with the whole vector, and `--count` ends the command."""
+    """Each line of `--json` is an object with the whole vector, and `--count` ends the command."""
     publisher.embed("ann", 5)
     publisher.embed("ann", 6)
     out, error = tail(publisher, "--from-beginning", "--json", "--count", "2").communicate(timeout=30)
@@ -181,7 +181,7 @@ def test_tail_ends_quietly(publisher: Publisher) -> None:
 
 
 def test_tail_survives_a_closed_pipe(publisher: Publisher) -> None:
-    """When the reader of its lines ends, the command ends without a traceback."""
+    """The command ends without a traceback when the reader of its lines ends."""
     publisher.embed("ann", 5)
     process = tail(publisher, "--from-beginning")
     assert process.stdout is not None

@@ -56,7 +56,7 @@ def test_memory_is_bounded_by_users() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["v1", "v2", None]), st.integers(0, 9))))
 def test_accepted_offsets_only_rise(inputs: list[tuple[str, str | None, int]]) -> None:
-    """In any order of arrival accepted offsets rise per user and version, and tombstones hold for all versions."""
+    """Accepted offsets rise per user and version in any order of arrival, and tombstones hold for all versions."""
     freshest = Freshest(100)
     seen: dict[tuple[str, str | None], int] = {}
     for user, version, offset in inputs:

@@ -19,7 +19,7 @@ def passed(times_s: list[float], name: str = "aiokafka.producer.sender", line: i
 
 
 def test_a_repeated_line_passes_once_per_second_and_counts_the_others() -> None:
-    """One of four lines within a second passes; the next line that passes states that three were left out."""
+    """A line passes once per second; the next one that passes states how many were left out."""
     assert passed([10.0, 10.1, 10.2, 10.9, 11.05, 13.0]) == [
         "no leader for 0",
         "no leader for 4 (3 more like it left out)",
