@@ -19,6 +19,8 @@ from aiokafka.structs import TopicPartition
 from streams.engine import partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
+from streams.errors import RebuildsPartition
+from streams.storage.codec import MARK_KEY, CorruptValue
 from streams.storage.store import PartitionStore, StoreDamaged
 from tests.integration.changelogs import (
     CHECKPOINT_RECORDS,
@@ -188,14 +190,17 @@ def test_a_changelog_cut_at_its_head_is_rejected(log: Log, tmp_path: Path) -> No
     assert f"begins at offset {cut}" in starts.rejected[0]
 
 
-def test_damage_met_while_acquiring_is_rebuilt(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("damage", [StoreDamaged("an unreadable block"), CorruptValue(MARK_KEY, "a wrong checksum")])
+def test_damage_met_while_acquiring_is_rebuilt(
+    log: Log, tmp_path: Path, monkeypatch: Patch, damage: RebuildsPartition
+) -> None:
     """A database that opens but cannot be read is deleted and restored again by the same start."""
     mark, damaged = PartitionStore.mark, []
 
     def damaged_once(self: PartitionStore) -> Any:
         if not damaged:
             damaged.append(self)
-            raise StoreDamaged("an unreadable block")
+            raise damage
         return mark(self)
 
     async def scenario() -> Starts:
