@@ -63,7 +63,7 @@ class Evaluation:
     questions: int
     """Number of queries."""
     unknown: int
-    """Number of queries whose target item the release does not know; they count as misses for every ranking."""
+    """Number of queries whose target item is not in the vocabulary; they count as misses for every ranking."""
     time_blind: Metrics
     time_given: Metrics | None
     """Metrics with the time of the request; None if the release has no read-out."""
@@ -85,7 +85,7 @@ def evaluate_queries(
         log, release.vocabularies, queries, mask_seen=options.mask_seen, candidates=candidates
     )
     if not evaluator.known.any():
-        raise LogError(f"the release knows none of the {len(queries):,} target items: is this the log of its items?")
+        raise LogError(f"the release has none of the {len(queries):,} target items: is this the log of its items?")
     users = log.user_of_row[queries.target]
     vectors = evaluator.query_vectors(model)  # [K, E]
     time_given, entropy = None, None

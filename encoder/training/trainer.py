@@ -152,7 +152,7 @@ class Trainer:
         """
         assert isinstance(self.model, StreamingEncoder)
         time_ms = self.tokens_of_log.time_ms
-        output_ms = time_ms[rows[pairs.sequence, pairs.position]]  # [P] time of the action behind each output
+        output_ms = time_ms[rows[pairs.sequence, pairs.position]]  # [P] time of the action at each output
         since_ms = self.on_device(time_ms[pairs.target] - output_ms)
         time_given = self.on_device(rng.random(len(since_ms)) < 0.5).unsqueeze(-1)  # [P, 1]
         return torch.where(time_given, self.model.read_out(outputs, since_ms), outputs)

@@ -1,1 +1,1 @@
-"""Benchmarks of training, and the evaluations behind the quality tables."""
+"""Benchmarks of training speed, and evaluations for the quality tables."""

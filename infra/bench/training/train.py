@@ -122,7 +122,7 @@ def main(
     precisions: list[Precision] = ["fp32", "bf16"] if faster_precision() is torch.bfloat16 else ["fp32"]
     split = make_split(read_log(movielens_1m(notice=console.print), LogColumns()), recipe.split, seed=recipe.seed)
     trainers: list[Ours | RecTools] = [Ours(split.train, replace(recipe, precision=each)) for each in precisions]
-    measurements, reason = [Measurements(f"{OURS}, {each}") for each in precisions], "not asked for"
+    measurements, reason = [Measurements(f"{OURS}, {each}") for each in precisions], "not requested"
     with ExitStack() as stack:
         for name, precision in product(PATHS, precisions) if peer else ():
             try:

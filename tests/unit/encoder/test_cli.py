@@ -1,4 +1,4 @@
-"""The commands of the encoder, from a file to a release to its figures, and what they say about bad input."""
+"""The commands of the encoder: training, evaluation and freshness from files, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ tokens_max = 2_000
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a log and a recipe for it."""
+    """Return a working folder with a log and a recipe for it."""
     pyarrow.parquet.write_table(
         walks_table(SEED, users=20, items=20, length=20, follows=0.9), tmp_path / "actions.parquet"
     )
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `streamformer` with the arguments."""
+    """Run `streamformer` with the arguments and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["streamformer", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_from_a_log_to_its_figures(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train writes a release beside no checkpoint; evaluate and freshness print one JSON line each about it."""
+    """`train` leaves a release and no checkpoint; `evaluate` and `freshness` print one JSON line each about it."""
     assert run(monkeypatch, "train", "run.toml", "--threads", "1", "--seed", "3") == 0
     trained = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sorted(path.name for path in (folder / "releases" / "run").iterdir()) == [
@@ -82,7 +82,7 @@ def test_from_a_log_to_its_figures(
 def test_a_folder_of_parquet_is_a_log(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A log in several files gives the release that it gives in one; beyond its budget it is trained on in shards."""
+    """A log in several files gives the same release as in one; above the row limit it is trained on in shards."""
     table = pyarrow.parquet.read_table(folder / "actions.parquet")
     (folder / "actions").mkdir()
     for name, part in (("1", table.slice(0, 150)), ("2", table.slice(150))):
@@ -101,7 +101,7 @@ def test_a_folder_of_parquet_is_a_log(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["train", "absent.toml"], "recipe cannot be read"),
         (["train", "run.toml", "--actions", "absent.csv"], "event log cannot be read"),
@@ -109,10 +109,14 @@ def test_a_folder_of_parquet_is_a_log(
     ],
 )
 def test_bad_input_is_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
-    """A file that is not there gives exit code 1 and one line that says so."""
+    """A missing file gives exit code 1 and one line on standard error that names it."""
     assert run(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err.strip()
-    assert says in error
+    assert message in error
     assert len(error.splitlines()) == 1

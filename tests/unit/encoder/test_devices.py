@@ -1,6 +1,7 @@
-"""Training on a device: everything lies where it must, told on simulated tensors; on a real GPU where there is one.
+"""Training on a CUDA device: placement is tested with simulated tensors, results with a real GPU if there is one.
 
-Other tests compare trainings to the last bit, as CPUs repeat them: with a GPU, run those with CUDA_VISIBLE_DEVICES="".
+Other tests compare trainings bit by bit, which only CPUs reproduce: on a machine with a GPU, run those with
+CUDA_VISIBLE_DEVICES="".
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ WINDOW = small_recipe(encoder={"kind": "window", "windows": [20, 20], "time_bias
 both = pytest.mark.parametrize("recipe", [STREAMING, WINDOW], ids=["streaming, sampled", "window, full"])
 
 
-class NoneApart(TorchDispatchMode):
-    """Refuses an operation on tensors of two devices. Torch lets a GPU's tensor be indexed from the CPU, slowly."""
+class OneDeviceOnly(TorchDispatchMode):
+    """Rejects operations on tensors of two devices; Torch itself allows some, slowly, such as indexing from the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,7 +55,7 @@ class NoneApart(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A simulated CUDA device: tensors on it have shapes and no values."""
+    """Simulate a CUDA device, on which tensors have shapes but no values."""
 
     class Generator(torch.Generator):
         def __new__(cls, device: object = CPU) -> Any:
@@ -75,7 +76,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def backward(loss: Tensor) -> None:
-    """What autograd's engine does; that asks the driver about a GPU even where tensors only simulate one."""
+    """Do the work of autograd's engine, which would query the driver of the GPU even for simulated tensors."""
     pending: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
     while pending:
         node = max(pending, key=lambda each: each._sequence_nr())
@@ -84,16 +85,17 @@ def backward(loss: Tensor) -> None:
             node.variable.grad = gradients[0]
             continue
         call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
-        result = call(*(gradients.get(place) for place in range(len(node._input_metadata))))
+        result = call(*(gradients.get(index) for index in range(len(node._input_metadata))))
         results = result if isinstance(result, tuple) else (result,)
-        for (following, place), gradient in zip(node.next_functions, results, strict=False):
+        for (following, index), gradient in zip(node.next_functions, results, strict=False):
             if following is not None and gradient is not None:
-                like, known = following._input_metadata[place], pending.setdefault(following, {})
+                like, known = following._input_metadata[index], pending.setdefault(following, {})
                 gradient = gradient.sum_to_size(like.shape).to(like.dtype)
-                known[place] = known[place] + gradient if place in known else gradient
+                known[index] = known[index] + gradient if index in known else gradient
 
 
 def simulated(recipe: Recipe, precision: torch.dtype) -> Trainer:
+    """Return a trainer on the simulated device."""
     log = walks(SEED, users=8, length=24)
     with unset_fake_temporarily():
         vocabularies, items = make_items(log, recipe)
@@ -101,6 +103,7 @@ def simulated(recipe: Recipe, precision: torch.dtype) -> Trainer:
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:
+    """Return the losses of the first steps."""
     return [trainer.train_step(rows, 0.0) for rows, _ in zip(trainer.batches(), range(steps), strict=False)]
 
 
@@ -108,10 +111,10 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("gpu")
 def test_a_step_runs_on_its_device(recipe: Recipe, precision: torch.dtype) -> None:
-    """Forward, loss, backward and optimizer meet no tensor of another device and wait for nothing until the end."""
+    """Forward, loss, backward and optimizer use tensors of one device only and do not synchronize before the end."""
     trainer, computed = simulated(recipe, precision), []
     trainer.model.head.down.register_forward_hook(lambda module, given, out: computed.append(out.dtype))
-    with NoneApart(), pytest.raises(DataDependentOutputException):
+    with OneDeviceOnly(), pytest.raises(DataDependentOutputException):
         trainer.train_step(next(trainer.batches()), 0.0)  # only float(loss) asks for a value
     assert computed == [precision]
     for parameter in (*trainer.model.parameters(), trainer.log_scale):
@@ -122,8 +125,8 @@ def test_a_step_runs_on_its_device(recipe: Recipe, precision: torch.dtype) -> No
 @both
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.usefixtures("gpu")
-def test_what_leaves_the_device_is_on_the_cpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Embeddings, item vectors and all of a checkpoint lie on the CPU, wherever the model is."""
+def test_results_are_on_the_cpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Embeddings, item vectors and all tensors of a checkpoint are on the CPU, also if the model is on a GPU."""
     trainer, saved = simulated(recipe, torch.float32), []
     split = make_split(walks(SEED, users=8, length=24), recipe.split, seed=1)
     evaluator = NextItemEvaluator(split.log, trainer.vocabularies, split.validation, mask_seen=False)
@@ -139,7 +142,7 @@ def test_what_leaves_the_device_is_on_the_cpu(recipe: Recipe, monkeypatch: pytes
 
 
 def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process numbered n on a machine takes device n, and NCCL; one too many is refused; else it is the CPU."""
+    """The process with local rank n uses device n, or the CPU without devices; a surplus process is rejected."""
     taken: list[object] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
@@ -162,7 +165,7 @@ def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_learns_what_a_cpu_learns(tmp_path: Path) -> None:
-    """Without dropout the first losses on a GPU are the CPU's but for rounding, and its release is as good."""
+    """Without dropout, the first losses on a GPU equal those on the CPU up to rounding, and the release is as good."""
     log, recipe = walks(SEED), small_recipe(encoder={"read_out": True}, loss=SAMPLED)
     cpu, gpu = (losses(make_trainer(log, recipe, group), 20) for group in (ProcessGroup(), ProcessGroup(device=CUDA)))
     assert gpu == pytest.approx(cpu, rel=1e-2)

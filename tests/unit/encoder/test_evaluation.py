@@ -1,4 +1,4 @@
-"""Evaluation against the obvious: embeddings one by one, ranks by sorting, readers by a search over the whole log."""
+"""Evaluation against simple references: embeddings one by one, ranks by sorting, newest rows by a search."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WINDOW = EncoderConfig(
 
 
 def untrained(config: EncoderConfig, vocabularies: Vocabularies) -> Release:
-    """A release with random weights, the residual ones too."""
+    """Return a release with random weights, including those that are initialized to zero."""
     model = build_encoder(config, TrainedItems(len(vocabularies.item_keys), config.item_dim), actions=1, surfaces=0)
     generator = torch.Generator().manual_seed(SEED)
     initialize(model, generator)
@@ -44,7 +44,7 @@ def untrained(config: EncoderConfig, vocabularies: Vocabularies) -> Release:
 
 @pytest.mark.parametrize("config", [STREAMING, WINDOW], ids=["streaming", "window"])
 def test_embeddings_of_many_rows_equal_each_alone(config: EncoderConfig) -> None:
-    """Asked for in any order and together, an embedding is that of the user's last M actions up to the row, alone."""
+    """Computed together and in any order, each embedding equals that of the last M actions up to its row alone."""
     log = walks(SEED, users=6, length=25)
     release = untrained(config, log.vocabularies())
     tokens = log.tokens(release.vocabularies)
@@ -58,23 +58,23 @@ def test_embeddings_of_many_rows_equal_each_alone(config: EncoderConfig) -> None
 
 
 def test_ranks_are_those_of_sorting() -> None:
-    """Full, hidden and candidate ranking equal a sort of the scores that compete."""
+    """Ranks with and without masked items and candidates equal a count over the competing scores."""
     rng = np.random.default_rng(SEED)
     queries, items = torch.randn(9, 4), torch.randn(30, 4)
     targets = rng.integers(0, 30, 9)
-    hidden = (np.repeat(np.arange(9), 5), rng.integers(0, 30, 45))
+    masked = (np.repeat(np.arange(9), 5), rng.integers(0, 30, 45))
     candidates = rng.permutation(30)[:12]
     scores = (queries @ items.T).numpy()
-    for hide, among in [(None, None), (hidden, None), (None, candidates), (hidden, candidates)]:
-        found = target_ranks(queries, items, targets, hide, among)
+    for mask, among in [(None, None), (masked, None), (None, candidates), (masked, candidates)]:
+        found = target_ranks(queries, items, targets, mask, among)
         for q in range(9):
             competing = set(range(30) if among is None else among.tolist()) - {int(targets[q])}
-            competing -= set() if hide is None else set(hide[1][hide[0] == q].tolist())
+            competing -= set() if mask is None else set(mask[1][mask[0] == q].tolist())
             assert found[q] == sum(scores[q, i] >= scores[q, targets[q]] for i in competing)
 
 
-def test_an_unknown_answer_is_a_miss() -> None:
-    """Queries about items outside the vocabulary count, and count as missed."""
+def test_an_unknown_target_is_a_miss() -> None:
+    """Queries whose target is outside the vocabulary are kept and count as misses."""
     log = walks(SEED)
     known = log.vocabularies()
     half = Vocabularies(known.item_keys[::2], known.actions, known.surfaces)
@@ -88,7 +88,7 @@ def test_an_unknown_answer_is_a_miss() -> None:
 
 
 def test_popularity_is_the_count_of_seven_days() -> None:
-    """The rank by popularity equals a count over the seven days before the day of the target, seen items left out."""
+    """The rank by popularity equals a count over the seven days before the target's day, without seen items."""
     log = walks(SEED, users=20, length=30)
     vocabularies = log.vocabularies()
     queries = make_split(log, SplitConfig("leave_one_out"), seed=1).test
@@ -102,8 +102,8 @@ def test_popularity_is_the_count_of_seven_days() -> None:
         assert ranks[query] == sum(counts[i] >= counts[item[target]] for i in range(len(counts)) if i not in seen)
 
 
-def test_time_given_scores_stand_apart() -> None:
-    """Only a release with a read-out has time-given scores, and an untrained read-out that modulates changes them."""
+def test_time_given_scores_need_a_read_out() -> None:
+    """Only a release with a read-out has time-given scores, and they differ from the time-blind ones."""
     log = walks(SEED)
     log, queries = leave_one_out(log, items_min=1, queries_max=1_000, seed=1)
     with_read_out = evaluate_queries(
@@ -118,7 +118,7 @@ def test_time_given_scores_stand_apart() -> None:
 
 
 def test_newest_rows_equal_a_search() -> None:
-    """The newest row strictly before a time is what a search over the user's rows finds, -1 where there is none."""
+    """The newest row before a time equals a search over the user's rows, and is -1 if there is none."""
     log = walks(SEED, users=7, length=9)
     rng = np.random.default_rng(SEED)
     time_ms = log.actions["timestamp_ms"]
@@ -131,13 +131,13 @@ def test_newest_rows_equal_a_search() -> None:
 
 
 def test_sessions_begin_after_a_gap() -> None:
-    """A session begins with a user and after every silence of the gap or longer, and nowhere else."""
+    """A session begins at a user's first action and after every gap of at least the limit, and nowhere else."""
     starts, time_ms = np.array([0, 4, 4, 6]), np.array([0, 5, 15, 24, 30, 31])
     assert session_starts_ms(starts, time_ms, 10).tolist() == [0, 0, 15, 15, 30, 30]
 
 
-def test_freshness_is_worth_something_where_the_next_item_follows_the_last(tmp_path: object) -> None:
-    """On a circle a reader of every action knows the next item; the older the embedding, the less it knows."""
+def test_fresher_embeddings_predict_better_if_the_next_item_follows_the_last(tmp_path: object) -> None:
+    """On a circular walk, fresh embeddings predict the next item, and older embeddings predict it less often."""
     log = walks(SEED, users=40, items=60, length=60, follows=0.95)
     release = train_release(
         log,
@@ -157,8 +157,8 @@ def test_freshness_is_worth_something_where_the_next_item_follows_the_last(tmp_p
     assert by_name["once"].behind_interval[0] > 0.1
 
 
-def test_the_table_asks_only_users_who_had_acted_before() -> None:
-    """A user whose first action lies after the table's start is not asked about; with nobody left it says so."""
+def test_the_table_queries_only_users_who_had_acted_before() -> None:
+    """Users without an action before the table's start have no queries; without any queries there is an error."""
     log = walks(SEED, users=5, length=10)
     release = untrained(STREAMING, log.vocabularies())
     with pytest.raises(LogError, match="before the table's start"):
@@ -170,8 +170,8 @@ def test_the_table_asks_only_users_who_had_acted_before() -> None:
     assert table.questions == int((time_ms >= table.from_ms).sum())
 
 
-def test_an_evaluation_after_the_log_says_so() -> None:
-    """Asking from a time behind the end of the log is refused in words."""
+def test_a_start_after_the_end_of_the_log_is_an_error() -> None:
+    """A start after the end of the log is an error."""
     log: ActionLog = walks(SEED, users=3, length=5)
     with pytest.raises(LogError, match="no action of a known user"):
         rolling(log, from_ms=START_MS + 10**12, spans=2, queries_max=10, seed=1)

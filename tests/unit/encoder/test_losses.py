@@ -1,4 +1,4 @@
-"""Losses and pools against the obvious computation."""
+"""Losses and negative pools against direct computations."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PAIRS, ITEMS, DIM = CHUNK + 37, 40, 8
 
 
 def inputs() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """Return random user vectors, an item table, user ids and target rows."""
     generator = torch.Generator().manual_seed(SEED)
     users = torch.randn(PAIRS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     table = torch.randn(ITEMS + 1, DIM, generator=generator, dtype=torch.float64).requires_grad_()
@@ -24,6 +25,7 @@ def inputs() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
 
 
 def our_loss(users: Tensor, table: Tensor, user_ids: np.ndarray, targets: np.ndarray, config: LossConfig) -> Tensor:
+    """Return the loss under test."""
     sampler = NegativeSampler(config, np.bincount(targets, minlength=ITEMS + 1), seed=SEED)
     pool = sampler.pool(user_ids, targets, np.random.default_rng(SEED))
     return softmax_loss(
@@ -38,6 +40,7 @@ def our_loss(users: Tensor, table: Tensor, user_ids: np.ndarray, targets: np.nda
 
 
 def gradients(loss: Tensor, users: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of a loss with respect to users and items."""
     return torch.autograd.grad(loss, (users, table))
 
 
@@ -53,8 +56,8 @@ def test_full_softmax_is_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("log_q", ["none", "exact", "sketch"])
-def test_sampled_softmax_is_the_obvious_sum(log_q: str) -> None:
-    """The sampled loss equals a loop over pairs that skips the user's positives and corrects every logit."""
+def test_sampled_softmax_equals_a_loop_over_pairs(log_q: str) -> None:
+    """The sampled loss equals a loop over pairs that masks the user's own positives and corrects every logit."""
     users, table, user_ids, targets = inputs()
     config = LossConfig(kind="sampled", random_negatives=30, batch_negatives_max=50, log_q=log_q)  # type: ignore[arg-type]
     ours = our_loss(users, table, user_ids, targets, config)
@@ -75,7 +78,7 @@ def test_sampled_softmax_is_the_obvious_sum(log_q: str) -> None:
 
 
 def test_rounded_factors_leave_value_and_gradients_close() -> None:
-    """With factors in bfloat16 the loss differs by their rounding alone, and in value by less than gradients do."""
+    """With factors in bfloat16, the loss and the gradients differ only by rounding."""
     users, table, user_ids, targets = (
         x.detach().float().requires_grad_() if isinstance(x, Tensor) else x for x in inputs()
     )
@@ -107,7 +110,7 @@ def test_every_user_weighs_the_same() -> None:
 
 
 def test_exact_log_q_is_the_expected_count() -> None:
-    """Over many pools the mean number of times an item occurs is exp of its log-Q, to three standard errors."""
+    """Over many pools, the mean count of an item is exp(log-Q), within three standard errors."""
     print(f"seed {SEED}")
     counts = np.array([0, 50, 30, 15, 5])
     config = LossConfig(kind="sampled", random_negatives=6, batch_negatives_max=100, log_q="exact")
@@ -123,7 +126,7 @@ def test_exact_log_q_is_the_expected_count() -> None:
 
 
 def test_the_sketch_never_counts_too_little_and_is_near_the_truth() -> None:
-    """On a skewed stream the estimated frequencies are at least the exact ones, and within e / width of all seen."""
+    """On a skewed stream, estimates are at least the exact counts and exceed them by at most e / width of the total."""
     rng = np.random.default_rng(SEED)
     ids = np.minimum(rng.zipf(1.3, 50_000), 1 << 40)
     sketch = CountMinSketch(width=1 << 12, depth=4, seed=SEED)
@@ -140,7 +143,7 @@ def test_the_sketch_never_counts_too_little_and_is_near_the_truth() -> None:
 
 
 def test_a_sketch_is_updated_before_it_is_used() -> None:
-    """The first batch is already corrected by its own frequencies."""
+    """The sketch is updated before it is used: the first batch is corrected by its own frequencies."""
     config = LossConfig(kind="sampled", random_negatives=1, batch_negatives_max=10, log_q="sketch")
     sampler = NegativeSampler(config, np.ones(5, np.int64), seed=SEED)
     pool = sampler.pool(np.arange(4), np.array([1, 1, 1, 2]), np.random.default_rng(SEED))
@@ -149,7 +152,7 @@ def test_a_sketch_is_updated_before_it_is_used() -> None:
 
 
 def test_a_cap_bounds_the_negatives_of_a_batch() -> None:
-    """No more than `batch_negatives_max` positives of the batch enter the pool."""
+    """At most `batch_negatives_max` positives of the batch enter the pool."""
     config = LossConfig(kind="sampled", random_negatives=3, batch_negatives_max=10)
     sampler = NegativeSampler(config, np.ones(9, np.int64), seed=SEED)
     targets = np.random.default_rng(SEED).integers(1, 9, 200)

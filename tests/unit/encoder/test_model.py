@@ -1,4 +1,4 @@
-"""The encoders: causality, padding, positions, windows, and token by token."""
+"""The encoders: causality, padding, positions, windows, and incremental computation."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ both = pytest.mark.parametrize("config", [STREAMING, WINDOW], ids=["streaming", 
 
 
 def vocabularies() -> Vocabularies:
+    """Return a small vocabulary."""
     keys = np.sort(np.array([item_key(str(i)) for i in range(ITEMS)], np.uint64))
     return Vocabularies(keys, ACTIONS, SURFACES)
 
 
 def random_model(config: EncoderConfig) -> AnyEncoder:
-    """Every parameter random, so that nothing hides behind a zero of the initialisation."""
+    """Return an encoder with all parameters random, so that no effect is hidden by weights initialized to zero."""
     generator = torch.Generator().manual_seed(SEED)
     model = build_encoder(config, TrainedItems(ITEMS, config.item_dim), actions=len(ACTIONS), surfaces=len(SURFACES))
     initialize(model, generator)
@@ -52,6 +53,7 @@ def random_model(config: EncoderConfig) -> AnyEncoder:
 
 
 def random_actions(count: int, rng: np.random.Generator) -> Actions:
+    """Return `count` random actions in the order of their times."""
     actions = np.zeros(count, ACTION_DTYPE)
     keys = vocabularies().item_keys
     actions["item"] = rng.choice(keys, count)
@@ -63,7 +65,7 @@ def random_actions(count: int, rng: np.random.Generator) -> Actions:
 
 
 def batch(sequences: list[Actions], firsts: list[int] | None = None) -> tuple[Features, Tensor]:
-    """Padded features of several sequences; `firsts` are the positions of their first rows."""
+    """Return the padded features and lengths of several sequences; `firsts` are the positions of their first rows."""
     lengths = np.array([len(s) for s in sequences])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     counts = lengths + np.array(firsts or [0] * len(sequences))
@@ -72,13 +74,14 @@ def batch(sequences: list[Actions], firsts: list[int] | None = None) -> tuple[Fe
 
 
 def run(model: AnyEncoder, features: Features, lengths: Tensor) -> Tensor:
+    """Return the outputs at every position."""
     out: Tensor = model.head(model(features, lengths))
     return out
 
 
 @both
 def test_no_earlier_output_changes_with_a_later_action(config: EncoderConfig) -> None:
-    """Changing any later action, its item, type, surface, duration or item alone, leaves earlier outputs identical."""
+    """Changing a later action, or one of its columns, leaves earlier outputs identical."""
     rng = np.random.default_rng(SEED)
     model = random_model(config)
     actions = random_actions(20, rng)
@@ -91,7 +94,7 @@ def test_no_earlier_output_changes_with_a_later_action(config: EncoderConfig) ->
 
 
 def test_streaming_outputs_do_not_depend_on_later_times() -> None:
-    """In the streaming encoder not even the time of a later action changes an earlier output."""
+    """In the streaming encoder, the time of a later action does not change an earlier output either."""
     rng = np.random.default_rng(SEED)
     model = random_model(STREAMING)
     actions = random_actions(20, rng)
@@ -112,7 +115,7 @@ def test_padding_and_company_change_nothing(config: EncoderConfig) -> None:
 
 
 def test_only_the_receptive_field_matters() -> None:
-    """The newest embedding is a function of the last `receptive_field` actions, and of every one of them."""
+    """The newest embedding depends on each of the last `receptive_field` actions, and on no other."""
     rng = np.random.default_rng(SEED)
     model = random_model(STREAMING)
     field = STREAMING.receptive_field
@@ -131,7 +134,7 @@ def test_only_the_receptive_field_matters() -> None:
 
 
 def step_by_step(model: StreamingEncoder, features: Features) -> Tensor:
-    """The obvious cached computation: one token at a time, each layer keeping lists of keys, values and times."""
+    """Compute embeddings one token at a time; each layer keeps lists of its keys, values and times."""
     caches: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in model.layers]
     outputs = []
     for at in range(features.item.shape[1]):
@@ -153,7 +156,7 @@ def step_by_step(model: StreamingEncoder, features: Features) -> Tensor:
 @pytest.mark.parametrize("first", [0, 5_000_000])
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_by_token_equals_the_full_pass(bias: bool, first: int) -> None:
-    """One token at a time over cached keys and values gives the full pass's embeddings to 1e-5, also far out."""
+    """Token by token over cached keys and values gives the embeddings of a full pass to 1e-5."""
     rng = np.random.default_rng(SEED)
     config = replace(STREAMING, time_bias=bias)
     model = random_model(config)
@@ -162,8 +165,8 @@ def test_token_by_token_equals_the_full_pass(bias: bool, first: int) -> None:
     torch.testing.assert_close(step_by_step(model, features), run(model, features, lengths), rtol=0, atol=1e-5)
 
 
-def test_rotation_depends_on_distance_alone() -> None:
-    """Adding 10,000,000 to every position leaves the streaming embedding as it was, to 1e-5."""
+def test_rope_depends_on_distance_only() -> None:
+    """Adding 10,000,000 to all positions changes the streaming embedding by at most 1e-5."""
     rng = np.random.default_rng(SEED)
     model = random_model(STREAMING)
     actions = random_actions(20, rng)
@@ -188,7 +191,7 @@ def test_time_bias_only_takes_away_and_learns() -> None:
 
 @both
 def test_training_in_bfloat16_attends_alike(config: EncoderConfig) -> None:
-    """Under autocast attention is computed by other operations: what comes out is float32's but for rounding."""
+    """Under autocast, attention uses other operations and gives the float32 result up to rounding."""
     model, rng = random_model(config), np.random.default_rng(SEED)
     lengths = [20, 3, 24]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -204,7 +207,7 @@ def test_training_in_bfloat16_attends_alike(config: EncoderConfig) -> None:
 
 
 def test_time_encoding_is_finite_and_exact_in_float32() -> None:
-    """The encoding is finite at 0 and tells epoch times one quarter of a period apart, to 1e-5."""
+    """The encoding is finite at 0 and distinguishes epoch times a quarter of a period apart, to 1e-5."""
     encoding = TimeEncoding((900_000.0,)).requires_grad_(False)
     assert torch.isfinite(encoding(torch.zeros(1, dtype=torch.int64))).all()
     now = 1_700_000_100_000
@@ -215,7 +218,7 @@ def test_time_encoding_is_finite_and_exact_in_float32() -> None:
 
 
 def test_read_out_enters_after_the_last_layer() -> None:
-    """The read-out is a function of the hidden state and the time since, and is the identity when initialised."""
+    """The read-out depends on the hidden state and the time since, and is the identity after initialization."""
     config = STREAMING
     model = build_encoder(config, TrainedItems(ITEMS, 12), actions=2, surfaces=1)
     initialize(model, torch.Generator().manual_seed(SEED))
@@ -228,7 +231,7 @@ def test_read_out_enters_after_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"heads": 3}, "multiple of twice the heads"),
         ({"kv_heads": 3}, "multiple of kv_heads"),
@@ -239,7 +242,7 @@ def test_read_out_enters_after_the_last_layer() -> None:
         ({"kind": "window"}, "windows are M"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused(change: dict[str, object], says: str) -> None:
-    """A configuration that does not hold together raises an error that names the reason."""
-    with pytest.raises(ValueError, match=says):
+def test_a_configuration_that_cannot_work_is_rejected(change: dict[str, object], message: str) -> None:
+    """An inconsistent configuration raises an error that names the reason."""
+    with pytest.raises(ValueError, match=message):
         replace(STREAMING, **change)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Objectives against a search by hand over every action of a user."""
+"""Objectives against a plain search over the actions of a user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEED = 20_260_103
 
 
 class Log:
-    """A small random log with equal times, and the obvious target to "what may be predicted after this row"."""
+    """A small random log with equal times, and a plain search for the positives after a row."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -23,15 +23,18 @@ class Log:
         self.positives = Positives(starts=self.starts, time_ms=self.time_ms, is_positive=self.is_positive)
 
     def later(self, row: int) -> list[int]:
+        """Return the user's positives in later rows."""
         stop = self.starts[np.searchsorted(self.starts, row, side="right")]
         return [r for r in range(row + 1, stop) if self.is_positive[r]]
 
     def within(self, row: int, days: int) -> list[int]:
+        """Return the user's positives that are later by at most `days`."""
         stop_ms = self.time_ms[row] + days * DAY_MS
         return [r for r in self.later(row) if self.time_ms[row] < self.time_ms[r] <= stop_ms]
 
 
 def pairs_of(log: Log, kind: str, **options: object) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return the sequences of a log and the pairs (row, target row) of an objective."""
     config = ObjectiveConfig(shares={kind: 1.0}, window_days=7, **options)  # type: ignore[arg-type, dict-item]
     sequences = padded_rows(log.starts)
     pairs = make_pairs(sequences, log.positives, config, np.random.default_rng(SEED))
@@ -41,7 +44,7 @@ def pairs_of(log: Log, kind: str, **options: object) -> tuple[np.ndarray, list[t
 
 @pytest.mark.parametrize("seed", range(5))
 def test_sasrec_predicts_the_next_positive_after_every_position(seed: int) -> None:
-    """Each position that has a later positive is paired with the first of them, and no other position is."""
+    """Each position with a later positive is paired with the first one; no other position is paired."""
     log = Log(seed)
     _, found = pairs_of(log, "sasrec")
     expected = [(row, log.later(row)[0]) for row in range(len(log.time_ms)) if log.later(row)]
@@ -62,7 +65,7 @@ def test_next_action_predicts_after_the_newest_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_dense_all_action_stays_in_its_window(seed: int) -> None:
-    """Every position with a positive in the next 7 days, later in time, gets exactly one of those."""
+    """Every position with a positive within the next 7 days gets exactly one of them."""
     log = Log(seed)
     _, found = pairs_of(log, "dense_all_action")
     assert sorted(row for row, _ in found) == [r for r in range(len(log.time_ms)) if log.within(r, 7)]
@@ -70,7 +73,7 @@ def test_dense_all_action_stays_in_its_window(seed: int) -> None:
 
 
 def test_dense_all_action_reaches_the_whole_window() -> None:
-    """Over many draws every positive of a window is drawn, about equally often."""
+    """Over many draws, all positives of a window are drawn about equally often."""
     log = Log(2)
     row = max(range(len(log.time_ms)), key=lambda r: len(log.within(r, 7)))
     config = ObjectiveConfig(shares={"dense_all_action": 1.0}, window_days=7)
@@ -82,7 +85,7 @@ def test_dense_all_action_reaches_the_whole_window() -> None:
 
 
 def test_all_action_takes_the_window_of_the_newest_up_to_a_limit() -> None:
-    """The newest action is paired with all positives of its window, or with `targets_max` distinct ones of them."""
+    """The newest action is paired with all positives of its window, or with `targets_max` distinct ones."""
     log = Log(2)
     sequences = padded_rows(log.starts)
     cut = np.where(np.arange(sequences.shape[1]) < 4, sequences, -1)
@@ -99,7 +102,7 @@ def test_all_action_takes_the_window_of_the_newest_up_to_a_limit() -> None:
 
 
 def test_sampled_positions_are_bounded() -> None:
-    """With `positions_max` no sequence gives more pairs than that, and each at another place."""
+    """With `positions_max`, a sequence has at most that many pairs, at distinct positions."""
     sequences, found = pairs_of(Log(3), "sasrec", positions_max=3)
     line = {int(row): number for number, rows in enumerate(sequences) for row in rows if row >= 0}
     counts = np.bincount([line[row] for row, _ in found])
@@ -108,7 +111,7 @@ def test_sampled_positions_are_bounded() -> None:
 
 
 def test_a_mix_gives_each_sequence_one_objective() -> None:
-    """With shares of one half, about half of the sequences are trained on their newest position alone."""
+    """With equal shares, about half of the sequences are trained on their newest position only."""
     log = Log(4)
     user = int(np.diff(log.starts).argmax())
     first = int(log.starts[user])

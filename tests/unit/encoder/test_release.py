@@ -1,4 +1,4 @@
-"""Releases: strict loading, a version that is a content hash."""
+"""Releases: strict loading, and a version that is a hash of the content."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tests.unit.encoder.test_model import SEED, STREAMING, WINDOW, batch, random
 
 @pytest.fixture
 def release() -> Release:
+    """Return a release with random weights."""
     return make_release(random_model(STREAMING), vocabularies(), metrics={"hr10": 0.5}, training={"seed": 1})
 
 
 @pytest.mark.parametrize("config", [STREAMING, WINDOW], ids=["streaming", "window"])
 def test_a_saved_release_loads_to_the_same_function(tmp_path: Path, config: object) -> None:
-    """Saving and loading keeps every embedding, item vector and the version bit for bit."""
+    """Saving and loading preserves embeddings, item vectors and the version, bit for bit."""
     made = make_release(random_model(config), vocabularies(), metrics={}, training={})  # type: ignore[arg-type]
     loaded = load_release(made.save(tmp_path / "release"))
     sequences = batch([random_actions(20, np.random.default_rng(SEED))])
@@ -34,7 +35,7 @@ def test_a_saved_release_loads_to_the_same_function(tmp_path: Path, config: obje
 
 
 def test_the_version_follows_the_content(release: Release) -> None:
-    """One changed weight or one renamed action type is another version; other metrics are not."""
+    """A changed weight or a renamed action type changes the version; different metrics do not."""
     model = random_model(STREAMING)
     with torch.no_grad():
         model.items.table()[3, 0] += 1e-3
@@ -44,8 +45,8 @@ def test_the_version_follows_the_content(release: Release) -> None:
     assert make_release(random_model(STREAMING), vocabularies(), metrics={}, training={}).version == release.version
 
 
-def test_an_altered_weight_is_refused(tmp_path: Path, release: Release) -> None:
-    """Flipping one bit of the weights makes the folder unloadable."""
+def test_an_altered_weight_is_rejected(tmp_path: Path, release: Release) -> None:
+    """A release with one flipped bit in its weights cannot be loaded."""
     folder = release.save(tmp_path)
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-100] ^= 1
@@ -55,7 +56,7 @@ def test_an_altered_weight_is_refused(tmp_path: Path, release: Release) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "message"),
     [
         ("format", 2, "format 2"),
         ("feature_version", 9, "feature_version 9"),
@@ -64,18 +65,18 @@ def test_an_altered_weight_is_refused(tmp_path: Path, release: Release) -> None:
         ("extra", 1, "keys of format"),
     ],
 )
-def test_altered_metadata_is_refused(tmp_path: Path, release: Release, key: str, value: object, says: str) -> None:
-    """A changed key of release.json is refused with a text that says which."""
+def test_altered_metadata_is_rejected(tmp_path: Path, release: Release, key: str, value: object, message: str) -> None:
+    """A changed key of release.json is rejected with an error that names it."""
     folder = release.save(tmp_path)
     metadata = json.loads((folder / METADATA).read_text())
     metadata[key] = value
     (folder / METADATA).write_text(json.dumps(metadata))
-    with pytest.raises(ReleaseError, match=says):
+    with pytest.raises(ReleaseError, match=message):
         load_release(folder)
 
 
-def test_missing_and_cut_files_are_refused(tmp_path: Path, release: Release) -> None:
-    """An empty folder and a cut weights file are refused without a traceback of another kind."""
+def test_missing_and_cut_files_are_rejected(tmp_path: Path, release: Release) -> None:
+    """An empty folder and a truncated weights file are rejected with a `ReleaseError`."""
     with pytest.raises(ReleaseError, match="cannot be read"):
         load_release(tmp_path / "nothing")
     folder = release.save(tmp_path)

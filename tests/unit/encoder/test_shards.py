@@ -1,4 +1,4 @@
-"""A log bigger than its budget of memory: cut into shards of whole users, and trained on as if it were one."""
+"""Logs larger than the memory limit: cut into shards of whole users, and trained on like one log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.encoder.walks import MINUTE_MS, START_MS, small_recipe, walks
 SEED = 20_260_606
 ROWS, BUDGET = 4_000, 1_000
 COLUMNS = LogColumns(surface="surface", duration_ms="number")
-"""Every action has a number of its own, kept as its duration, so that it is known again wherever it went."""
+"""Every action has a unique number, stored as its duration, so that tests can find it again."""
 RECIPE = small_recipe(
     split={"kind": "leave_one_out"},
     data={"items_min": 3, "positives": ["view", "buy"]},
@@ -52,7 +52,7 @@ def _one_thread() -> None:
 
 
 def uneven_table() -> pa.Table:
-    """Few users with many actions and many with few, in no order, many at one time; each item is rare or frequent."""
+    """Return few users with many actions and many with few, in random order, with equal times and rare items."""
     rng = np.random.default_rng(SEED)
     user = (250 * rng.random(ROWS) ** 1.5).astype(int)
     item = (60 * rng.random(ROWS) ** 3).astype(int)
@@ -71,7 +71,7 @@ def uneven_table() -> pa.Table:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The log as a folder of files of different sizes."""
+    """Return the log as a folder of files of different sizes."""
     table = uneven_table()
     (tmp_path / "log" / "later").mkdir(parents=True)
     for name, first, last in (("a", 0, 700), ("b", 700, 3_100), ("later/c", 3_100, ROWS)):
@@ -82,25 +82,26 @@ def folder(tmp_path: Path) -> Path:
 
 
 def in_shards(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Shards:
+    """Open a log that exceeds the memory limit."""
     log = open_log(folder, COLUMNS, rows_max=BUDGET, folder=folder.parent / "shards", progress=progress)
     assert isinstance(log, Shards)
     return log
 
 
 def numbers(log: ActionLog) -> list[int]:
-    """The numbers of the actions of a log, in its order."""
+    """Return the numbers of the actions of a log, in order."""
     found: list[int] = log.actions["duration_ms"].tolist()
     return found
 
 
 def by_user(log: ActionLog) -> dict[str, list[int]]:
-    """The numbers of each user's actions, in order."""
+    """Return the numbers of each user's actions, in order."""
     bounds = itertools.pairwise(log.starts.tolist())
     return {user: numbers(log)[first:last] for user, (first, last) in zip(log.users.tolist(), bounds, strict=True)}
 
 
 def test_a_shard_holds_whole_users_in_order(folder: Path) -> None:
-    """Users lie in one shard each, with all of their actions as the log in memory has them, ties in file order."""
+    """Each user is in one shard, with all actions in the order of the log in memory, ties in file order."""
     shards, whole = in_shards(folder), read_log(folder, COLUMNS)
     parts = [shards.read(number) for number in range(len(shards))]
     assert len(shards) >= 8
@@ -114,7 +115,7 @@ def test_a_shard_holds_whole_users_in_order(folder: Path) -> None:
 
 @pytest.mark.parametrize("items_min", [1, 5])
 def test_vocabularies_are_those_of_the_log_in_memory(folder: Path, items_min: int) -> None:
-    """Items, and names of actions and surfaces by frequency and then first appearance, are the same from shards."""
+    """Items and the names of actions and surfaces, by frequency and first appearance, are the same from shards."""
     config = SplitConfig("leave_one_out", items_min=40)
     split, whole = (
         make(log, config, seed=1)
@@ -132,7 +133,7 @@ def test_vocabularies_are_those_of_the_log_in_memory(folder: Path, items_min: in
 
 @pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
 def test_no_answer_of_any_shard_is_trained_on(folder: Path, kind: str) -> None:
-    """What validates, and what leave one out keeps for its test, is trained on in no shard; little else is missing."""
+    """No validation target, nor a leave-one-out test target, is trained on in any shard; little else is missing."""
     shards, whole = in_shards(folder), read_log(folder, COLUMNS)
     config = SplitConfig(kind, validation=0.3)  # type: ignore[arg-type]
     split = split_shards(shards, config, seed=1)
@@ -159,7 +160,7 @@ def test_no_answer_of_any_shard_is_trained_on(folder: Path, kind: str) -> None:
 
 
 def test_held_users_are_trained_on_in_no_shard(folder: Path) -> None:
-    """With `held_users` a share of every shard's users is left out, and others of the first one are asked."""
+    """With `held_users`, a share of every shard's users is not trained on, and validation uses those of the first."""
     split = split_shards(in_shards(folder), SplitConfig("leave_one_out", held_users=0.3), seed=1)
     kept = [np.diff(split.train.part(number).starts) > 0 for number in range(split.train.parts)]
     assert 0.5 < np.concatenate(kept).mean() < 0.9
@@ -167,7 +168,7 @@ def test_held_users_are_trained_on_in_no_shard(folder: Path) -> None:
 
 
 def test_an_epoch_reads_every_action_of_every_shard_once(folder: Path) -> None:
-    """The batches of an epoch hold each action that is trained on once; the next takes the shards in another order."""
+    """The batches of an epoch contain each training action once; the next epoch reads the shards in another order."""
     shards = in_shards(folder)
     split = split_shards(shards, RECIPE.split, seed=RECIPE.seed)
     trainer = make_trainer(split.train, RECIPE, ProcessGroup())
@@ -187,7 +188,7 @@ def test_an_epoch_reads_every_action_of_every_shard_once(folder: Path) -> None:
 
 
 def test_actions_in_memory_stay_within_the_budget(folder: Path) -> None:
-    """From opening the log to the end of a training, actions held at once are never more than the budget."""
+    """From opening the log to the end of the training, the actions in memory never exceed the limit."""
     with watched_rows() as held:
         shards = in_shards(folder)
         train_release(shards, RECIPE, out_dir=folder.parent / "release", threads=1)
@@ -197,7 +198,7 @@ def test_actions_in_memory_stay_within_the_budget(folder: Path) -> None:
 
 @contextmanager
 def watched_rows() -> Iterator[list[int]]:
-    """How many different actions all logs and tokens that are alive hold, whenever one was read, cut or trained on."""
+    """Record the number of distinct actions in all live logs and tokens, whenever one was read, cut or trained on."""
     held: list[int] = []
     places = {"log_from_table", "select", "_split", "tokens", "train_step", "part"}
 
@@ -229,7 +230,7 @@ train_release(in_shards(folder), RECIPE, out_dir=folder.parent / "killed", threa
 
 
 def test_a_killed_training_on_shards_goes_on_to_the_same_weights(folder: Path) -> None:
-    """Killed with SIGKILL in the middle of a later shard and begun again, training makes the undisturbed release."""
+    """Killed with SIGKILL in a later shard and resumed, a training gives the release of an uninterrupted one."""
     checkpoint = folder.parent / "killed" / NAME
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -253,16 +254,16 @@ def test_a_killed_training_on_shards_goes_on_to_the_same_weights(folder: Path) -
     assert undisturbed.metrics["validation_hr10"] > 0
 
 
-def test_shards_that_were_not_finished_or_are_of_another_log_are_written_anew(folder: Path) -> None:
-    """Without its manifest, or after the log has changed, what lies in the folder is replaced; else it is kept."""
-    said: list[str] = []
+def test_shards_that_are_incomplete_or_of_another_log_are_replaced(folder: Path) -> None:
+    """Shards without a manifest, or of a log that has changed since, are replaced; others are used again."""
+    lines: list[str] = []
     first = in_shards(folder)
     (first.folder / MANIFEST).unlink()
     (first.folder / "000.parquet").write_bytes(b"cut off")
-    again = in_shards(folder, said.append)
+    again = in_shards(folder, lines.append)
     assert (again.digest, again.shards) == (first.digest, first.shards)
     assert sum(len(again.read(number)) for number in range(len(again))) == ROWS
-    assert said[0] == f"reading shard 1 of {len(again)}"
+    assert lines[0] == f"reading shard 1 of {len(again)}"
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(folder / "a.parquet").slice(100), folder / "a.parquet")
     changed = in_shards(folder)
     assert changed.rows == ROWS - 100
@@ -270,7 +271,7 @@ def test_shards_that_were_not_finished_or_are_of_another_log_are_written_anew(fo
 
 
 def test_a_log_within_the_budget_is_read_into_memory(folder: Path) -> None:
-    """A log of as many actions as are allowed is read whole, and nothing is written."""
+    """A log with exactly the allowed number of actions is read into memory, and no shards are written."""
     log = open_log(folder, COLUMNS, rows_max=ROWS, folder=folder.parent / "shards")
     assert isinstance(log, ActionLog)
     pyarrow.parquet.write_table(
@@ -283,11 +284,12 @@ def test_a_log_within_the_budget_is_read_into_memory(folder: Path) -> None:
 
 
 def files(folder: Path) -> list[Path]:
+    """Return the files of the log, in order."""
     return [folder / name for name in ("a.parquet", "b.parquet", "later/c.parquet")]
 
 
 def test_one_part_gives_the_batches_of_a_log() -> None:
-    """A log in memory is read in the order that (seed, epoch) alone decide, in each epoch."""
+    """The order of batches of a log in memory depends only on seed and epoch."""
     log, recipe = walks(SEED), small_recipe()
     batches = make_trainer(log, recipe, ProcessGroup()).batches()
     for epoch in range(3):
@@ -295,8 +297,8 @@ def test_one_part_gives_the_batches_of_a_log() -> None:
             assert np.array_equal(next(batches), rows)
 
 
-def test_the_shards_of_two_users_who_do_not_fit_are_refused(tmp_path: Path) -> None:
-    """A user with more actions than a shard holds is an error that says what to set; so is a user that is missing."""
+def test_a_user_who_does_not_fit_into_a_shard_is_an_error(tmp_path: Path) -> None:
+    """A user with more actions than a shard can hold is an error that names the setting; a missing id is one too."""
     table = uneven_table().set_column(0, "user_id", pa.array(["u1"] * ROWS))
     pyarrow.parquet.write_table(table, tmp_path / "log.parquet")
     with pytest.raises(LogError, match="rows_in_memory_max to 8,000 or more"):

@@ -1,4 +1,4 @@
-"""Where item vectors come from: a file, texts, or training; and what is said about files that do not fit."""
+"""Sources of item vectors: a file, texts or training; and errors for files that do not match."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = 20_260_605
 
 
 def vectors_file(path: Path, items: int, dim: int = 32) -> np.ndarray:
-    """Random vectors of i0 to i{items - 1}, as a .npy beside its ids."""
+    """Write random vectors of i0 to i{items - 1} as .npy, next to their ids."""
     vectors = np.random.default_rng(SEED).normal(size=(items, dim)).astype(np.float32)
     np.save(path, vectors)
     path.with_suffix(".ids.txt").write_text("\n".join(f"i{number}" for number in range(items)))
@@ -29,7 +29,7 @@ def vectors_file(path: Path, items: int, dim: int = 32) -> np.ndarray:
 
 
 def test_vectors_of_a_file_are_served_unchanged(tmp_path: Path) -> None:
-    """Training leaves given vectors alone, in the order of their keys; an item without an action has one as well."""
+    """Training does not change vectors from a file, which are in key order; items without actions have theirs too."""
     given = vectors_file(tmp_path / "items.npy", 40)  # the log knows i0 to i29
     recipe = small_recipe(items={"source": "file", "path": str(tmp_path / "items.npy")})
     release = train_release(walks(SEED), recipe, out_dir=tmp_path / "release", threads=1)
@@ -40,7 +40,7 @@ def test_vectors_of_a_file_are_served_unchanged(tmp_path: Path) -> None:
 
 
 def test_safetensors_and_npy_give_the_same_items(tmp_path: Path) -> None:
-    """Both forms of a file of vectors make the same vocabulary and table."""
+    """Both file formats of vectors give the same vocabulary and table."""
     given = vectors_file(tmp_path / "items.npy", 30)
     keys = np.array([item_key(f"i{number}") for number in range(30)], np.uint64)
     save_file({"keys": keys, "vectors": given}, tmp_path / "items.safetensors")
@@ -56,7 +56,7 @@ def test_safetensors_and_npy_give_the_same_items(tmp_path: Path) -> None:
 
 
 def test_texts_make_vectors_of_items_without_an_action(tmp_path: Path) -> None:
-    """An item known by its text alone is in the vocabulary, and training changes its vector through shared words."""
+    """An item with a text but no action is in the vocabulary, and training changes its vector through shared words."""
     lines = [
         "item_id,title",
         *(f"i{number},number {number} of the circle" for number in range(30)),
@@ -74,14 +74,14 @@ def test_texts_make_vectors_of_items_without_an_action(tmp_path: Path) -> None:
 
 
 def test_grams_share_what_texts_share() -> None:
-    """Texts that differ in one word share the grams of the others, whatever the case."""
+    """Texts that differ in one word share the n-grams of the other words, in any case."""
     one, other = (set(text_grams(text).tolist()) for text in ("List open Files", "list open ports"))
     assert len(one & other) >= 8
     assert one != other
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "content", "says"),
+    ("source", "name", "content", "message"),
     [
         ("file", "absent.npy", None, "cannot be read"),
         ("file", "items.npy", "narrow", "set encoder.item_dim"),
@@ -89,12 +89,14 @@ def test_grams_share_what_texts_share() -> None:
         ("text", "texts.csv", "id,title\na,b\n", "check the path and the columns"),
     ],
 )
-def test_sources_that_do_not_fit_say_so(tmp_path: Path, source: str, name: str, content: str | None, says: str) -> None:
-    """A missing file, a wrong width and a missing column are named, with what to do."""
+def test_sources_that_do_not_fit_say_so(
+    tmp_path: Path, source: str, name: str, content: str | None, message: str
+) -> None:
+    """A missing file, a wrong width and a missing column give errors that name them and what to do."""
     if content == "narrow":
         vectors_file(tmp_path / name, 30, dim=8)
     elif content:
         (tmp_path / name).write_text(content)
     recipe = small_recipe(items={"source": source, "path": str(tmp_path / name), "text_columns": ["title"]})
-    with pytest.raises(ItemError, match=says):
+    with pytest.raises(ItemError, match=message):
         make_items(walks(SEED), recipe)

@@ -1,4 +1,4 @@
-"""Splits and batches: what is queried for is never trained on, and everything else is."""
+"""Splits and batches: targets are never trained on, and everything else is."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SEED = 20_260_601
 
 
 def identities(log: ActionLog, rows: np.ndarray) -> set[tuple[str, int, int]]:
-    """(user, time, item) of rows; unique in these logs, for a user's times differ."""
+    """Return (user, time, item) of rows; unique in these logs, because the times of a user differ."""
     users = log.users[log.user_of_row[rows]]
     return set(zip(users.tolist(), log.actions["timestamp_ms"][rows].tolist(), log.actions["item"][rows].tolist()))  # noqa: B905
 
 
 @pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
-def test_no_answer_is_trained_on(kind: str) -> None:
-    """The targets of validation and test are no rows of the part that is trained on, and nothing else is missing."""
+def test_no_target_is_trained_on(kind: str) -> None:
+    """The training part contains no target of validation or test, and nothing else is missing from it."""
     log = walks(SEED)
     split = make_split(log, SplitConfig(kind), seed=1)  # type: ignore[arg-type]
     trained = identities(split.train, np.arange(len(split.train)))
@@ -37,8 +37,8 @@ def test_no_answer_is_trained_on(kind: str) -> None:
         assert trained | targets == everything
 
 
-def test_leave_one_out_asks_for_the_last_and_the_one_before() -> None:
-    """Each user's last action is the test, the one before it validation, each queried after the action before it."""
+def test_leave_one_out_takes_the_last_action_and_the_one_before() -> None:
+    """Each user's last action is the test target, the one before it the validation target."""
     log = walks(SEED)
     split = make_split(log, SplitConfig("leave_one_out"), seed=1)
     assert split.test.target.tolist() == (log.starts[1:] - 1).tolist()
@@ -46,8 +46,8 @@ def test_leave_one_out_asks_for_the_last_and_the_one_before() -> None:
     assert (split.test.newest == split.test.target - 1).all()
 
 
-def test_a_split_by_time_trains_on_nothing_as_late_as_a_question() -> None:
-    """Every trained action is older than every validating target, and those are older than every test target."""
+def test_a_split_by_time_trains_on_older_actions_only() -> None:
+    """Every training action is older than every validation target, and those are older than every test target."""
     log = walks(SEED)
     split = make_split(log, SplitConfig("time"), seed=1)
     time_ms = split.log.actions["timestamp_ms"]
@@ -56,8 +56,8 @@ def test_a_split_by_time_trains_on_nothing_as_late_as_a_question() -> None:
 
 
 @pytest.mark.parametrize("kind", ["last", "leave_one_out", "time"])
-def test_of_held_users_nothing_is_trained_on(kind: str) -> None:
-    """With `held_users` the users queried about and the users trained on are different people, and both are there."""
+def test_held_out_users_are_not_trained_on(kind: str) -> None:
+    """With `held_users`, queries and training come from disjoint sets of users, and neither set is empty."""
     log = walks(SEED, users=60)
     split = make_split(log, SplitConfig(kind, validation=0.3, held_users=0.3), seed=1)  # type: ignore[arg-type]
     user = split.log.user_of_row
@@ -69,7 +69,7 @@ def test_of_held_users_nothing_is_trained_on(kind: str) -> None:
 
 
 def test_rare_items_are_dropped_before_the_split() -> None:
-    """With `items_min` no query and no trained action is on an item that occurs less often in the whole log."""
+    """With `items_min`, neither queries nor training contain items that occur less often in the whole log."""
     log = walks(SEED, follows=0.5)
     keys, counts = np.unique(log.actions["item"], return_counts=True)
     least = int(np.median(counts))
@@ -77,8 +77,8 @@ def test_rare_items_are_dropped_before_the_split() -> None:
     assert set(split.log.actions["item"].tolist()) == set(keys[counts >= least].tolist())
 
 
-def test_rolling_questions_see_nothing_of_their_own_second() -> None:
-    """A rolling query is queried after an action strictly older than its target, of the same user, in its span."""
+def test_rolling_queries_see_nothing_of_their_own_second() -> None:
+    """The newest action of a rolling query is strictly older than its target and of the same user."""
     log = walks(SEED)
     same = log.actions.copy()
     same["timestamp_ms"] = same["timestamp_ms"] // 3_600_000 * 3_600_000  # many actions of one user share a time
@@ -97,7 +97,7 @@ def test_rolling_questions_see_nothing_of_their_own_second() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_epoch_reads_every_action_once(ranks: int) -> None:
-    """The batches of one epoch hold each row once; those of two processes share nothing and miss little."""
+    """The batches of one epoch contain each row once; those of two processes are disjoint and miss few rows."""
     log = walks(SEED)
     config = DataConfig(chunk=20, batch_tokens=400)
     rows: list[int] = []
@@ -111,7 +111,7 @@ def test_an_epoch_reads_every_action_once(ranks: int) -> None:
 
 
 def test_a_select_keeps_each_user_s_rows() -> None:
-    """Selecting rows keeps users and order: the same as filtering every user's list."""
+    """Selecting rows equals filtering the list of every user."""
     log = walks(SEED, users=5, length=8)
     chosen = np.random.default_rng(SEED).random(len(log)) < 0.5
     kept = log.select(chosen)
@@ -120,8 +120,8 @@ def test_a_select_keeps_each_user_s_rows() -> None:
         assert np.array_equal(kept.actions[kept.starts[user] : kept.starts[user + 1]], mine)
 
 
-def test_questions_about_unknown_items_are_told() -> None:
-    """`known` keeps the queries whose target is in the vocabulary."""
+def test_known_queries_have_a_target_in_the_vocabulary() -> None:
+    """`known` keeps exactly the queries whose target item is in the vocabulary."""
     log = walks(SEED, users=6, length=6)
     vocabularies = log.vocabularies()
     split: Split = make_split(log, SplitConfig("leave_one_out"), seed=1)

@@ -1,4 +1,4 @@
-"""Training from a log to a release: it learns, it repeats itself, it goes on after a kill."""
+"""Training from a log to a release: it learns, is reproducible, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def _one_thread() -> None:
 
 
 def losses(log: ActionLog, recipe: Recipe, steps: int) -> list[float]:
+    """Return the losses of the first steps of a training."""
     trainer = make_trainer(log, recipe, ProcessGroup())
     batches = trainer.batches()
     return [trainer.train_step(next(batches), 0.0) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("kind", ["full", "sampled"])
-def test_one_batch_is_learned_by_heart(kind: str) -> None:
-    """Fifty steps on a single batch bring the loss from chance to a hundredth of it."""
+def test_one_batch_is_memorized(kind: str) -> None:
+    """Fifty steps on a single batch reduce the loss from chance level to almost zero."""
     loss = {"kind": kind, "random_negatives": 20, "batch_negatives_max": 20, "equal_users": False}
     recipe = small_recipe(loss=loss, optimizer={"warmup_steps": 1}, data={"unknown_rate": 0.0})
     trainer = make_trainer(walks(SEED, users=8, length=12), recipe, ProcessGroup())
@@ -58,7 +59,7 @@ def test_one_batch_is_learned_by_heart(kind: str) -> None:
 
 @pytest.mark.parametrize("objective", ["next_action", "sasrec", "all_action", "dense_all_action"])
 def test_the_same_seed_gives_the_same_losses(objective: str) -> None:
-    """Two trainings of one recipe are equal to the last bit, dropout and sampling included; another seed is not."""
+    """Two trainings of one recipe are equal to the last bit, including dropout and sampling; another seed differs."""
     log = walks(SEED, users=12, length=20)
     recipe = small_recipe(
         objective={"shares": {objective: 1.0}, "positions_max": 4},
@@ -71,13 +72,13 @@ def test_the_same_seed_gives_the_same_losses(objective: str) -> None:
 
 
 def test_a_walk_is_learned_and_saved(tmp_path: Path) -> None:
-    """On a circle walked with probability .9 the release finds the next item, and the saved folder is that release."""
+    """On a circle followed with probability 0.9, the release predicts the next item, and it is saved as returned."""
     log = walks(SEED)
-    heard: list[Progress] = []
-    release = train_release(log, small_recipe(), out_dir=tmp_path, threads=1, progress=heard.append)
+    reports: list[Progress] = []
+    release = train_release(log, small_recipe(), out_dir=tmp_path, threads=1, progress=reports.append)
     assert release.metrics["validation_hr10"] > 0.8
     assert load_release(tmp_path).version == release.version
-    assert heard[-1].fraction == 1.0
+    assert reports[-1].fraction == 1.0
     assert release.training["negative_pool"] == "the whole catalogue of 30 items"
     assert release.training["later_ms"] == make_split(log, small_recipe().split, seed=1).unseen_from_ms
 
@@ -95,6 +96,7 @@ print(release.version, release.training["processes"])
 
 
 def longer(validate_tokens: int) -> Recipe:
+    """Return a recipe that trains long enough to be killed."""
     return small_recipe(
         budget={"tokens_max": 12_000, "validate_tokens": validate_tokens, "patience": 100},
         loss={"kind": "sampled", "random_negatives": 16, "batch_negatives_max": 8, "log_q": "sketch"},
@@ -103,9 +105,10 @@ def longer(validate_tokens: int) -> Recipe:
 
 
 @pytest.mark.parametrize("validate_tokens", [4_000, 100_000], ids=["the best", "the last"])
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, validate_tokens: int) -> None:
-    """Killed with SIGKILL in the middle and begun again, training makes the release that it makes undisturbed: that of
-    the best validation, or, where there is none before the end, that of the last step.
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path, validate_tokens: int) -> None:
+    """Killed with SIGKILL and resumed, a training gives the release of an uninterrupted one.
+
+    That release has the weights of the best validation or, without a validation before the end, of the last step.
     """
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     kill_after_a_checkpoint(start(killed, validate_tokens, processes=1), killed)
@@ -118,8 +121,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, validate_
     assert not (killed / NAME).exists()
 
 
-def test_two_killed_processes_go_on_to_the_same_weights(tmp_path: Path) -> None:
-    """The same for two processes, each with counts of its own; one process alone does not go on from where two were."""
+def test_two_killed_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
+    """Two processes, each with its own sketch, resume likewise; one process cannot resume a checkpoint of two."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     kill_after_a_checkpoint(start(killed, 100_000, processes=2), killed)
     with pytest.raises(CheckpointError, match="by 2 processes, not 1"):
@@ -133,7 +136,7 @@ def test_two_killed_processes_go_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def start(folder: Path, validate_tokens: int, *, processes: int) -> list[subprocess.Popen[str]]:
-    """The processes of one training, told of each other as torchrun does it."""
+    """Start the processes of one training, with the environment variables of torchrun."""
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
@@ -147,7 +150,7 @@ def start(folder: Path, validate_tokens: int, *, processes: int) -> list[subproc
 
 
 def kill_after_a_checkpoint(processes: list[subprocess.Popen[str]], folder: Path) -> None:
-    """End a training with SIGKILL as soon as there is something to go on from."""
+    """Kill a training with SIGKILL as soon as there is a checkpoint."""
     deadline = time.monotonic() + 60
     while not (folder / NAME).exists() and time.monotonic() < deadline and processes[0].poll() is None:
         time.sleep(0.01)
@@ -159,7 +162,7 @@ def kill_after_a_checkpoint(processes: list[subprocess.Popen[str]], folder: Path
 
 @pytest.mark.parametrize("rows_max", [5_000, 800], ids=["in memory", "in shards"])
 def test_two_processes_train_one_release(tmp_path: Path, rows_max: int) -> None:
-    """Under torchrun two processes read different batches, end with equal weights, and one of them speaks."""
+    """Two processes under torchrun train one release, and only the main process prints."""
     table = walks_table(SEED, users=40, items=30, length=40, follows=0.9)
     pyarrow.parquet.write_table(table, tmp_path / "actions.parquet")
     (tmp_path / "run.toml").write_text(
@@ -183,8 +186,8 @@ def test_two_processes_train_one_release(tmp_path: Path, rows_max: int) -> None:
     assert load_release(tmp_path / "release").training["tokens"] >= 4_000
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    """A folder with the checkpoint of another recipe is not gone on with, and one that is damaged says so."""
+def test_a_checkpoint_of_another_recipe_is_rejected(tmp_path: Path) -> None:
+    """A checkpoint of another recipe is not resumed, and a damaged one is an error."""
     log = walks(SEED, users=8, length=12)
 
     class Stopped(Exception):
@@ -204,24 +207,24 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_stops_early_and_releases_the_best(tmp_path: Path) -> None:
-    """When validation no longer improves training ends before its budget; what is released scores as the best did."""
+    """Training ends before its budget when validation stops improving, and releases the best weights."""
     recipe = small_recipe(
         budget={"tokens_max": 400_000, "validate_tokens": 1_500, "patience": 2}, optimizer={"lr": 0.05}
     )
     log = walks(SEED, follows=0.6)
-    heard: list[Progress] = []
-    release = train_release(log, recipe, out_dir=tmp_path, threads=1, progress=heard.append)
+    reports: list[Progress] = []
+    release = train_release(log, recipe, out_dir=tmp_path, threads=1, progress=reports.append)
     best = release.metrics["validation_hr10"]
-    assert heard[-1].tokens < 200_000
-    assert heard[-1].metric is not None
-    assert heard[-1].metric < best
+    assert reports[-1].tokens < 200_000
+    assert reports[-1].metric is not None
+    assert reports[-1].metric < best
     split = make_split(log, recipe.split, seed=recipe.seed)
     evaluator = NextItemEvaluator(split.log, release.vocabularies, split.validation, mask_seen=False)
     assert evaluator.encoder_scores(release.model).hr10 == best
 
 
-def test_cold_items_are_read_and_never_offered() -> None:
-    """An item below `items_min` shares the unknown row, still gives a finite loss, and is nobody's target."""
+def test_rare_items_are_read_and_never_predicted() -> None:
+    """Items below `items_min` share the unknown row and are never targets; the loss stays finite."""
     log = walks(SEED, users=10, length=20, follows=0.3)
     _, counts = np.unique(log.actions["item"], return_counts=True)
     recipe = small_recipe(data={"items_min": int(np.median(counts)) + 1})
@@ -232,7 +235,7 @@ def test_cold_items_are_read_and_never_offered() -> None:
 
 
 def test_cooccurrence_brings_neighbours_together() -> None:
-    """Vectors of items that follow each other are more alike than those of items far apart, and a seed repeats them."""
+    """Items that follow each other have more similar vectors than distant ones, and equal seeds give equal vectors."""
     log = walks(SEED, users=200, items=60, length=30, follows=1.0)
     vocabularies = log.vocabularies()
     rows = vocabularies.item_rows(log.actions["item"])
@@ -249,12 +252,12 @@ def test_cooccurrence_brings_neighbours_together() -> None:
 
 
 def test_the_precision_is_one_of_two() -> None:
-    """What is measured is a dtype that training knows; "auto" in a recipe stands for it."""
+    """`faster_precision`, the choice of "auto" in a recipe, returns float32 or bfloat16."""
     assert faster_precision() in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ({"encodr": {}}, "unknown key encodr"),
         ({"encoder": {"d_modl": 3}}, "unknown key encoder.d_modl"),
@@ -264,7 +267,7 @@ def test_the_precision_is_one_of_two() -> None:
         ({"split": {"validation": 0.7, "test": 0.7}}, "leave something to train on"),
     ],
 )
-def test_a_wrong_recipe_says_what_is_wrong(values: dict[str, object], says: str) -> None:
-    """Unknown keys and impossible values are refused with their name."""
-    with pytest.raises(RecipeError, match=says):
+def test_a_wrong_recipe_names_what_is_wrong(values: dict[str, object], message: str) -> None:
+    """Unknown keys and impossible values are rejected with an error that names them."""
+    with pytest.raises(RecipeError, match=message):
         parse_recipe(values)

@@ -1,4 +1,4 @@
-"""A log that can be learned: most actions of a user are on the item that follows the last one in a circle."""
+"""A log that can be learned: most actions of a user are on the item that follows the previous one on a circle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ START_MS = 1_700_000_000_000
 
 
 def walks(seed: int, *, users: int = 40, items: int = 30, length: int = 40, follows: float = 0.9) -> ActionLog:
-    """Users step through the circle of items with probability `follows` and jump elsewhere otherwise."""
+    """Return walks on a circle of items: a user takes the next item with probability `follows`, else jumps."""
     return log_from_table(walks_table(seed, users=users, items=items, length=length, follows=follows), LogColumns())
 
 
 def walks_table(seed: int, *, users: int, items: int, length: int, follows: float) -> pa.Table:
-    """The same as a table, users mixed, in the order of time."""
+    """Return the walks as a table, ordered by time, with users interleaved."""
     rng = np.random.default_rng(seed)
     jumps = np.where(rng.random((users, length)) < follows, 1, rng.integers(2, items, (users, length)))
     item = (np.cumsum(jumps, axis=1) + rng.integers(0, items, (users, 1))) % items
@@ -35,7 +35,7 @@ def walks_table(seed: int, *, users: int, items: int, length: int, follows: floa
 
 
 def small_recipe(**changes: dict[str, object]) -> Recipe:
-    """The smallest encoder that learns a circle; `changes` are keys of the recipe's tables."""
+    """Return a recipe of the smallest encoder that learns a circle; `changes` override keys of its tables."""
     tables: dict[str, dict[str, object]] = {
         "encoder": {
             "d_model": 32,
