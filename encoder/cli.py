@@ -71,13 +71,8 @@ def train(
     path = _log_path(recipe, recipe_file, actions)
     folder = out or Path("releases") / recipe_file.stem
     with TrainingScreen(console if is_main_process() else Console(quiet=True)) as screen:
-        log = open_log(
-            path,
-            recipe.log.columns,
-            rows_max=recipe.log.rows_in_memory_max,
-            folder=folder / FOLDER,
-            progress=screen.prepare,
-        )
+        rows_max, shards = recipe.log.rows_in_memory_max, folder / FOLDER
+        log = open_log(path, recipe.log.columns, rows_max=rows_max, folder=shards, progress=screen.prepare)
         screen.line(f"{_size(log)}; the release goes to {folder}")
         release = train_release(
             log,

@@ -56,11 +56,11 @@ def softmax_loss(
 class _PooledSoftmax(torch.autograd.Function):
     """The loss with its gradients computed chunk by chunk in the forward pass, so no [P, N] matrix is ever kept.
 
-    With p_n = exp(s_pn) / Z and p = exp(s_p) / Z, where Z sums over the pool and the target:
+    With the softmax probabilities share_pn = exp(s_pn) / Z_p of the pool and share_p = exp(s_p) / Z_p of the target:
 
-        d loss / d user_p   = w_p * ( sum_n p_n * pool_n + (p - 1) * target_p )
-        d loss / d target_p = w_p * (p - 1) * user_p
-        d loss / d pool_n   = sum_p w_p * p_n * user_p
+        d loss / d user_p   = w_p * ( sum_n share_pn * pool_n + (share_p - 1) * target_p )
+        d loss / d target_p = w_p * (share_p - 1) * user_p
+        d loss / d pool_n   = sum_p w_p * share_pn * user_p
 
     `backward` only multiplies the three by the incoming gradient, a scalar.
     """
@@ -89,15 +89,15 @@ class _PooledSoftmax(torch.autograd.Function):
             mask(logits, start)
             positive = (u * t).sum(-1) - target_log_q[part]  # [C]
             highest = torch.maximum(positive, logits.amax(-1))  # [C], subtracted so that exp cannot overflow
-            p = logits.sub_(highest.unsqueeze(-1)).exp_()  # [C, N], unnormalized until below
-            p_target = (positive - highest).exp()  # [C]
-            total_p = p.sum(-1) + p_target  # [C], the Z of the docstring over exp(highest)
-            total += (w * (total_p.log() + highest - positive)).sum()
-            p = p.mul_((w / total_p).unsqueeze(-1)).to(lower)  # [C, N], now w_p * p_n
-            pull = (w * (p_target / total_p - 1)).unsqueeze(-1)  # [C, 1], w_p * (p - 1)
-            by_user[part] = (p @ rounded_pool).to(u.dtype) + pull * t
+            share = logits.sub_(highest.unsqueeze(-1)).exp_()  # [C, N], not yet divided by Z
+            target_share = (positive - highest).exp()  # [C], not yet divided by Z
+            z = share.sum(-1) + target_share  # [C], Z_p / exp(highest)
+            total += (w * (z.log() + highest - positive)).sum()
+            share = share.mul_((w / z).unsqueeze(-1)).to(lower)  # [C, N], now w_p * share_pn
+            pull = (w * (target_share / z - 1)).unsqueeze(-1)  # [C, 1], w_p * (share_p - 1)
+            by_user[part] = (share @ rounded_pool).to(u.dtype) + pull * t
             by_target[part] = pull * u
-            by_pool += (p.T @ u.to(lower)).to(u.dtype)
+            by_pool += (share.T @ u.to(lower)).to(u.dtype)
         ctx.save_for_backward(by_user, by_target, by_pool)
         return total
 

@@ -29,13 +29,15 @@ class LogConfig:
     path: str = ""
     """A `.parquet`, `.csv` or `.csv.gz` file, or a folder of Parquet files.
 
-    A relative path in a recipe file is relative to the folder of that file. `--actions` overrides it."""
+    A relative path in a recipe file is relative to the folder of that file. `--actions` overrides it.
+    """
     columns: LogColumns = field(default_factory=LogColumns)
     rows_in_memory_max: int = 30_000_000
     """Maximum number of actions in memory, at about 300 bytes each.
 
     A larger Parquet log is trained on in shards on disk, and the result then depends on this number. A shard has at
-    most half as many actions, because the validating users are kept in memory next to it."""
+    most half as many actions, because the validating users are kept in memory next to it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
