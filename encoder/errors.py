@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class StreamformerError(Exception):
-    """A failure that the code foresees, in one line of text: what happened, the detail, what to do.
+    r"""A failure that the code foresees, in one line of text: what happened, the detail, what to do.
 
     The command line prints the text and exits with code 1. Any other exception is a defect and keeps its traceback.
 
-    >>> str(StreamformerError("cannot read the log", "no such file:\\n a.csv", "check the path"))
+    >>> str(StreamformerError("cannot read the log", "no such file:\n a.csv", "check the path"))
     'cannot read the log: no such file: a.csv; check the path'
     """
 
