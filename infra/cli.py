@@ -146,7 +146,7 @@ def command_names() -> list[str]:
 
 
 def _missing(extra: str) -> list[str]:
-    absent = (package for package in SENTINELS.get(extra, ()) if package not in sys.modules)  # Faust hides its spec
+    absent = (package for package in SENTINELS.get(extra, ()) if sys.modules.get(package) is None)  # Faust hides its spec
     return [package for package in absent if importlib.util.find_spec(package) is None]
 
 
