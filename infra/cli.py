@@ -146,8 +146,9 @@ def command_names() -> list[str]:
 
 
 def _missing(extra: str) -> list[str]:
-    absent = (package for package in SENTINELS.get(extra, ()) if sys.modules.get(package) is None)  # Faust hides its spec
-    return [package for package in absent if importlib.util.find_spec(package) is None]
+    # Faust hides its spec once it is imported, so a loaded package counts as present.
+    not_loaded = (package for package in SENTINELS.get(extra, ()) if sys.modules.get(package) is None)
+    return [package for package in not_loaded if importlib.util.find_spec(package) is None]
 
 
 def _missing_extra(name: str, entry: Entry, packages: list[str]) -> MissingExtra:
