@@ -33,6 +33,7 @@ Change = Embedding | Tombstone
 
 ANSWER_MS = 5_000
 """Time that the broker has to respond at the start."""
+CHECK_ADDRESS = "check the address and that the broker is up"
 
 
 class EmbeddingSubscriber:
@@ -76,9 +77,7 @@ class EmbeddingSubscriber:
             )
             self._assign(topic, partitions)
         except KafkaError as error:
-            raise BrokerUnreachable(
-                f"no broker answers at {bootstrap_servers}", str(error), "check the address and that the broker is up"
-            ) from None
+            raise BrokerUnreachable(f"no broker answers at {bootstrap_servers}", str(error), CHECK_ADDRESS) from None
 
     @property
     def stale(self) -> int:
