@@ -130,7 +130,7 @@ def main(
         broker_or_external() as broker,
     ):
         servers = broker.bootstrap_servers
-        worker = prepare_worker("fresh", servers, Path(folder) / "fresh", job)
+        worker = prepare_worker("worker", servers, Path(folder) / "worker", job)
         with _ready(worker) as (process,):
             _fill(worker, job.encoder.sequence_length)
             rates = measure_rates(worker, process, job, Path(folder), RatePlan(USERS, plan.rounds, with_baselines))
