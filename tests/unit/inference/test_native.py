@@ -167,7 +167,7 @@ def test_built_once_into_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "broken compiler", "cache folder cannot be made"])
-def test_without_a_library_the_twin_serves(
+def test_without_a_library_the_reference_serves(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If the library cannot be built, the runtime logs one line and runs on plain torch."""
