@@ -100,6 +100,14 @@ class EncoderConfig:
         """
         return sum(window - 1 for window in self.windows) + 1
 
+    @property
+    def actions_needed(self) -> int:
+        """Number of newest actions that a caller has to keep, so that an embedding never depends on what is cached.
+
+        A streaming encoder needs one action before its receptive field, because the time since it is a feature.
+        """
+        return min(self.receptive_field + (self.kind == "streaming"), self.sequence_length)
+
 
 class TimeEncoding(nn.Module):
     """Encodes a time t as [..., 2P + 1]: cosine and sine of each fixed period with a learned phase, and a logarithm.

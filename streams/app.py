@@ -64,7 +64,7 @@ class WorkerApp:
         self._block_cache = Cache(settings.checkpoint.store_cache_bytes)
         client = settings.kafka.client_options()
         self.metrics = Metrics()
-        self.runtime = _runtime(settings)
+        self.runtime = load_encoder(settings)
         self.outputs = Outputs(_outputs_config(settings, client))
         self.partitions = Partitions(_partitions_config(settings, client), self, self.metrics)
         self.queue = EncodeQueue(self.runtime, EncodeQueuePolicy(**settings.queue.model_dump()), self.metrics)
@@ -179,19 +179,33 @@ class WorkerApp:
         self.ingest.remove(owned)
 
 
-def _runtime(settings: Settings) -> EncoderRuntime:
-    """Load the release; one thread, because more cores are used by more workers."""
+def load_encoder(settings: Settings) -> EncoderRuntime:
+    """Load the release; one thread, because more cores are used by more workers. Raises `SettingsError`."""
     encoder = settings.encoder
     if encoder.release_dir is None:
         remedy = "create a release with `streamformer train` or `make demo`"
         raise SettingsError([f"encoder.release_dir: the worker needs a release; {remedy}"])
-    return load_runtime(
+    runtime = load_runtime(
         encoder.release_dir,
         kind=encoder.runtime,
         cache_bytes_max=encoder.cache_bytes_max,
         threads=1,
         dtype=encoder.dtype,
     )
+    _check_sequence_length(settings.state.sequence_length, runtime)
+    return runtime
+
+
+def _check_sequence_length(kept: int, runtime: EncoderRuntime) -> None:
+    """Raise `SettingsError` when the state keeps fewer actions than the release looks back."""
+    if kept < runtime.actions_needed:
+        raise SettingsError(
+            [
+                f"state.sequence_length: the state keeps {kept} actions per user, but release {runtime.version} looks "
+                f"back {runtime.actions_needed}, so embeddings would depend on what is cached; set it to at least "
+                f"{runtime.actions_needed} with a new app_id, or use a release with smaller windows"
+            ]
+        )
 
 
 def _trigger_policy(settings: Settings) -> TriggerPolicy:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from streams.config.settings import Settings, printed
+from streams.config.settings import Settings, ignored_variables, printed
 from streams.options import BootstrapServers, Config, settings_of
 from streams.subscriber import Change, EmbeddingSubscriber, as_json
 from streams.wire.embeddings import Tombstone
@@ -34,7 +34,10 @@ def run_worker(settings: Settings) -> int:
     from streams.worker import Worker, log_to_stderr  # torch and Faust take seconds
 
     log_to_stderr(settings.log_level)
-    logging.getLogger(__name__).info("settings:\n%s", printed(settings))
+    logger = logging.getLogger(__name__)
+    logger.info("settings:\n%s", printed(settings))
+    if ignored := ignored_variables():
+        logger.info("ignored variables, which Kubernetes injects for a Service: %s", ", ".join(ignored))
     return Worker(settings).run()
 
 

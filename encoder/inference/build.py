@@ -3,6 +3,10 @@
 The library is built at first use for the processor at hand. It is kept in the cache folder (`$XDG_CACHE_HOME` or
 `~/.cache`) under a hash of the sources, the definitions, the compiler and the processor's features. The compiler writes
 to a temporary file that is then renamed, so workers that start together never load half a library.
+
+A library is code that runs with the worker's rights. One is therefore loaded only from a folder and a file that belong
+to this user or to root and that no other user may write. A file of another kind is compiled again; a folder of another
+kind is not used, and the library is compiled into a private folder that is removed once it is loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -33,7 +38,7 @@ def load_library(definitions: Mapping[str, int | str]) -> ctypes.CDLL | None:
         log.warning("no C++ compiler found: the encoder runs on plain torch, several times slower; install g++")
         return None
     try:
-        return ctypes.CDLL(str(build_library(compiler, definitions)))
+        return _loaded(compiler, definitions)
     except (OSError, subprocess.SubprocessError) as error:
         detail = " ".join(str(getattr(error, "stderr", "") or error).split())[:300]
         log.warning(
@@ -50,21 +55,46 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
 
-def build_library(compiler: str, definitions: Mapping[str, int | str]) -> Path:
-    """Return the library's file, compiled if it is not cached; raises `OSError` or `SubprocessError`."""
+def _loaded(compiler: str, definitions: Mapping[str, int | str]) -> ctypes.CDLL:
+    """Load the library from the cache folder, or from a private one where the cache folder cannot be used."""
+    try:
+        return ctypes.CDLL(str(build_library(compiler, definitions, cache_folder())))
+    except OSError as error:
+        log.warning("the cache of compiled kernels is not used: %s; the kernel is compiled at each start", error)
+    with tempfile.TemporaryDirectory(prefix="streamformer-kernel-") as folder:
+        return ctypes.CDLL(str(build_library(compiler, definitions, Path(folder))))
+
+
+def build_library(compiler: str, definitions: Mapping[str, int | str], folder: Path) -> Path:
+    """Return the library's file, compiled if it is not in `folder`; raises `OSError` or `SubprocessError`."""
     command = [compiler, *FLAGS, *native_flags(compiler), *(f"-D{name}={value}" for name, value in definitions.items())]
     sources = b"\0".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     identity = "\0".join([*command, compiler_version(compiler), processor_features()])
     name = hashlib.sha256(sources + b"\0" + identity.encode()).hexdigest()[:24] + ".so"
-    path = cache_folder() / name
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if reason := distrust(folder):
+        raise PermissionError(f"{folder} {reason}; remove it, or set XDG_CACHE_HOME to a folder of your own")
+    if path.exists() and (reason := distrust(path)):
+        log.warning("a compiled kernel is not loaded but compiled again: %s %s", path, reason)
+        path.unlink()
     if not path.exists():
         compile_to(path, command)
     return path
 
 
+def distrust(path: Path) -> str | None:
+    """Return why code at `path` must not be loaded; None if only this user and root can have written it."""
+    found = path.lstat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
+    return "is a link" if stat.S_ISLNK(found.st_mode) else None
+
+
 def compile_to(path: Path, command: list[str]) -> None:
     """Compile into a temporary file and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         beside = Path(folder) / path.name
         subprocess.run(
@@ -74,12 +104,16 @@ def compile_to(path: Path, command: list[str]) -> None:
             text=True,
             timeout=BUILD_TIMEOUT_S,
         )
+        beside.chmod(0o700)  # whatever the umask is
         beside.replace(path)
 
 
 def cache_folder() -> Path:
-    """Return the folder that built libraries are kept in."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the folder that built libraries are kept in; raises `OSError` where this user has no home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a container whose user id has no entry in /etc/passwd, and no HOME
+        raise FileNotFoundError(f"{error}") from None
     return Path(base) / "streamformer" / "kernels"
 
 

@@ -40,6 +40,7 @@ class _FullRuntime:
         self.prefills = 0
         self.embedding_dim = release.config.embedding_dim
         self.sequence_length = release.config.sequence_length
+        self.actions_needed = release.config.actions_needed
         self._reach = reach
         self._users_max = users_max
 

@@ -31,6 +31,7 @@ class IncrementalRuntime:
         self.version = version
         self.embedding_dim = config.embedding_dim
         self.sequence_length = config.sequence_length
+        self.actions_needed = config.actions_needed
         self.dtype = forward.dtype
         self.prefills = 0
         """Number of times that a user was computed from its kept actions because no slot could be extended."""

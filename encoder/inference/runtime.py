@@ -38,6 +38,8 @@ class EncoderRuntime(Protocol):
     embedding_dim: int
     sequence_length: int
     """Number of newest actions that an embedding can depend on, M; callers pass at most M rows per user."""
+    actions_needed: int
+    """Number of newest actions that callers have to keep per user; with fewer, embeddings depend on what is cached."""
     dtype: str
     """Type of the matrix products: `float32` or `bfloat16`."""
     extensions: int

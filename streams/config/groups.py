@@ -139,7 +139,8 @@ class StateSettings(Group):
     """Sequences of one partition's users."""
 
     sequence_length: Positive = 256
-    """Number of actions kept per user; cannot change while the state exists."""
+    """Number of actions kept per user; at least what the release looks back, which a start checks. It cannot change
+    while the state exists."""
     chunk_length: Positive = 16
     """Number of actions stored per record; divides `sequence_length` and cannot change while the state exists."""
     hot_users_max: Positive = 65_536

@@ -18,6 +18,7 @@ from pydantic import SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
+from streams.config.environment import PREFIX, did_you_mean, injected_variables, is_injected
 from streams.config.groups import (
     CheckpointSettings,
     DecodeSettings,
@@ -35,7 +36,6 @@ from streams.config.groups import (
 )
 from streams.errors import SettingsError
 
-PREFIX = "STREAMFORMER_"
 CONFIG_VARIABLE = "STREAMFORMER_CONFIG"
 
 
@@ -100,7 +100,7 @@ def load_settings(config_file: Path | None = None) -> Settings:
 
     Raises `SettingsError`, which lists every problem with its key.
     """
-    problems = [f"{name}: unknown variable" for name in _unknown_variables(os.environ)]
+    problems = _unknown_variables(os.environ)
     content = _toml(config_file, problems)
     try:
         settings = Settings(**content)
@@ -157,6 +157,13 @@ class _SecretUnreadable(Exception):
 class _Environment(EnvSettingsSource):
     """The environment, with secrets read from the files that `*_FILE` variables name, less the final newline."""
 
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        """Return the variables of settings; others are reported or ignored by `load_settings`."""
+        found, known = super()._load_env_vars(), _known_variables()
+        return {
+            name: value for name, value in found.items() if name.upper() in known and not is_injected(name, value or "")
+        }
+
     def __call__(self) -> dict[str, Any]:
         content = super().__call__()
         for key in secret_keys():
@@ -173,9 +180,20 @@ class _Environment(EnvSettingsSource):
             raise _SecretUnreadable(f"{key} ({variable(key)}_FILE): cannot read {path}: {error}") from None
 
 
+def ignored_variables() -> list[str]:
+    """Return the variables that begin with our prefix and are ignored, because Kubernetes has injected them."""
+    return injected_variables(os.environ)
+
+
+def _known_variables() -> set[str]:
+    return {variable(key) for key in keys()} | {f"{variable(key)}_FILE" for key in secret_keys()} | {CONFIG_VARIABLE}
+
+
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    known = {variable(key) for key in keys()} | {f"{variable(key)}_FILE" for key in secret_keys()} | {CONFIG_VARIABLE}
-    return sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    known = _known_variables()
+    ours = [name for name, value in environ.items() if name.upper().startswith(PREFIX) and not is_injected(name, value)]
+    unknown = sorted(name for name in ours if name.upper() not in known)
+    return [f"{name}: unknown variable{did_you_mean(name.upper(), sorted(known), PREFIX)}" for name in unknown]
 
 
 def _toml(config_file: Path | None, problems: list[str]) -> dict[str, Any]:
@@ -195,6 +213,7 @@ def _problem(error: Any) -> str:
     if not key:
         return str(text)
     if key not in set(keys()):
-        return f"{key}: {'unknown key' if error['type'] == 'extra_forbidden' else text}"
+        unknown = f"unknown key{did_you_mean(key, list(keys()))}"
+        return f"{key}: {unknown if error['type'] == 'extra_forbidden' else text}"
     got = "" if _is_secret(key) else f", got {str(error['input'])[:60]!r}"
     return f"{key} ({variable(key)}): {text[:1].lower()}{text[1:]}{got}"

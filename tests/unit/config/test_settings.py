@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from streams.config.settings import Settings, keys, load_settings, printed, secret_keys, variable
+from streams.config.environment import is_injected
+from streams.config.settings import (
+    Settings,
+    ignored_variables,
+    keys,
+    load_settings,
+    printed,
+    secret_keys,
+    variable,
+)
 from streams.encoding.queue import EncodeQueuePolicy
 from streams.errors import SettingsError
 from streams.wire.actions import DecodeLimits
@@ -198,3 +207,59 @@ def test_settings_that_contradict_each_other_are_rejected(monkeypatch: pytest.Mo
     assert load_settings().state.hot_users_max == 100
     monkeypatch.setenv("STREAMFORMER_CHECKPOINT_INTERVAL_MS", "30000")
     assert [problem.split(" ")[0] for problem in problems_of()] == ["checkpoint.interval_ms"]
+
+
+KUBERNETES = {
+    "STREAMFORMER_SERVICE_HOST": "10.96.0.7",
+    "STREAMFORMER_SERVICE_PORT": "9464",
+    "STREAMFORMER_SERVICE_PORT_HTTP_METRICS": "9464",
+    "STREAMFORMER_PORT": "tcp://10.96.0.7:9464",
+    "STREAMFORMER_PORT_9464_TCP": "tcp://10.96.0.7:9464",
+    "STREAMFORMER_PORT_9464_TCP_PROTO": "tcp",
+    "STREAMFORMER_PORT_9464_TCP_PORT": "9464",
+    "STREAMFORMER_PORT_9464_TCP_ADDR": "10.96.0.7",
+    "STREAMFORMER_PORT_53_UDP_ADDR": "10.96.0.7",
+    "STREAMFORMER_WEB_SERVICE_HOST": "10.96.0.8",
+    "STREAMFORMER_WEB_PORT": "tcp://10.96.0.8:80",
+    "STREAMFORMER_KAFKA_SERVICE_HOST": "10.96.0.9",
+    "STREAMFORMER_KAFKA_PORT_9092_TCP_ADDR": "10.96.0.9",
+}
+"""What a container finds whose namespace has Services `streamformer`, `streamformer-web` and `streamformer-kafka`."""
+
+
+def test_variables_that_kubernetes_injects_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services named after the product change no setting and are no problem, even where a name is that of a setting."""
+    before = printed(load_settings())
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert printed(load_settings()) == before
+    assert ignored_variables() == sorted(KUBERNETES)
+
+
+def test_no_setting_is_taken_for_an_injected_variable() -> None:
+    """The variable of no setting has a name that Kubernetes injects; only a URL as `..._PORT` is taken for one."""
+    assert not [key for key in keys() if is_injected(variable(key), "9464")]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("STREAMFORMER_KAFKA_BOOTSTRAP_SERVER", "STREAMFORMER_KAFKA_BOOTSTRAP_SERVERS"),
+        ("STREAMFORMER_RELEASE_DIR", "STREAMFORMER_ENCODER_RELEASE_DIR"),
+        ("STREAMFORMER_SERVICE_HOSTS", None),
+    ],
+)
+def test_an_unknown_variable_is_an_error_that_names_the_nearest(
+    name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A misspelt variable is an error with the variable that was probably meant, if there is a similar one."""
+    monkeypatch.setenv(name, "x")
+    (problem,) = problems_of()
+    assert problem == f"{name}: unknown variable" + (f"; did you mean {meant}?" if meant else "")
+
+
+def test_an_unknown_key_of_the_file_names_the_nearest(tmp_path: Path) -> None:
+    """A misspelt key of the file is reported with the key that was probably meant."""
+    file = tmp_path / "s.toml"
+    file.write_text("[web]\nprot = 1\n")
+    assert problems_of(file) == ["web.prot: unknown key; did you mean web.port?"]

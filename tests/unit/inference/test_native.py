@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from encoder.inference.build import find_compiler
+from encoder.inference.build import distrust, find_compiler
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.native import Library, NativeKernel
 from encoder.inference.plan import plan_tokens, reaches
@@ -166,7 +166,66 @@ def test_built_once_into_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "broken compiler", "cache folder cannot be made"])
+@needs_compiler
+@pytest.mark.parametrize("shared", ["file", "folder"])
+def test_code_that_others_may_write_is_not_loaded(
+    shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cached library or folder that other users may write is not loaded; the kernel is compiled again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "streamformer" / "kernels"
+    geometry = Geometry(2, 1, 6, (4,), torch.float32, torch.float32)
+    assert Library.load(geometry)
+    (built,) = folder.iterdir()
+    assert built.stat().st_mode & 0o077 == 0
+    built.unlink()  # the loaded library stays mapped
+    built.write_bytes(b"code of another user")
+    (built if shared == "file" else folder).chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        library = Library.load(geometry)
+    assert library is not None
+    assert library.bytes_per_slot() > 0
+    assert "can be written by other users (mode 777)" in caplog.text
+    assert (built.read_bytes() == b"code of another user") is (shared == "folder")
+
+
+def test_code_of_another_owner_is_distrusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file of this user is trusted, one of another user is not, and a link is not."""
+    file, link = tmp_path / "kernel.so", tmp_path / "link.so"
+    file.touch(0o700)
+    link.symlink_to(file)
+    assert distrust(file) is None
+    assert distrust(link) is not None
+    os.chown(file, 1234, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    assert str(distrust(file)).startswith("belongs to user")
+
+
+@needs_compiler
+def test_a_container_without_a_home_compiles_into_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a home, or with a cache folder that cannot be made, each start compiles, and no file is left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "streamformer").write_text("a file where a folder should be")
+    geometry = Geometry(2, 1, 6, (4,), torch.float32, torch.float32)
+    for home in ("none", "unusable"):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", "" if home == "none" else str(tmp_path))
+            if home == "none":
+                patch.setattr(Path, "home", _no_home)
+            assert Library.load(geometry)
+        assert "the kernel is compiled at each start" in caplog.text
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "broken compiler"])
 def test_without_a_library_the_reference_serves(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,12 +234,8 @@ def test_without_a_library_the_reference_serves(
     if fault == "no compiler":
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
-    elif fault == "broken compiler":
-        monkeypatch.setenv("CXX", "false")
-    elif find_compiler() is None:
-        pytest.skip("needs a C++ compiler")
     else:
-        (tmp_path / "streamformer").write_text("a file where a folder should be")
+        monkeypatch.setenv("CXX", "false")
     release = random_release(SMALL, 1)
     with caplog.at_level(logging.WARNING):
         kernel, _ = make_kernel(release, Precision(), 1 << 20)

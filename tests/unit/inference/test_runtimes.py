@@ -92,6 +92,24 @@ def test_full_equals_forward_for_both_encoders(tmp_path: Path) -> None:
         assert runtime.sequence_length == config.sequence_length
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_actions_needed_is_the_least_that_makes_the_cache_invisible(shape: str, missing: int) -> None:
+    """With `actions_needed` kept actions a cached user has the embedding of a cold one; with one fewer it has not."""
+    rng = np.random.default_rng(9)
+    release = random_release(SHAPES[shape], 9)
+    cached, cold = (
+        make_incremental(release, cache_bytes_max=1 << 20, precision=Precision(), native=False) for _ in range(2)
+    )
+    one = User(b"u", random_actions(rng, 60), cached.actions_needed - missing)
+    worst = 0.0
+    for _ in range(30):
+        one.append(rng, 1)
+        cold.clear()
+        worst = max(worst, float(np.abs(cached.embed(sequences([one])) - cold.embed(sequences([one]))).max()))
+    assert (worst <= 1e-5) is (missing == 0)
+
+
 def test_more_cold_users_than_slots() -> None:
     """A batch of more users than slots is still embedded, in the order of the batch."""
     rng = np.random.default_rng(7)

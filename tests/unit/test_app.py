@@ -1,0 +1,51 @@
+"""What a worker checks before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from encoder.model import EncoderConfig
+from streams.app import load_encoder
+from streams.config.groups import EncoderSettings, StateSettings
+from streams.config.settings import Settings
+from streams.errors import SettingsError
+from tests.unit.inference.histories import random_release
+
+STREAMING = EncoderConfig(
+    d_model=16, heads=2, kv_heads=1, windows=(9, 8), embedding_dim=8, item_dim=8, sequence_length=32
+)
+"""Looks back 16 actions, and needs the time of the one before."""
+WINDOW = EncoderConfig(
+    kind="window",
+    d_model=16,
+    heads=2,
+    kv_heads=2,
+    windows=(16, 16),
+    embedding_dim=8,
+    item_dim=8,
+    sequence_length=16,
+    time_bias=False,
+)
+
+
+def settings(folder: Path, config: EncoderConfig, kept: int) -> Settings:
+    """Save a release of an encoder; return settings that run it on a state of `kept` actions per user."""
+    random_release(config, 1).save(folder)
+    runtime = "incremental" if config.kind == "streaming" else "full"
+    return Settings(
+        state=StateSettings(sequence_length=kept, chunk_length=1),
+        encoder=EncoderSettings(release_dir=folder, runtime=runtime, dtype="fp32", cache_bytes_max=1 << 20),
+    )
+
+
+@pytest.mark.parametrize(("config", "needed"), [(STREAMING, 17), (WINDOW, 16)])
+def test_a_state_shorter_than_the_release_looks_back_is_refused(
+    config: EncoderConfig, needed: int, tmp_path: Path
+) -> None:
+    """A worker refuses to start when the state keeps fewer actions than the release looks back, and names both."""
+    for kept in (8, needed - 1):
+        with pytest.raises(SettingsError, match=rf"keeps {kept} actions .* looks back {needed}.* at least {needed}"):
+            load_encoder(settings(tmp_path, config, kept))
+    assert load_encoder(settings(tmp_path, config, needed)).actions_needed == needed
