@@ -33,8 +33,9 @@ A checkpoint (see streams.storage.checkpoint) begins once and ends once:
 
 A user is *due* from the moment a trigger fires until `finish_job` acknowledges a source offset that covers what the
 trigger wanted. Being due is part of the persisted state: a checkpoint need not wait for the encoder, and a crash
-loses no due user. A user that was handed over is not handed over again before `begin_job` has taken it, and is not
-evicted before `finish_job`, `retry_job` or `requeue` has returned it.
+loses no due user. A user that was handed over is not handed over again before `begin_job` has taken it, unless for a
+more valuable reason, so that the queue can move it up. It is not evicted before `finish_job`, `retry_job` or `requeue`
+has returned it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from streams.core.columns import Columns, rows_where, run_lengths, run_starts
 from streams.core.deadlines import Deadlines
 from streams.core.effects import Effects
 from streams.core.jobs import EncodeJob
-from streams.core.layout import NEVER, Snapshot, StateLimits, StoredSequences
+from streams.core.layout import LONG_AGO, NEVER, Snapshot, StateLimits, StoredSequences
 from streams.core.merge import Outcome
 from streams.core.policy import TriggerPolicy
 from streams.core.sequences import Applied, SequenceState
@@ -117,7 +118,7 @@ class PartitionState:
         rows = np.setdiff1d(rows, sequences.rows_of([user for user in spare if user in sequences.row_of]))
         wanted = max(room, self.limits.hot_users_max // 8) - sequences.room
         rows = sequences.least_recently_used(rows, wanted)
-        due_ms = sequences.headers["due_ms"][rows]
+        due_ms = self._look_at_ms(rows)
         users = sequences.drop(rows)
         waiting = rows_where(due_ms != NEVER)
         self._deadlines.add_cold([users[index] for index in waiting.tolist()], due_ms[waiting])
@@ -139,10 +140,15 @@ class PartitionState:
         popped, cold = self._deadlines.pop(now_ms, self.limits.wake_users_max)
         self._sequences.live["wheel_ms"][popped] = NEVER
         headers, live = self._sequences.columns(popped)
-        rows = popped[(headers["due_ms"] <= now_ms) & ~live["queued"] & ~live["in_job"]]
+        is_time = np.maximum(headers["due_ms"], live["retry_ms"]) <= now_ms
+        rows = popped[is_time & ~live["queued"] & ~live["in_job"]]
         headers, live = self._sequences.columns(rows)
+        before = headers.copy()
         go = self._triggers.on_deadline(headers, live, now_ms)
-        live["dirty"] = True
+        # A user that is handed over again, after it was shed or its job failed, differs in `last_encoded_ms` only. That
+        # is not worth a record: users that are shed every second would be written to the changelog every second.
+        for column in ("reason", "due_offset", "due_ms"):
+            live["dirty"] |= headers[column] != before[column]
         self._sequences.put(rows, headers, live)
         self._enter(popped)
         none = np.zeros(0, np.int64)
@@ -218,7 +224,10 @@ class PartitionState:
         self._enter(rows)
 
     def requeue(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
-        """Put back distinct `users` that the encode queue shed: those still due are due again after the delay."""
+        """Put back distinct `users` that the encode queue shed: those still due are handed over after the delay.
+
+        They were not encoded, so no cooldown holds them back.
+        """
         self._delay(users, "queued", now_ms + delay_ms)
 
     def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
@@ -315,13 +324,17 @@ class PartitionState:
         headers["reason"] = np.where(done, 0, headers["reason"])
         headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
 
-    def _delay(self, users: Sequence[bytes], ended: str, due_ms: int) -> None:
-        """End the live flag `ended` of users, and set their deadline unless they are queued again."""
+    def _delay(self, users: Sequence[bytes], ended: str, retry_ms: int) -> None:
+        """End the live flag `ended` of users, and hold them back until `retry_ms` unless they are queued again.
+
+        The delay is kept in memory only. What is stored of these users says that they are due, and that stays true.
+        """
         rows = self._sequences.rows_of([users[index] for index in self._hot(users).tolist()])
         headers, live = self._sequences.columns(rows)
-        live[ended], live["dirty"] = False, True
+        live[ended] = False
         waits = (headers["reason"] != 0) & ~live["queued"]
-        headers["due_ms"] = np.where(waits, due_ms, headers["due_ms"])
+        live["retry_ms"] = np.where(waits, retry_ms, live["retry_ms"])
+        headers["last_encoded_ms"] = np.where(waits, LONG_AGO, headers["last_encoded_ms"])
         self._sequences.put(rows, headers, live)
         self._enter(rows)
 
@@ -352,11 +365,16 @@ class PartitionState:
         """Enter users into the wheel whose deadline is before their earliest entry there."""
         if not len(rows):
             return
-        due_ms, live = self._sequences.headers["due_ms"][rows], self._sequences.live
+        due_ms, live = self._look_at_ms(rows), self._sequences.live
         sooner = rows_where((due_ms < live["wheel_ms"][rows]) & ~live["queued"][rows] & ~live["in_job"][rows])
         if len(sooner):
             live["wheel_ms"][rows[sooner]] = due_ms[sooner]
             self._deadlines.add(rows[sooner], due_ms[sooner])
+
+    def _look_at_ms(self, rows: I64) -> I64:
+        """Return when each user is to be looked at: its deadline, but not before `retry_ms`; NEVER without one."""
+        at_ms: I64 = np.maximum(self._sequences.headers["due_ms"][rows], self._sequences.live["retry_ms"][rows])
+        return at_ms
 
     def _phases_ms(self, users: Sequence[bytes]) -> I64:
         """Return a fixed shift per user, 0 to `spread_ms`, so that deadlines do not fall due all at once."""

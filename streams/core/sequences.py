@@ -40,6 +40,7 @@ LIVE_DTYPE = np.dtype(
         ("last_applied_ms", "<i8"),  # processing time of the last action
         ("wheel_ms", "<i8"),  # deadline of the user's earliest entry in the wheel, NEVER without one
         ("phase_ms", "<i8"),  # shift of the user's deadlines
+        ("retry_ms", "<i8"),  # processing time until which a user waits that was shed or whose job failed
         ("since_job", "<u4"),  # actions since that job
         ("used", "<u4"),  # number of the batch that last touched the user
         ("stored_keys", "<u2"),  # chunk keys that are stored

@@ -62,20 +62,21 @@ class Triggers:
         self._count_since_job(live, touched.fresh, is_fresh, now_ms)
         reasons = self._reasons(headers, live, touched)
         fired = is_fresh & (reasons > 0)
-        self._want(headers, fired, reasons)
+        promoted = self._want(headers, fired, reasons)
         if self.policy.has_timers and not fired.all():
             self.set_timers(headers, live)
-        return self._hand_over(headers, live, fired, now_ms)
+        return self._hand_over(headers, live, fired, promoted, now_ms)
 
     def on_deadline(self, headers: Columns, live: Columns, now_ms: int) -> Bool:
         """Fire the timers of users whose `due_ms` has come; return which users are to be handed over now [U]."""
         waiting = headers["reason"] == 0
-        stale_ms = self._stale_ms(headers, live)
-        reasons = np.where(stale_ms <= now_ms, Reason.MAX_STALENESS, Reason.SESSION_END).astype(np.uint8)
-        fired = waiting & (headers["unencoded"] > 0)
-        self._want(headers, fired, reasons)
+        is_stale = self._stale_ms(headers, live) <= now_ms
+        reasons = np.where(is_stale, Reason.MAX_STALENESS, Reason.SESSION_END).astype(np.uint8)
+        # A user that was shed for a lesser reason is promoted once its staleness bound has passed.
+        fired = (waiting | is_stale) & (headers["unencoded"] > 0)
+        promoted = self._want(headers, fired, reasons)
         headers["due_ms"][headers["reason"] == 0] = NEVER
-        return self._hand_over(headers, live, headers["reason"] != 0, now_ms)
+        return self._hand_over(headers, live, headers["reason"] != 0, promoted, now_ms)
 
     def set_timers(self, headers: Columns, live: Columns) -> None:
         """Set the deadline of users that are not due, from the times of their unencoded actions and last action."""
@@ -105,25 +106,35 @@ class Triggers:
                 reasons[touched.first] = reason
         return reasons
 
-    def _want(self, headers: Columns, fired: Bool, reasons: U8) -> None:
-        """Make users due for an embedding of all that is applied; of two reasons the more valuable one is kept."""
-        better = fired & (self.ranks[reasons] < self.ranks[headers["reason"]])
+    def _want(self, headers: Columns, fired: Bool, reasons: U8) -> Bool:
+        """Make users due for an embedding of all that is applied; of two reasons the more valuable one is kept.
+
+        Return the users whose reason is more valuable than before [U].
+        """
+        better: Bool = fired & (self.ranks[reasons] < self.ranks[headers["reason"]])
         headers["reason"] = np.where(better, reasons, headers["reason"])
         headers["due_offset"] = np.where(fired, headers["applied_offset"], headers["due_offset"])
+        return better
 
-    def _hand_over(self, headers: Columns, live: Columns, due: Bool, now_ms: int) -> Bool:
-        """Return the `due` users that are not cooling down and not queued [U]; delay the others until they have cooled.
+    def _hand_over(self, headers: Columns, live: Columns, due: Bool, promoted: Bool, now_ms: int) -> Bool:
+        """Return the users to put into the encode queue [U]: due ones that wait for nothing, and promoted ones.
 
-        Every due user has a deadline, even while it is queued or in a job, because a restart finds it by its deadline.
+        A queued user is handed over again only if it is promoted, so that the queue moves it up. A user that cools down
+        is due when it has cooled. A user that was shed or whose job failed waits until `retry_ms`, unless it is
+        promoted. Every due user has a deadline, even while it is queued or in a job, because a restart finds it by its
+        deadline.
         """
         ready_ms = np.minimum(headers["last_encoded_ms"], now_ms) + self.policy.cooldown_ms
         cooling = due & (ready_ms > now_ms) & ~live["queued"]
-        go: Bool = due & ~cooling & ~live["queued"]
+        held = (live["retry_ms"] > now_ms) & ~promoted
+        go: Bool = due & ~cooling & ~held & ~live["queued"]
         at_latest_ms = np.where(due, np.minimum(headers["due_ms"], now_ms), headers["due_ms"])
         headers["due_ms"] = np.where(cooling, ready_ms, at_latest_ms)
         headers["last_encoded_ms"] = np.where(go, now_ms, headers["last_encoded_ms"])
+        moved_up: Bool = due & promoted & live["queued"]
         live["queued"] |= go
-        return go
+        live["retry_ms"][go] = 0
+        return go | moved_up
 
     def _stale_ms(self, headers: Columns, live: Columns) -> I64:
         """Return when the oldest unencoded action becomes too stale [U], earlier by the user's phase, so never late."""

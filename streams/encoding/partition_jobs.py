@@ -28,7 +28,7 @@ PUBLISH_RETRY_MS = 500
 SHED_RETRY_MS = 1_000
 """Delay after which users are due again for whom the queue had no room."""
 REJECTED_RETRY_MS = 60_000
-"""Delay after which a user that the encoder cannot embed is tried again, unless it acts before."""
+"""Delay after which a user that the encoder cannot embed is tried again, unless it becomes due for a better reason."""
 
 
 class PartitionJobs:

@@ -125,6 +125,7 @@ class EncodeQueue:
                 if waits_at >= priority:
                     continue
                 del self._waiting[waits_at][user]
+                self._metrics.promoted.inc(reason=Reason(reason).label)
             self._priority_of[user] = priority
             self._waiting.setdefault(priority, {})[user] = owner, reason
         if len(self) > self._policy.users_max:

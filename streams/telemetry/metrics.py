@@ -207,6 +207,11 @@ class Metrics:
         self.shed = Counter(
             "streamformer_shed_total", "Due users that a full queue did not take, by reason; they stay due.", "reason"
         )
+        self.promoted = Counter(
+            "streamformer_promoted_total",
+            "Waiting users moved up in the encode queue, by the more valuable reason for which they became due.",
+            "reason",
+        )
         self.encode_batches = Counter("streamformer_encode_batches_total", "Batches encoded.")
         self.encoded_users = Counter("streamformer_encoded_users_total", "Embeddings computed.")
         self.encode_seconds = Histogram(

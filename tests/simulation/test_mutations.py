@@ -149,11 +149,22 @@ def cooldown_is_ignored(patch: Patch) -> None:
     """Hand users over within their cooldown."""
     hand_over = Triggers._hand_over
 
-    def hasty(self: Triggers, headers: Any, live: Any, due: Any, now_ms: int) -> Any:
+    def hasty(self: Triggers, headers: Any, live: Any, due: Any, promoted: Any, now_ms: int) -> Any:
         headers["last_encoded_ms"] = LONG_AGO
-        return hand_over(self, headers, live, due, now_ms)
+        return hand_over(self, headers, live, due, promoted, now_ms)
 
     patch.setattr(Triggers, "_hand_over", hasty)
+
+
+def promotions_are_lost(patch: Patch) -> None:
+    """Hand a user that waits in the queue over only once, whatever it does in the meantime."""
+    hand_over = Triggers._hand_over
+
+    def once(self: Triggers, headers: Any, live: Any, due: Any, promoted: Any, now_ms: int) -> Any:
+        waits = live["queued"].copy()
+        return hand_over(self, headers, live, due, promoted, now_ms) & ~waits
+
+    patch.setattr(Triggers, "_hand_over", once)
 
 
 def staleness_fires_late(patch: Patch) -> None:
@@ -195,6 +206,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     outdated_embeddings_are_published,
     due_users_are_lost_in_a_crash,
     cooldown_is_ignored,
+    promotions_are_lost,
     staleness_fires_late,
     a_batch_may_evict_its_own_users,
     chunks_are_not_written,

@@ -9,7 +9,7 @@ The checks, by invariant of the design:
    covered by an output;
 5. (monotone) per user and version, source offsets in the output topic increase strictly;
 6. (no poison) exactly the malformed records are rejected;
-7. (bounded) there are never more users in memory than the limit.
+7. (bounded) there are never more users in memory than the limit, and a strong action moves its user up in the queue.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from infra.harness.simulation.model import Event, Model
 from infra.harness.simulation.worker import LIMITS, Died, Disk, Violation, Worker
 from streams.core.columns import Columns
 from streams.core.deadlines import BUCKET_MS
+from streams.core.policy import Reason
 from streams.storage.reader import read_users
 
 BEGIN_MS = 1_700_000_000_000
@@ -217,8 +218,11 @@ class Simulation:
                 continue
             if event.tombstone:
                 self.worker.unencoded_since_ms.pop(event.user, None)
+                self.worker.strong_users.discard(event.user)
             elif offset > max((o.offset for o in self.broker.outputs if o.user == event.user), default=-1):
                 self.worker.unencoded_since_ms.setdefault(event.user, self.worker.now_ms)
+                if event.strong and self.history.policy.strong:
+                    self.worker.strong_users.add(event.user)
 
     def _pass(self, ms: int) -> None:
         """Let time pass in steps of one bucket, so that deadlines fire on time."""
@@ -279,6 +283,7 @@ class Simulation:
     def _check(self, *, sequences: bool) -> None:
         self._check_outputs()
         self._check_freshness()
+        self._check_promoted()
         if self.worker.state.hot_users > LIMITS.hot_users_max:
             raise Violation(f"{self.worker.state.hot_users} users in memory")
         if sequences:
@@ -343,6 +348,14 @@ class Simulation:
                 raise Violation(
                     f"{user!r} has waited since {since_ms}; the bound was {bound_ms}, now it is {worker.now_ms}"
                 )
+
+    def _check_promoted(self) -> None:
+        """A user that waits in the queue and has made a strong action waits at least at the priority of that reason."""
+        priorities = self.history.policy.priorities
+        strong = len(priorities) - priorities.index(Reason.STRONG)
+        for user in self.worker.strong_users & self.worker.queue.keys():
+            if self.worker.queue[user] < strong:
+                raise Violation(f"{user!r} waits at priority {self.worker.queue[user]} and has made a strong action")
 
     def _check_covered(self, user: bytes) -> None:
         last = max((o.offset for o in self.broker.outputs if o.user == user), default=-1)

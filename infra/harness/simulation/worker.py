@@ -93,6 +93,8 @@ class Worker:
     unencoded_since_ms: dict[bytes, int] = field(default_factory=dict)
     """Processing time of each user's oldest action that this worker applied and no job contains."""
     shed_users: set[bytes] = field(default_factory=set)
+    strong_users: set[bytes] = field(default_factory=set)
+    """Users with a strong action that this worker applied and no job contains."""
 
     def start(self) -> None:
         """Fence predecessors, restore, prove the restore complete, and seed the state."""
@@ -173,8 +175,9 @@ class Worker:
 
     def _perform(self, effects: Effects) -> None:
         for user, priority in zip(effects.due, effects.priorities.tolist(), strict=True):
-            if user in self.queue:
-                raise Violation(f"{user!r} was handed over while it was queued")
+            if user in self.queue:  # a promotion: no new hand-over, so no cooldown applies
+                self.queue[user] = max(priority, self.queue[user])
+                continue
             if self.now_ms < self.handed_over_ms.get(user, -(10**9)) + self.policy.cooldown_ms:
                 raise Violation(f"{user!r} was handed over within its cooldown")
             self.queue[user] = priority
@@ -194,6 +197,7 @@ class Worker:
         job = self.state.begin_job(taken)
         for user in job.sequences.users:
             self.unencoded_since_ms.pop(user, None)
+            self.strong_users.discard(user)
         if len(job):
             self.jobs.append(job)
 

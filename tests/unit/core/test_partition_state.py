@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streams.core.layout import StateLimits, nothing_stored
+from streams.core.layout import StateLimits, StoredSequences, nothing_stored
 from streams.core.partition_state import PartitionState
-from streams.core.policy import TriggerPolicy
+from streams.core.policy import Reason, TriggerPolicy
 from tests.unit.core.build import LIMITS, batch, items_of, state_of
 
 NOW_MS = 1_000_000
@@ -198,3 +198,48 @@ def test_event_of_a_user_not_loaded_is_an_error() -> None:
     with pytest.raises(KeyError):
         state.apply(batch([b"a", b"x"], [1, 1]), NOW_MS)
     assert items_of(state, b"a") == []
+
+
+def test_a_waiting_user_is_handed_over_again_for_a_more_valuable_reason_only() -> None:
+    """A queued user that makes a strong action is handed over again, once; further plain and strong actions are not."""
+    state = state_of(TriggerPolicy(strong=frozenset({"buy"}), cooldown_ms=5_000), [b"a"])
+    assert state.apply(batch([b"a"], [1]), NOW_MS).reasons.tolist() == [Reason.EVERY_N]
+    assert state.apply(batch([b"a"], [2], offset=1), NOW_MS).due == []
+    promoted = state.apply(batch([b"a"], [3], offset=2, actions=["buy"]), NOW_MS)
+    assert (promoted.due, promoted.reasons.tolist(), promoted.priorities.tolist()) == ([b"a"], [Reason.STRONG], [5])
+    assert state.apply(batch([b"a"], [4], offset=3, actions=["buy"]), NOW_MS).due == []
+    assert state.begin_job([b"a"]).offsets.tolist() == [3]
+    assert state.begin_job([b"a"]).sequences.users == [b"a"]  # still due, but no longer queued
+
+
+def test_a_shed_user_is_promoted_by_a_strong_action_and_by_its_staleness_bound() -> None:
+    """A shed user waits for its delay, except after a strong action; past its staleness bound it has that priority."""
+    policy = TriggerPolicy(strong=frozenset({"buy"}), max_staleness_ms=3_000)
+    state = state_of(policy, [b"a", b"b"])
+    state.apply(batch([b"a", b"b"], [1, 1]), NOW_MS)
+    state.requeue([b"a", b"b"], NOW_MS, 5_000)
+    assert state.apply(batch([b"a", b"b"], [2, 2], offset=2, actions=["see", "buy"]), NOW_MS).due == [b"b"]
+    late = state.fire_timers(NOW_MS + 5_000)
+    assert (late.due, late.reasons.tolist()) == ([b"a"], [Reason.MAX_STALENESS])
+
+
+@pytest.mark.parametrize("cooldown_ms", [0, 60_000])
+def test_users_that_are_shed_again_and_again_cost_no_byte(cooldown_ms: int) -> None:
+    """A user shed or failed a hundred times is written once; a restart from what was written still finds it due."""
+    state = state_of(TriggerPolicy(cooldown_ms=cooldown_ms), [b"a", b"b"])
+    state.apply(batch([b"a", b"b"], [1, 1]), NOW_MS)
+    snapshot = state.begin_checkpoint()
+    assert len(snapshot) == 2
+    state.commit_checkpoint(snapshot)
+    now_ms = NOW_MS
+    for _ in range(100):
+        state.requeue([b"a"], now_ms, 1_000)
+        state.retry_job(state.begin_job([b"b"]).sequences.users, now_ms, 1_000)
+        assert not state.is_dirty
+        now_ms += 1_000
+        assert state.fire_timers(now_ms - 1).due == []
+        assert state.fire_timers(now_ms + 100).due == [b"a", b"b"]
+        assert len(state.begin_checkpoint()) == 0
+    restarted = PartitionState(TriggerPolicy(cooldown_ms=cooldown_ms), LIMITS)
+    restarted.load([b"a"], StoredSequences(snapshot.headers[:1], snapshot.tails[:1], np.array([0, 1])))
+    assert restarted.fire_timers(NOW_MS + cooldown_ms + 100).due == [b"a"]

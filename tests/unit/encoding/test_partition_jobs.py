@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from faust.types import TP
 
+from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
 from streams.core.policy import TriggerPolicy
 from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionJobs
+from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
+from streams.wire.embeddings import EmbeddingBatch
 from tests.unit.core.build import batch, state_of
 
 NOW_MS = 1_000_000
@@ -46,3 +54,71 @@ def test_shed_users_are_handed_over_again_after_the_delay() -> None:
     assert state.fire_timers(NOW_MS + SHED_RETRY_MS).due == [b"a"]
     job = jobs.begin_job([b"a", b"b"])
     assert (job.sequences.users, job.offsets.tolist()) == ([b"a", b"b"], [0, 1])
+
+
+class Gated:
+    """A runtime that embeds nothing before `gate` is set, and records the users of each call."""
+
+    version, dtype, embedding_dim, sequence_length = "v", "float32", 2, 8
+    extensions = prefills = 0
+
+    def __init__(self) -> None:
+        self.gate, self.calls = threading.Event(), list[list[bytes]]()
+
+    def embed(self, batch: SequenceBatch) -> F32:
+        """Wait for the gate."""
+        self.calls.append(list(batch.users))
+        self.gate.wait(5)
+        return np.zeros((len(batch), 2), np.float32)
+
+    def forget(self, users: Sequence[bytes]) -> None:
+        """Do nothing."""
+
+    def clear(self) -> None:
+        """Do nothing."""
+
+
+class Accepting:
+    """Outputs that acknowledge everything at once."""
+
+    async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
+        """Return an offset."""
+        return 1
+
+
+def test_a_strong_action_overtakes_users_that_wait_and_sheds_the_lowest_first() -> None:
+    """State, queue and jobs together: of many waiting users the one that buys is encoded next, and is not shed."""
+
+    async def scenario() -> list[list[bytes]]:
+        users = [b"%d" % index for index in range(8)]
+        state = state_of(TriggerPolicy(strong=frozenset({"buy"})), users)
+        metrics, runtime = Metrics(), Gated()
+        owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
+        outputs: Any = Accepting()
+        jobs = PartitionJobs(owned, outputs, metrics, encoder_version="v", incarnation=1, now_ms=lambda: NOW_MS)
+        policy = EncodeQueuePolicy(users_max=6, batch_users_max=1, batch_ms=1)
+        queue = EncodeQueue(runtime, policy, metrics)
+
+        def act(names: list[bytes], offset: int, action: str) -> None:
+            effects = state.apply(batch(names, [1] * len(names), offset=offset, actions=[action] * len(names)), NOW_MS)
+            queue.put(jobs, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
+
+        running = asyncio.create_task(queue.run())
+        act(users[:1], 0, "see")
+        while not runtime.calls:
+            await asyncio.sleep(0.001)
+        act(users[1:7], 1, "see")  # six users wait
+        act(users[6:7], 7, "buy")  # the last of them is promoted
+        act(users[7:], 8, "see")  # one more than the limit: the newest of the lowest priority is shed
+        assert metrics.promoted.value(reason="strong") == 1
+        assert metrics.shed.value(reason="every_n") == 1
+        runtime.gate.set()
+        while len(queue):
+            await asyncio.sleep(0.001)
+        running.cancel()
+        queue.close()
+        return runtime.calls
+
+    calls = asyncio.run(scenario())
+    assert calls[:3] == [[b"0"], [b"6"], [b"1"]]
+    assert [b"7"] not in calls
