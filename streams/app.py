@@ -30,10 +30,11 @@ from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.delivery import BatchTransport
 from streams.engine.outputs import Outputs, OutputsConfig, Published
 from streams.engine.ownership import OwnedPartition
-from streams.engine.partitions import Partitions, PartitionsConfig
+from streams.engine.partition_host import PartitionsConfig
+from streams.engine.partitions import Partitions
 from streams.engine.recovery import with_on_assigned
 from streams.engine.table import TABLE_NAME, SequenceTable
-from streams.errors import SettingsError, StopsWorker
+from streams.errors import HaltsPartition, SettingsError, StopsWorker
 from streams.ingest import Ingest
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
@@ -53,7 +54,7 @@ def now_ms() -> int:
 
 
 class WorkerApp:
-    """The parts of one worker; implements `streams.engine.partitions.PartitionHost`."""
+    """The parts of one worker; implements `streams.engine.partition_host.PartitionHost`."""
 
     def __init__(self, settings: Settings, *, abort: Callable[[str], None]) -> None:
         install_overrides()
@@ -122,9 +123,12 @@ class WorkerApp:
                     await self.ingest.on_batch(batch)
                 except StopsWorker as error:
                     self.abort(f"a batch of {batch.tp} could not be applied: {error}")
-                except Exception:
+                except HaltsPartition as error:
+                    self.partitions.halt(batch.tp.partition, str(error))
+                except Exception as error:
                     logger.exception("a batch of %s could not be applied", batch.tp)
-                    self.abort(f"a batch of {batch.tp} could not be applied, so the state may be wrong")
+                    reason = f"a batch could not be applied, so its state is read again: {error!r}"
+                    await self.partitions.restart(batch.tp.partition, reason)
 
     async def _on_partitions_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
         await self.partitions.revoke_all()

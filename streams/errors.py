@@ -1,6 +1,6 @@
 """Errors by consequence: the base class states what the caller does about an error.
 
-Code that handles errors catches one of the four consequences; code that raises picks the one that fits. The text holds
+Code that handles errors catches one of the five consequences; code that raises picks the one that fits. The text holds
 the rest: what happened, the detail, what to do.
 """
 
@@ -11,6 +11,7 @@ from encoder.errors import StreamformerError
 __all__ = [
     "BrokerUnreachable",
     "CannotStart",
+    "HaltsPartition",
     "LosesPartition",
     "RebuildsPartition",
     "SettingsError",
@@ -25,6 +26,13 @@ class CannotStart(StreamformerError):
 
 class StopsWorker(StreamformerError):
     """The worker must end at once: continuing would risk an event. Its successor continues from the last checkpoint."""
+
+
+class HaltsPartition(StreamformerError):
+    """One partition cannot go on, and others can: halt it, report it, and try again later."""
+
+    retriable = True
+    """False if trying again cannot help: an operator has to decide."""
 
 
 class LosesPartition(StreamformerError):

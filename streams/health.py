@@ -54,6 +54,8 @@ class Health:
         partitions = self._app.partitions
         if not partitions.assigned:
             return "no partition is assigned yet"
+        if halted := partitions.halted.copy():
+            return "; ".join(f"partition {number} is halted: {reason}" for number, reason in sorted(halted.items()))
         restoring = len(partitions.assigned) - len(partitions.ready)
         if restoring:
             return f"{restoring} partitions are being restored"
@@ -70,8 +72,10 @@ class Health:
         metrics.keep_partitions(partitions.assigned)
         metrics.queue_users.set(len(self._app.queue))
         metrics.hot_users.set(sum(owned.state.hot_users for owned in ready.values()))
-        metrics.partitions.set(len(ready), state="ready")
-        metrics.partitions.set(len(partitions.assigned) - len(ready), state="restoring")
+        halted = partitions.halted
+        metrics.partitions.set(len(ready.keys() - halted), state="ready")
+        metrics.partitions.set(len(partitions.assigned - ready.keys() - halted.keys()), state="restoring")
+        metrics.partitions.set(len(halted), state="halted")
         for number, owned in ready.items():
             end = self._app.faust.consumer.highwater(owned.tp) or owned.next_offset
             metrics.processed_offset.set(owned.next_offset, partition=number)

@@ -22,6 +22,7 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
+from streams.errors import StopsWorker
 from streams.storage.reader import read_users
 from streams.storage.store import StoreDamaged
 from streams.telemetry.metrics import Metrics
@@ -85,7 +86,13 @@ class Ingest:
         while True:
             await asyncio.sleep(TIMERS_EVERY_S)
             for owned in list(self._jobs):
-                await self._fire_timers(owned, self._now_ms())
+                try:
+                    await self._fire_timers(owned, self._now_ms())
+                except StopsWorker:
+                    raise
+                except Exception as error:
+                    logger.exception("the timers of %s failed", owned.tp)
+                    await self._partitions.restart(owned.tp.partition, f"its timers failed: {error!r}")
 
     async def _fire_timers(self, owned: OwnedPartition, until_ms: int) -> None:
         """Fire the timers due by `until_ms`, in portions; those of cold users fire after the users are loaded."""

@@ -12,7 +12,7 @@ from faust.types import TP
 from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogProducer
 from streams.engine.delivery import RecordBatch
-from streams.errors import StopsWorker
+from streams.errors import HaltsPartition
 from streams.storage.store import PartitionStore
 
 
@@ -58,7 +58,7 @@ class OwnedPartition:
         return Continuity.CONTIGUOUS if batch.begin <= self.next_offset else Continuity.GAP
 
 
-class SendFailed(StopsWorker):
+class SendFailed(HaltsPartition):
     """A dead letter or tombstone could not be delivered; only a replay of its event can send it again."""
 
 

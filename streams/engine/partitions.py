@@ -10,8 +10,8 @@ After an assignment a task of its own acquires each partition, with its source p
 4. *catch up on outputs*: outputs after the mark were published before, and are not published again;
 5. *resume*: seek to the mark's offset and resume the partition.
 
-A partition is checkpointed before it is given back. A partition that another worker has fenced is dropped at once,
-without a write.
+A partition is checkpointed (see `streams.engine.checkpoints`) before it is given back. One that cannot go on while
+others can is *halted*: it is paused, reported, and tried again where that can help.
 """
 
 from __future__ import annotations
@@ -19,96 +19,74 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 from faust.types import TP
-from mode import Service
 
-from streams.core.partition_state import PartitionState
-from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced
+from streams.engine.changelog import ChangelogProducer, Fenced
+from streams.engine.checkpoints import CheckpointedPartitions
 from streams.engine.delivery import RecordBatch
-from streams.engine.outputs import Published
-from streams.engine.ownership import Continuity, OwnedPartition, PendingOutputs
+from streams.engine.ownership import Continuity, OwnedPartition
+from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.engine.restore import IncompleteRestore, restore
-from streams.errors import LosesPartition, RebuildsPartition, StopsWorker
-from streams.storage.checkpoint import CheckpointMark, checkpoint
+from streams.errors import HaltsPartition, LosesPartition, RebuildsPartition, StopsWorker
+from streams.storage.checkpoint import CheckpointMark
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.telemetry.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class PartitionsConfig:
-    """Names, connection and limits for acquiring and checkpointing partitions."""
-
-    app_id: str
-    source_topic: str
-    changelog_topic: str
-    client: Mapping[str, Any]
-    """Connection options of aiokafka: servers and security."""
-    data_dir: Path
-    checkpoint_interval_ms: int
-    transaction_timeout_ms: int
-    session_timeout_ms: int
-    restores_max: int = 2
-    """Maximum number of partitions restored at the same time."""
+RESTORE_STALL_S = 15.0
+"""Time without a record after which a restore is given up and tried again, because its partition may have no leader."""
 
 
-class PartitionHost(Protocol):
-    """The worker as its partitions see it: it provides their parts, and they report events to it."""
-
-    def new_state(self) -> PartitionState:
-        """Return an empty state."""
-        ...
-
-    def open_store(self, path: Path) -> PartitionStore:
-        """Open or create the local database at `path`."""
-        ...
-
-    async def published_since(self, partition: int, offset: int) -> Published:
-        """Return what this encoder version has published from output offset `offset` on."""
-        ...
-
-    def on_ready(self, owned: OwnedPartition) -> None:
-        """Begin to process a partition."""
-        ...
-
-    async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
-        """Stop taking work for these partitions, and let work in flight finish within bounded time."""
-        ...
-
-    def on_lost(self, owned: OwnedPartition) -> None:
-        """Stop taking work for a partition that already has a new owner."""
-        ...
-
-    def abort(self, reason: str) -> None:
-        """End the process at once, because continuing would risk an event."""
-        ...
-
-
-class Partitions(Service):
+class Partitions(CheckpointedPartitions):
     """Acquires, checkpoints and gives back the partitions of this worker; a service that Faust runs."""
 
     app: Any
     """The Faust app, set before the service starts."""
 
     def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._config, self._host, self._metrics = config, host, metrics
+        super().__init__(config, host, metrics, **kwargs)
         self._restores = asyncio.Semaphore(config.restores_max)
         self._acquiring: dict[int, asyncio.Task[None]] = {}
-        self._fenced_at: dict[int, float] = {}
-        self.ready: dict[int, OwnedPartition] = {}
-        """Partitions that are being processed, by number."""
         self.assigned: frozenset[int] = frozenset()
-        """Numbers of the assigned partitions, ready or still being acquired."""
+        """Numbers of the assigned partitions: ready, halted or still being acquired."""
+
+    # -- halting
+
+    def halt(self, number: int, reason: str, *, refused: bool = False) -> None:
+        """Stop processing one partition that cannot go on while others can, and report why.
+
+        The partition is paused: nothing at or after the fault is processed or committed. `resume` or the next
+        assignment ends that. `refused` means that only an operator can help; see `Halts`.
+        """
+        if self.halted.begin(number, reason, refused=refused):
+            logger.error("partition %d is halted, and the others go on: %s", number, reason)
+            self._metrics.halts.inc()
+        if (owned := self.ready.get(number)) is not None:
+            self.app.consumer.pause_partitions({owned.tp})
+
+    async def resume(self, number: int) -> None:
+        """Continue a halted partition at its first record that was not processed."""
+        owned = self.ready.get(number)
+        if self.halted.end(number) and owned is not None:
+            await self._seek(owned)
+            self.app.consumer.resume_partitions({owned.tp})
+
+    async def restart(self, number: int, reason: str) -> None:
+        """Halt a partition whose state in memory cannot be used any more; acquire it again from its last checkpoint."""
+        owned, generation = self.ready.get(number), self.app.consumer_generation_id
+        if owned is None:
+            return
+        self.halt(number, reason)
+        self._host.on_lost(owned)
+        await self._close([owned])
+        self._start_acquiring(number, generation, delay_s=self.halted.next_retry_s(number))
 
     # -- acquiring
 
@@ -116,38 +94,80 @@ class Partitions(Service):
         """Start to acquire the partitions of a new assignment; return at once."""
         self.assigned = frozenset(tp.partition for tp in changelogs)
         self._fenced_at.clear()
+        self.halted.clear()
         for number in sorted(self.assigned):
             self._start_acquiring(number, generation)
 
-    def _start_acquiring(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
-        acquiring = self._acquire_or_abort(number, generation, rebuilt=rebuilt)
+    def _start_acquiring(self, number: int, generation: int, *, rebuilt: bool = False, delay_s: float = 0.0) -> None:
+        if not self._is_assigned(number, generation):
+            return
+        acquiring = self._acquire_until_ready(number, generation, rebuilt=rebuilt, delay_s=delay_s)
         task = asyncio.create_task(acquiring, name=f"acquire-{number}")
         self._acquiring[number] = task
-        task.add_done_callback(lambda _: self._acquiring.pop(number, None))
+        task.add_done_callback(lambda done: self._note_acquired(number, done))
+
+    def _note_acquired(self, number: int, done: asyncio.Task[None]) -> None:
+        if self._acquiring.get(number) is done:
+            del self._acquiring[number]
 
     async def rebuild(self, owned: OwnedPartition) -> None:
         """Delete the partition's damaged local database, and acquire the partition again from the changelog."""
-        number = owned.tp.partition
+        number, generation = owned.tp.partition, self.app.consumer_generation_id
         self.app.consumer.pause_partitions({owned.tp})
         await self._host.on_revoking([owned])
         await self.checkpoint(owned)
+        if self.ready.get(number) is not owned:
+            return  # lost or revoked in the meantime: it belongs to another worker, which must not be fenced
         await self._close([owned])
         PartitionStore.destroy(self._path(number))
-        self._start_acquiring(number, self.app.consumer_generation_id, rebuilt=True)
+        self._start_acquiring(number, generation, rebuilt=True)
 
     def _path(self, number: int) -> Path:
         return self._config.data_dir / f"{self._config.changelog_topic}-{number}"
 
-    async def _acquire_or_abort(self, number: int, generation: int, *, rebuilt: bool = False) -> None:
+    def _is_assigned(self, number: int, generation: int) -> bool:
+        """Return whether the partition still belongs to this worker under the assignment of `generation`."""
+        return number in self.assigned and bool(self.app.consumer_generation_id == generation)
+
+    async def _is_member(self) -> bool:
+        """Ask the group whether this worker is still a member: a worker that is not would fence the rightful owner."""
+        thread = self.app.consumer._thread
+        try:
+            return bool(await thread.call_thread(thread._ensure_consumer()._coordinator._do_heartbeat))
+        except KafkaError:
+            return False
+
+    async def _acquire_until_ready(
+        self, number: int, generation: int, *, rebuilt: bool = False, delay_s: float = 0.0
+    ) -> None:
+        """Acquire the partition; while that fails it is halted, and tried again after growing delays."""
+        is_first = not delay_s and not rebuilt
+        while True:
+            await asyncio.sleep(delay_s)
+            may_fence = is_first or await self._is_member()
+            if may_fence and await self._acquire_or_halt(number, generation, rebuilt=rebuilt):
+                return
+            is_first, delay_s = False, self.halted.next_retry_s(number)
+
+    async def _acquire_or_halt(self, number: int, generation: int, *, rebuilt: bool) -> bool:
+        """Try once to acquire the partition; return False if it is to be tried again."""
         try:
             await self._acquire_or_rebuild(number, generation, rebuilt=rebuilt)
         except LosesPartition:
             logger.warning("partition %d was taken over by another worker while it was being acquired", number)
         except StopsWorker as error:
             self._host.abort(f"partition {number} cannot be acquired: {error}")
+        except HaltsPartition as error:
+            self.halt(number, f"it cannot be acquired: {error}", refused=not error.retriable)
+            if not self.halted.refuse_all(self.assigned):
+                return False
+            self._host.abort(f"partition {number} cannot be acquired: {error}")
         except Exception as error:
-            logger.exception("partition %d cannot be acquired", number)
-            self._host.abort(f"partition {number} cannot be acquired: {error!r}")
+            if number not in self.halted:
+                logger.exception("partition %d cannot be acquired", number)
+            self.halt(number, f"it cannot be acquired: {error!r}")
+            return False
+        return True
 
     async def _acquire_or_rebuild(self, number: int, generation: int, *, rebuilt: bool) -> None:
         try:
@@ -165,32 +185,23 @@ class Partitions(Service):
         producer = self._new_producer(number)
         store = None
         try:
+            if not self._is_assigned(number, generation):  # a late start would fence the rightful owner
+                raise Fenced(f"partition {number}: the assignment has changed")
             await producer.start()
             committed = await self._committed(source)
             async with self._restores:
                 store = await self._restore(number)
             owned = await self._owned(source, store, producer, self._prove(number, store, committed))
             owned.rebuilt = rebuilt
-            if self.app.consumer_generation_id != generation:
+            if not self._is_assigned(number, generation):
                 raise Fenced(f"partition {number}: the assignment has changed")
             await self._resume(owned)
         except BaseException:
-            if store is not None:
-                store.close()
-            await producer.stop()
+            await self._release(store, producer)
             raise
         seconds = time.monotonic() - started
         self._metrics.restore_seconds.observe(seconds)
         logger.info("partition %d is ready at offset %d after %.2f s", number, owned.next_offset, seconds)
-
-    def _new_producer(self, number: int) -> ChangelogProducer:
-        config = self._config
-        names = ChangelogNames(
-            group_id=config.app_id,
-            source=TopicPartition(config.source_topic, number),
-            changelog=TopicPartition(config.changelog_topic, number),
-        )
-        return ChangelogProducer(names, config.client, transaction_timeout_ms=config.transaction_timeout_ms)
 
     async def _committed(self, source: TP) -> int | None:
         """Return the committed offset. It is read after fencing, so no predecessor can still advance it."""
@@ -199,14 +210,18 @@ class Partitions(Service):
         return committed
 
     async def _restore(self, number: int) -> PartitionStore:
-        def on_progress(records: int, remaining: int) -> None:
-            self._metrics.restored_records.inc(records)
-            self._metrics.restore_remaining.set(remaining, partition=number)
-
+        """Restore the local database; raise `TimeoutError` when nothing arrives, so that other restores can begin."""
         changelog = TopicPartition(self._config.changelog_topic, number)
-        return await restore(
-            self._path(number), self._host.open_store, changelog, self._config.client, on_progress=on_progress
-        )
+        async with asyncio.timeout(RESTORE_STALL_S) as limit:
+
+            def on_progress(records: int, remaining: int) -> None:
+                self._metrics.restored_records.inc(records)
+                self._metrics.restore_remaining.set(remaining, partition=number)
+                limit.reschedule(asyncio.get_running_loop().time() + RESTORE_STALL_S)
+
+            return await restore(
+                self._path(number), self._host.open_store, changelog, self._config.client, on_progress=on_progress
+            )
 
     def _prove(self, number: int, store: PartitionStore, committed: int | None) -> CheckpointMark | None:
         """Return the restored mark, after a check that the restore is complete.
@@ -237,6 +252,7 @@ class Partitions(Service):
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
         owned.epoch = self.app.consumer._thread.epoch(owned.tp)
         self.ready[owned.tp.partition] = owned
+        self.halted.end(owned.tp.partition)
         self._host.on_ready(owned)
         self.app.consumer.resume_partitions({owned.tp})
 
@@ -245,6 +261,8 @@ class Partitions(Service):
     async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
         """Return the partition that `batch` continues; None if the batch is stale, or after a seek because of a gap."""
         owned = self.ready.get(batch.tp.partition)
+        if batch.tp.partition in self.halted:
+            return None
         if owned is None or (continuity := owned.continuity(batch)) is Continuity.STALE:
             return None
         if continuity is Continuity.GAP and not await self._expired(owned, batch):
@@ -276,6 +294,8 @@ class Partitions(Service):
         """Return the positions of fetching, processing and checkpoints of each ready partition, for the watchdog."""
         thread, progress = self.app.consumer._thread, {}
         for number, owned in self.ready.items():
+            if number in self.halted:
+                continue  # it is reported as halted, and ending the worker would stop the others too
             fetched, delivered = thread.positions(owned.tp)
             end = self.app.consumer.highwater(owned.tp) or 0
             progress[f"fetching of partition {number}"] = Progress(fetched, end)
@@ -283,76 +303,11 @@ class Partitions(Service):
             progress[f"checkpoints of partition {number}"] = Progress(owned.committed_offset, owned.next_offset)
         return progress
 
-    # -- checkpoints
-
-    @Service.task
-    async def _checkpoints(self) -> None:
-        interval_s = self._config.checkpoint_interval_ms / 1000
-        async for _ in self.itertimer(interval_s, name="checkpoint"):
-            self._check_fenced()
-            await asyncio.gather(*(self.checkpoint(owned) for owned in list(self.ready.values())))
-
-    def checkpoint_soon(self, owned: OwnedPartition) -> None:
-        """Start a checkpoint without waiting for it, unless one is running."""
-        if not owned.checkpointing.locked():
-            self.add_future(self.checkpoint(owned))
-
-    async def checkpoint(self, owned: OwnedPartition) -> None:
-        """Make the partition's state and position durable; drop the partition if another worker has fenced it."""
-        async with owned.checkpointing:
-            if self.ready.get(owned.tp.partition) is not owned:
-                return
-            try:
-                if owned.producer_failed:
-                    await self._renew_producer(owned)
-                await self._write_checkpoint(owned)
-            except LosesPartition:
-                await self._drop_fenced(owned)
-            except (KafkaError, OSError) as error:
-                owned.producer_failed = True
-                self._metrics.checkpoint_failures.inc()
-                logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
-
-    async def _write_checkpoint(self, owned: OwnedPartition) -> None:
-        if not owned.state.is_dirty and owned.next_offset == owned.committed_offset:
-            return
-        started, written_before = time.monotonic(), owned.producer.bytes_written
-        mark = CheckpointMark(owned.next_offset, owned.output_offset)
-        try:
-            records = await checkpoint(owned.state, mark, PendingOutputs(owned), owned.producer, owned.store)
-        except StopsWorker as error:
-            self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
-        owned.committed_offset = mark.source_offset
-        self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
-        self._metrics.changelog_records.inc(records)
-        self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)
-        self._metrics.committed_offset.set(mark.source_offset, partition=owned.tp.partition)
-
-    async def _renew_producer(self, owned: OwnedPartition) -> None:
-        """Replace the producer after a failure; starting the new one ends the open transaction."""
-        await owned.producer.stop()
-        owned.producer = self._new_producer(owned.tp.partition)
-        await owned.producer.start()
-        owned.producer_failed = False
-
-    async def _drop_fenced(self, owned: OwnedPartition) -> None:
-        logger.warning("partition %d has a new owner; it is dropped without a write", owned.tp.partition)
-        self._metrics.fenced.inc()
-        self._fenced_at[owned.tp.partition] = time.monotonic()
-        self._host.on_lost(owned)
-        await self._close([owned])
-
-    def _check_fenced(self) -> None:
-        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group; only a restart helps."""
-        bound_s = self._config.session_timeout_ms / 1000 + 3
-        for number, at in self._fenced_at.items():
-            if time.monotonic() - at > bound_s:
-                self._host.abort(f"partition {number} was fenced {bound_s:.0f} s ago and no rebalance has followed")
-
     # -- giving back
 
     async def revoke_all(self) -> None:
         """Checkpoint and close every partition, when partitions are revoked and at shutdown."""
+        self.assigned = frozenset()
         for task in list(self._acquiring.values()):
             task.cancel()
         await asyncio.gather(*self._acquiring.values(), return_exceptions=True)
@@ -360,11 +315,4 @@ class Partitions(Service):
         await self._host.on_revoking(owned)
         await asyncio.gather(*(self.checkpoint(each) for each in owned))
         await self._close(owned)
-        self.assigned = frozenset()
-
-    async def _close(self, owned: Collection[OwnedPartition]) -> None:
-        for each in owned:
-            if self.ready.get(each.tp.partition) is each:
-                del self.ready[each.tp.partition]
-                each.store.close()
-                await each.producer.stop()
+        self.halted.clear()

@@ -18,7 +18,7 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
-from streams.errors import StopsWorker
+from streams.errors import HaltsPartition
 from streams.storage.store import PartitionStore
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,10 @@ RECORDS_PER_WRITE = 1_000
 PROGRESS_EVERY_S = 5.0
 
 
-class IncompleteRestore(StopsWorker):
-    """Records of the state are lost, so processing must not begin."""
+class IncompleteRestore(HaltsPartition):
+    """Records of the state are lost, so processing of the partition must not begin."""
+
+    retriable = False
 
 
 async def restore(

@@ -39,7 +39,7 @@ from rocksdict import (
 )
 
 from streams.core.layout import NEVER
-from streams.errors import RebuildsPartition, StopsWorker
+from streams.errors import HaltsPartition, RebuildsPartition
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
 
 RECORDS_PER_WRITE = 1_000
@@ -63,11 +63,11 @@ class StoreDamaged(RebuildsPartition):
     """The local files cannot be used: delete them (`PartitionStore.destroy`) and rebuild from the changelog."""
 
 
-class StoreLocked(StopsWorker):
+class StoreLocked(HaltsPartition):
     """Another process has the store open; try again after it has ended."""
 
 
-class StoreFailed(StopsWorker):
+class StoreFailed(HaltsPartition):
     """A read or write failed, for example because the disk is full; the changelog still has the state."""
 
 

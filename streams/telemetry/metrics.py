@@ -255,7 +255,15 @@ class Metrics:
         self.changelog_bytes = Counter(
             "streamformer_changelog_bytes_total", "Bytes of keys and values written to the changelog."
         )
-        self.partitions = Gauge("streamformer_partitions", "Partitions assigned to this worker, by state.", "state")
+        self.partitions = Gauge(
+            "streamformer_partitions",
+            "Partitions assigned to this worker, by state: ready, restoring or halted.",
+            "state",
+        )
+        self.halts = Counter(
+            "streamformer_halts_total",
+            "Times that a partition was halted: it could not go on while others could.",
+        )
         self.restored_records = Counter("streamformer_restored_records_total", "Changelog records read by restores.")
         self.restore_remaining = Gauge(
             "streamformer_restore_remaining_records", "Changelog offsets left to restore.", "partition"

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiokafka
 import pytest
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import TopicPartitionState
 from faust import App
 from faust.tables.manager import TableManager
@@ -63,6 +64,7 @@ INSIDES: dict[Any, dict[str, str]] = {
     },
     TopicPartitionState: {"consumed_to": "c7b8f0f99ce9", "seek": "c20b56d7ba7b", "await_reset": "7b5a780dd629"},
     aiokafka.consumer.fetcher.Fetcher: {"fetched_records": "be4348896b9b", "end_offsets": "d03333ff4f87"},
+    GroupCoordinator: {"_do_heartbeat": "dc1d6632aaa6"},
     PARTITION_RECORDS: {
         "__init__": "8ec1c2ae6ea1",
         "__iter__": "b411eeeaeb7c",

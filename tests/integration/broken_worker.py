@@ -19,6 +19,7 @@ from encoder.actions.columns import ActionBatch
 from infra.cli import main
 from streams import ingest as ingest_module
 from streams.core.sequences import Applied, SequenceState
+from streams.engine import checkpoints as checkpoints_module
 from streams.engine import partitions as partitions_module
 from streams.engine.changelog import ChangelogProducer, LogReader
 from streams.engine.delivery import RecordBatch
@@ -130,7 +131,7 @@ def store_before_commit() -> None:
         state.commit_checkpoint(snapshot)
         return len(records)
 
-    partitions_module.checkpoint = checkpoint
+    checkpoints_module.checkpoint = checkpoint
 
 
 def offset_before_records() -> None:

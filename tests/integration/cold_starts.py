@@ -26,7 +26,8 @@ from streams.core.triggers import TriggerPolicy
 from streams.engine.compat import install_overrides
 from streams.engine.outputs import Published
 from streams.engine.ownership import OwnedPartition
-from streams.engine.partitions import Partitions, PartitionsConfig
+from streams.engine.partition_host import PartitionsConfig
+from streams.engine.partitions import Partitions
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from tests.integration.changelogs import Log
@@ -114,10 +115,10 @@ class Starts:
         """Acquire the partition on the prepared disk, and give it back at once."""
         metrics = Metrics()
         partitions = Partitions(self._config(), self, metrics)  # type: ignore[arg-type]
-        partitions.app = App(consumer)
+        partitions.app, partitions.assigned = App(consumer), frozenset({0})
         self.disk(self)
         try:
-            await asyncio.wait_for(partitions._acquire_or_abort(0, App.consumer_generation_id), self.start_s)
+            await asyncio.wait_for(partitions._acquire_until_ready(0, App.consumer_generation_id), self.start_s)
         except TimeoutError:
             self.rejected.append("the restore found no end")
         await partitions._close(list(partitions.ready.values()))

@@ -16,7 +16,7 @@ import pytest
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
-from streams.engine import partitions
+from streams.engine import checkpoints, partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
 from streams.errors import RebuildsPartition
@@ -275,7 +275,7 @@ def end_read_before_fencing(patch: Patch) -> None:
                 yield before
 
     successor = type("Successor", (ChangelogProducer,), {"start": read_then_fence})
-    patch.setattr(partitions, "ChangelogProducer", successor)
+    patch.setattr(checkpoints, "ChangelogProducer", successor)
     patch.setattr(LogReader, "open", old_end)
     patch.setattr(LogReader, "batches", up_to_there)
 

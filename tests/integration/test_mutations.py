@@ -72,8 +72,9 @@ def committed_events(run: Run) -> int:
 
 
 def aborts(run: Run) -> list[str]:
-    """Return the last log lines of workers that aborted."""
-    return [end.last_line for end in run.supervisor.exits if end.code == ABORTED]
+    """Return the last log lines of workers that aborted, and those of partitions that lost records and are halted."""
+    halted = [line for line in run.supervisor.log(0).splitlines() if " is halted, " in line and "changelog" in line]
+    return halted + [end.last_line for end in run.supervisor.exits if end.code == ABORTED]
 
 
 def found(run: Run, rest_s: float) -> list[str]:

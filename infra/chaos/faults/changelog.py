@@ -1,12 +1,13 @@
 """Damage the changelog of an application of its own, because the main run could not continue after it.
 
 A small application is fed and stopped; its changelog is truncated, emptied or recreated; then the worker starts again,
-with its disk kept or empty. Two outcomes are right: every invariant still holds; or the worker ends itself with a line
-that names the changelog, and leaves the committed offset where it was. Continuing from partial state is a violation.
+with its disk kept or empty. Two outcomes are right: every invariant still holds; or the partition is halted with a
+line that names the changelog, and its committed offset stays where it was. Going on with partial state is a violation.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from infra.chaos.checks.violations import Kind, Violation
 from infra.chaos.fault_context import FaultContext, Steps, delete_records, delete_topic, set_topic_config
 from infra.harness.deployment import deploy
 from infra.harness.run import Run
-from infra.harness.supervisor import ABORTED
 from infra.harness.workload import Workload, WorkloadOptions
 from infra.kafka.topics import ensure_topics
 
@@ -24,6 +24,9 @@ Harm = Callable[[Run], None]
 FEED_S, OUTCOME_S, LOOK_S = 8.0, 90.0, 0.5
 USERS = 100
 DISKS = ("kept", "empty")
+SETTLE_S = 5.0
+"""Time for which a halted partition must not commit."""
+HALTED = re.compile(r"partition (\d+) is halted, (.*changelog.*)")
 
 
 def truncated(context: FaultContext) -> Steps:
@@ -81,13 +84,15 @@ def _wait(run: Run, seconds: float) -> Steps:
 
 
 def _outcome(context: FaultContext, run: Run, what: str, committed: dict[int, int]) -> Steps:
-    """Wait until the worker has rejected the changelog twice, or is at rest with every invariant kept."""
+    """Wait until partitions are halted because of the changelog, or the worker is at rest with every invariant kept."""
     until_s = time.monotonic() + OUTCOME_S
     while time.monotonic() < until_s:
-        rejections = [each for each in run.supervisor.exits if each.code == ABORTED and "changelog" in each.last_line]
-        if len(rejections) >= 2:
-            context.progress(f"{what}: rejected: {rejections[-1].last_line.split('stopping: ')[-1][:150]}")
-            if run.reader.committed() != committed:
+        halted = {int(found[1]): found[2] for found in HALTED.finditer(run.supervisor.log(0))}
+        if halted:
+            yield SETTLE_S
+            context.progress(f"{what}: halted {sorted(halted)}: {next(iter(halted.values()))[:150]}")
+            now = run.reader.committed()
+            if any(now.get(number) != committed.get(number) for number in halted):
                 context.found.append(
                     Violation(Kind.COMMITTED_AHEAD, None, -1, -1, f"{what}: rejected, but it committed")
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from encoder.errors import StreamformerError
-from streams.errors import CannotStart, LosesPartition, RebuildsPartition, StopsWorker
+from streams.errors import CannotStart, HaltsPartition, LosesPartition, RebuildsPartition, StopsWorker
 
 ROOT = Path(__file__).parents[3]
 INTERNAL = {
@@ -65,7 +65,7 @@ def test_every_module_on_the_list_defines_a_signal() -> None:
 
 def test_errors_of_the_worker_have_exactly_one_consequence() -> None:
     """No error asks for two consequences at once."""
-    consequences = CannotStart, StopsWorker, LosesPartition, RebuildsPartition
+    consequences = CannotStart, StopsWorker, HaltsPartition, LosesPartition, RebuildsPartition
     for defined in CLASSES:
         assert sum(issubclass(defined, consequence) for consequence in consequences) <= 1, defined
 

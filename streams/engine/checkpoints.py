@@ -1,0 +1,141 @@
+"""Checkpoints of the partitions of a worker: when they are written, and what follows when one fails.
+
+A partition that another worker has fenced is dropped without a write. One whose local database cannot be written is
+halted and acquired again. Anything else that fails is repeated with a new producer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from typing import Any
+
+from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
+from mode import Service
+
+from streams.engine.changelog import ChangelogNames, ChangelogProducer
+from streams.engine.halts import Halts
+from streams.engine.ownership import OwnedPartition, PendingOutputs
+from streams.engine.partition_host import PartitionHost, PartitionsConfig
+from streams.errors import HaltsPartition, LosesPartition, StopsWorker
+from streams.storage.checkpoint import CheckpointMark, checkpoint
+from streams.storage.store import PartitionStore
+from streams.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointedPartitions(Service):
+    """The partitions whose state is in memory, with their checkpoints; `Partitions` acquires and revokes them."""
+
+    def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._config, self._host, self._metrics = config, host, metrics
+        self._fenced_at: dict[int, float] = {}
+        self.ready: dict[int, OwnedPartition] = {}
+        """Partitions whose state is in memory, by number; a halted one may be among them."""
+        self.halted = Halts()
+        """Reason of each partition that cannot go on while others can, by number."""
+
+    async def restart(self, number: int, reason: str) -> None:
+        """Halt a partition whose state in memory cannot be used any more; acquire it again from its last checkpoint."""
+        raise NotImplementedError
+
+    @Service.task
+    async def _checkpoints(self) -> None:
+        interval_s = self._config.checkpoint_interval_ms / 1000
+        async for _ in self.itertimer(interval_s, name="checkpoint"):
+            self._check_fenced()
+            for owned in list(self.ready.values()):
+                self.checkpoint_soon(owned)  # by itself: one that cannot be written does not delay the others
+
+    def checkpoint_soon(self, owned: OwnedPartition) -> None:
+        """Start a checkpoint without waiting for it, unless one is running."""
+        if not owned.checkpointing.locked():
+            self.add_future(self.checkpoint(owned))
+
+    async def checkpoint(self, owned: OwnedPartition) -> None:
+        """Make the partition's state and position durable.
+
+        A partition that another worker has fenced is dropped; one whose local database fails is acquired again.
+        """
+        async with owned.checkpointing:
+            if self.ready.get(owned.tp.partition) is not owned:
+                return
+            try:
+                if owned.producer_failed:
+                    await self._renew_producer(owned)
+                await self._write_checkpoint(owned)
+            except LosesPartition:
+                await self._drop_fenced(owned)
+            except HaltsPartition as error:
+                await self.restart(owned.tp.partition, f"its checkpoint cannot be completed: {error}")
+            except (KafkaError, OSError) as error:
+                owned.producer_failed = True
+                self._metrics.checkpoint_failures.inc()
+                logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
+
+    async def _write_checkpoint(self, owned: OwnedPartition) -> None:
+        if not owned.state.is_dirty and owned.next_offset == owned.committed_offset:
+            return
+        started, written_before = time.monotonic(), owned.producer.bytes_written
+        mark = CheckpointMark(owned.next_offset, owned.output_offset)
+        try:
+            records = await checkpoint(owned.state, mark, PendingOutputs(owned), owned.producer, owned.store)
+        except StopsWorker as error:
+            self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
+        if mark.source_offset > owned.committed_offset:
+            self.halted.note_progress(owned.tp.partition)
+        owned.committed_offset = mark.source_offset
+        self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
+        self._metrics.changelog_records.inc(records)
+        self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)
+        self._metrics.committed_offset.set(mark.source_offset, partition=owned.tp.partition)
+
+    async def _renew_producer(self, owned: OwnedPartition) -> None:
+        """Replace the producer after a failure; starting the new one ends the open transaction."""
+        await owned.producer.stop()
+        owned.producer = self._new_producer(owned.tp.partition)
+        await owned.producer.start()
+        owned.producer_failed = False
+
+    async def _drop_fenced(self, owned: OwnedPartition) -> None:
+        logger.warning("partition %d has a new owner; it is dropped without a write", owned.tp.partition)
+        self._metrics.fenced.inc()
+        self._fenced_at[owned.tp.partition] = time.monotonic()
+        self.halted.end(owned.tp.partition)
+        self._host.on_lost(owned)
+        await self._close([owned])
+
+    def _check_fenced(self) -> None:
+        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group; only a restart helps."""
+        bound_s = self._config.session_timeout_ms / 1000 + 3
+        for number, at in self._fenced_at.items():
+            if time.monotonic() - at > bound_s:
+                self._host.abort(f"partition {number} was fenced {bound_s:.0f} s ago and no rebalance has followed")
+
+    def _new_producer(self, number: int) -> ChangelogProducer:
+        config = self._config
+        names = ChangelogNames(
+            group_id=config.app_id,
+            source=TopicPartition(config.source_topic, number),
+            changelog=TopicPartition(config.changelog_topic, number),
+        )
+        return ChangelogProducer(names, config.client, transaction_timeout_ms=config.transaction_timeout_ms)
+
+    async def _close(self, owned: Collection[OwnedPartition]) -> None:
+        for each in owned:
+            if self.ready.get(each.tp.partition) is each:
+                del self.ready[each.tp.partition]
+                await self._release(each.store, each.producer)
+
+    @staticmethod
+    async def _release(store: PartitionStore | None, producer: ChangelogProducer) -> None:
+        try:
+            if store is not None:
+                store.close()
+        except Exception:  # as on a full disk; the changelog has everything that the store lacks
+            logger.exception("a local database could not be closed")
+        await producer.stop()
