@@ -12,7 +12,7 @@ BASE := streams.subscriber streams.producer streams.send streams.cli streams.con
         infra.cli infra.commands.topics
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install simulate chaos clean \
+.PHONY: help demo test lint install simulate chaos field-cases clean \
         bench-ingest bench-freshness bench-restore bench-encoder bench-train evaluate-ml1m
 
 help:  ## List the targets
@@ -38,6 +38,9 @@ simulate: $(STAMP)  ## Run random histories of faults in memory; SEED=7 RUNS=100
 
 chaos: $(STAMP)  ## Inject faults into real processes and check the outcome; SEED=7 MINUTES=60
 	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10)
+
+field-cases: $(STAMP)  ## Try what people reported about such systems on real workers; ONLY=5,17 TREE=/path/to/checkout
+	$(BIN)/python -m infra.field_cases $(if $(ONLY),--only $(ONLY)) $(if $(TREE),--tree $(TREE))
 
 bench-ingest: $(STAMP) $(PEERS)/installed  ## Measure events per CPU-second, beside other stream processors
 	$(BIN)/python -m infra.bench.stream.ingest

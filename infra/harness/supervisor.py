@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +65,10 @@ class Supervisor:
 
     deployment: Deployment
     command: Sequence[str] = WORKER
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables added to the environment of every worker."""
+    folder: Path | None = None
+    """Working directory of the workers; None keeps the one of this process."""
     workers: dict[int, WorkerHandle] = field(default_factory=dict)
     exits: list[Exit] = field(default_factory=list)
     start_seconds: list[float] = field(default_factory=list)
@@ -209,8 +213,9 @@ class Supervisor:
 
     def _start(self, worker: WorkerHandle) -> None:
         command = (*self.command, "--config", str(self.deployment.config))
-        environment = self.deployment.worker_environment(worker.number)
-        worker.latest = worker.process = Process.start(Program(command, self._log_path(worker.number), environment))
+        environment = {**self.environment, **self.deployment.worker_environment(worker.number)}
+        program = Program(command, self._log_path(worker.number), environment, self.folder)
+        worker.latest = worker.process = Process.start(program)
         worker.is_ending, worker.port = False, None
 
     def _terminate_once(self, worker: WorkerHandle) -> None:
