@@ -41,6 +41,7 @@ COMMANDS = {
     "tail": Entry("streams.cli", "Print embeddings as they come, until Ctrl-C."),
     "settings": Entry("streams.cli", "Print every setting as it would be used, secrets as asterisks."),
     "topics": Entry("infra.commands.topics", "Create or verify the topics."),
+    "state": Entry("infra.commands.state", "Show, verify, adopt or move the state.", "worker"),
     "worker": Entry("infra.commands.worker", "Run a worker: read actions, publish embeddings.", "worker"),
     "broker": Entry("infra.commands.broker", "Run Apache Kafka on loopback until Ctrl-C.", "local"),
     "replay": Entry("infra.commands.replay", "Send a log of actions in event-time order.", "local"),

@@ -34,8 +34,10 @@ from streams.engine.partition_host import PartitionsConfig
 from streams.engine.partitions import Partitions
 from streams.engine.recovery import with_on_assigned
 from streams.engine.table import TABLE_NAME, SequenceTable
+from streams.engine.topic_watch import TopicWatch
 from streams.errors import HaltsPartition, SettingsError, StopsWorker
 from streams.ingest import Ingest
+from streams.storage.identity import layout_of
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
@@ -68,6 +70,9 @@ class WorkerApp:
         self.runtime = load_encoder(settings)
         self.outputs = Outputs(_outputs_config(settings, client))
         self.partitions = Partitions(_partitions_config(settings, client), self, self.metrics)
+        topics = settings.topics
+        watched = (topics.actions, settings.changelog_topic, topics.embeddings, topics.dead_letter)
+        self.topic_watch = TopicWatch(self.partitions, self.partitions.cluster, watched, topics.partitions)
         self.queue = EncodeQueue(self.runtime, EncodeQueuePolicy(**settings.queue.model_dump()), self.metrics)
         self.ingest = Ingest(
             self.partitions,
@@ -144,9 +149,9 @@ class WorkerApp:
         """Open a local database; all databases of the worker share one block cache."""
         return PartitionStore.open(path, cache=self._block_cache)
 
-    async def published_since(self, partition: int, offset: int) -> Published:
-        """Return what this encoder version has published from output offset `offset` on."""
-        return await self.outputs.published_since(partition, offset, self.runtime.version)
+    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
+        """Return what this encoder version has published from output offset `offset` on, from the source of that id."""
+        return await self.outputs.published_since(partition, offset, self.runtime.version, source_id)
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Begin to process a partition."""
@@ -248,6 +253,7 @@ def _partitions_config(settings: Settings, client: Mapping[str, Any]) -> Partiti
         checkpoint_interval_ms=settings.checkpoint.interval_ms,
         transaction_timeout_ms=settings.kafka.transaction_timeout_ms,
         session_timeout_ms=settings.kafka.session_timeout_ms,
+        layout=layout_of(_state_limits(settings)),
         restores_max=settings.checkpoint.restores_max,
     )
 

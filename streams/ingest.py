@@ -167,7 +167,8 @@ class Ingest:
                 self._metrics.triggers.inc(fired, reason=Reason(reason).label)
         if effects.forgotten:
             offsets = effects.forgotten_offsets.tolist()
-            tombstones = [encode_tombstone(*each) for each in zip(effects.forgotten, offsets, strict=True)]
+            forgotten, source_id = zip(effects.forgotten, offsets, strict=True), owned.mark.source_id
+            tombstones = [encode_tombstone(user, offset, source_id) for user, offset in forgotten]
             self._track(owned, self._outputs.publish_tombstones(owned.tp.partition, tombstones))
 
     def _reject(self, owned: OwnedPartition, records: Sequence[Any], decoded: Decoded) -> None:

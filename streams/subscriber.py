@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
@@ -151,13 +152,17 @@ class Freshest:
 
     An embedding is new unless the same or a later offset was seen in an embedding of the same user and encoder version
     or in the user's tombstone. A tombstone is new unless the same or a later offset was seen in any change of the user.
-    Beyond `users_max` users, the user without a change for longest is forgotten, and its next change is new.
+    Offsets of different source logs cannot be compared: the first change of a user from another log is new, unless the
+    log is an earlier life of the one seen last. Beyond `users_max` users, the user without a change for longest is
+    forgotten, and its next change is new.
     """
 
     def __init__(self, users_max: int) -> None:
         self._users_max = users_max
         self._offsets: OrderedDict[str, dict[str | None, int]] = OrderedDict()
         """User -> encoder version (None for the tombstone) -> newest source offset."""
+        self._sources: dict[str, str] = {}
+        """User -> id of the source log of its last change, where known."""
         self.stale = self.repeated = 0
 
     def accepts(self, change: Change) -> bool:
@@ -165,11 +170,26 @@ class Freshest:
         offsets = self._offsets.setdefault(change.user, {})
         self._offsets.move_to_end(change.user)
         if len(self._offsets) > self._users_max:
-            self._offsets.popitem(last=False)
+            self._sources.pop(self._offsets.popitem(last=False)[0], None)
+        source_id = change.source_id if isinstance(change, Tombstone) else change.metadata.source_id
+        if source_id and not self._follows(change.user, source_id, offsets):
+            self.stale += 1
+            return False
         if isinstance(change, Tombstone):
             return self._is_new(offsets, None, change.source_offset, max(offsets.values(), default=-1))
         version, offset = change.metadata.encoder_version, change.metadata.source_offset
         return self._is_new(offsets, version, offset, max(offsets.get(version, -1), offsets.get(None, -1)))
+
+    def _follows(self, user: str, source_id: str, offsets: dict[str | None, int]) -> bool:
+        """Return False for an earlier life of the same log; forget the offsets of another log."""
+        seen = self._sources.get(user, "")
+        (topic_id, _, life), (seen_topic_id, _, seen_life) = source_id.partition("/"), seen.partition("/")
+        if topic_id == seen_topic_id and _number(life) < _number(seen_life):
+            return False
+        if source_id != seen and (seen or life):  # a first id without a life may be that of the offsets seen so far
+            offsets.clear()
+        self._sources[user] = sys.intern(source_id)
+        return True
 
     def _is_new(self, offsets: dict[str | None, int], of: str | None, offset: int, seen: int) -> bool:
         if 0 <= offset <= seen:
@@ -178,6 +198,10 @@ class Freshest:
             return False
         offsets[of] = max(offset, offsets.get(of, -1))
         return True
+
+
+def _number(life: str) -> int:
+    return int(life) if life.isascii() and life.isdigit() else 0
 
 
 def as_json(change: Change) -> str:

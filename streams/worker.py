@@ -18,6 +18,7 @@ from typing import Any
 
 from streams.app import WorkerApp
 from streams.config.settings import Settings
+from streams.errors import StopsWorker
 from streams.health import Health
 from streams.telemetry.log_filter import RepeatFilter
 from streams.telemetry.prometheus import HealthServer
@@ -66,6 +67,7 @@ class Worker:
         self._spawn(self._app.queue.run(), "encode-queue")
         self._spawn(self._app.ingest.run_timers(), "timers")
         self._spawn(self._health.watch(), "watchdog")
+        self._spawn(self._app.topic_watch.run(), "topic-watch")
         await self._app.faust.start()
 
     async def _stop(self) -> int:
@@ -91,6 +93,8 @@ class Worker:
 
         def on_done(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and task.exception() is not None:
+                if isinstance(task.exception(), StopsWorker):
+                    abort(str(task.exception()))
                 logger.error("task %s failed", name, exc_info=task.exception())
                 abort(f"task {name} failed: {task.exception()!r}")
 

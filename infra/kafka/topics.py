@@ -18,6 +18,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 from infra.errors import InfraError
 from infra.kafka.address import require_broker
 from streams.config.settings import Settings
+from streams.engine.cluster import partition_count_problem
 
 DAY_MS = 86_400_000
 ADMIN_TIMEOUT_MS = 30_000
@@ -148,10 +149,7 @@ def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> l
         return [f"{topic.name} is missing: create it with `streamformer topics create`"]
     problems = []
     if partitions != topic.partitions:
-        problems.append(
-            f"{topic.name} has {partitions} partitions where the settings say {topic.partitions}: set "
-            f"topics.partitions to {partitions}, or delete the topics of this application and create them again"
-        )
+        problems.append(partition_count_problem(topic.name, partitions, topic.partitions))
     policy = configs[topic.name]["cleanup.policy"]["value"]
     if policy != topic.cleanup_policy:
         problems.append(

@@ -114,4 +114,5 @@ class PartitionJobs:
             source_offsets=job.offsets,
             encoder_version=self._encoder_version,
             encoded_at_ms=self._now_ms(),
+            source_id=self._owned.mark.source_id,
         )

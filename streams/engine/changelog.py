@@ -26,6 +26,7 @@ from aiokafka.structs import TopicPartition
 
 from streams.engine.compat import as_parsed
 from streams.engine.packing import BATCH_BYTES_MAX, send_packed
+from streams.engine.proof import COMMITTED_BY
 from streams.errors import LosesPartition
 from streams.storage.store import Record
 from streams.wire.embeddings import Message
@@ -98,7 +99,8 @@ class ChangelogProducer:
     async def send_source_offset(self, source_offset: int) -> None:
         """Add the committed offset of the source partition to the transaction."""
         with self._fenced():
-            await self._producer.send_offsets_to_transaction({self._names.source: source_offset}, self._names.group_id)
+            committed = {self._names.source: (source_offset, COMMITTED_BY)}
+            await self._producer.send_offsets_to_transaction(committed, self._names.group_id)
 
     async def commit(self) -> None:
         """Commit records and offset together."""
@@ -142,6 +144,12 @@ class LogReader:
     async def close(self) -> None:
         """Close the connection."""
         await self._consumer.stop()
+
+    async def record_at(self, offset: int) -> Any | None:
+        """Return the record at `offset`; None if there is no visible one, because of compaction or a marker."""
+        async for records in self.batches(offset, records_max=1):
+            return records[0] if records[0].offset == offset else None
+        return None
 
     async def batches(self, start: int, *, records_max: int) -> AsyncIterator[list[Any]]:
         """Yield the records from `start` on in lists of at most `records_max`, until the position has reached `end`.

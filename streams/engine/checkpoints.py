@@ -20,7 +20,7 @@ from streams.engine.halts import Halts
 from streams.engine.ownership import OwnedPartition, PendingOutputs
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.errors import HaltsPartition, LosesPartition, StopsWorker
-from streams.storage.checkpoint import CheckpointMark, checkpoint
+from streams.storage.checkpoint import checkpoint
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 
@@ -78,17 +78,18 @@ class CheckpointedPartitions(Service):
                 logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
 
     async def _write_checkpoint(self, owned: OwnedPartition) -> None:
-        if not owned.state.is_dirty and owned.next_offset == owned.committed_offset:
+        is_current = owned.next_offset == owned.committed_offset and not owned.mark_is_outdated
+        if is_current and not owned.state.is_dirty:
             return
         started, written_before = time.monotonic(), owned.producer.bytes_written
-        mark = CheckpointMark(owned.next_offset, owned.output_offset)
+        mark = owned.next_mark()
         try:
             records = await checkpoint(owned.state, mark, PendingOutputs(owned), owned.producer, owned.store)
         except StopsWorker as error:
             self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
         if mark.source_offset > owned.committed_offset:
             self.halted.note_progress(owned.tp.partition)
-        owned.committed_offset = mark.source_offset
+        owned.committed_offset, owned.mark_is_outdated = mark.source_offset, False
         self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
         self._metrics.changelog_records.inc(records)
         self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)

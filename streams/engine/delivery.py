@@ -15,8 +15,9 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py:
 `_acked_index`, `_add_gap`, `_buffered_partitions`, `_get_active_partitions`, `_new_consumer_thread`,
 `verify_event_path`;
 `faust.transport.drivers.aiokafka.AIOKafkaConsumerThread`: `_fetch_records`, `_seek_wait`, `_create_worker_consumer`;
-`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_key_deserializer`, `_fetcher._subscriptions`,
-`_fetcher._prefetch_backoff`; `aiokafka.consumer.subscription_state.TopicPartitionState._position`.
+`aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_key_deserializer`, `_auto_offset_reset`,
+`_fetcher._subscriptions`, `_fetcher._prefetch_backoff`;
+`aiokafka.consumer.subscription_state.TopicPartitionState._position`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiokafka
+from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
@@ -64,6 +66,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._joined_at: dict[TP, int] = {}
         """Position after the last batch handed over, by partition; a seek removes it."""
         self._epochs: dict[TP, int] = {}
+        self._out_of_range: dict[TP, int] = {}
+        """Position that the log does not have, by partition; fetching is paused until a seek."""
 
     async def on_start(self) -> None:
         """Start the consumer, and let it fetch the next records early."""
@@ -84,17 +88,36 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             return {}
         generation = self.app.consumer_generation_id
         before = {tp: self._joined_at.get(tp, self._position(consumer, tp)) for tp in wanted}
-        fetched = dict(await super()._fetch_records(consumer, wanted, 0, max_records))
+        fetched = await self._fetch(consumer, wanted, 0, max_records)
         if fetched:
             await self._fetch_more(consumer, before, fetched, max_records)
         else:
-            fetched = dict(await super()._fetch_records(consumer, wanted, timeout, max_records))
+            fetched = await self._fetch(consumer, wanted, timeout, max_records)
         if not fetched:
             return {}
         if self.app.consumer_generation_id != generation or not self.consumer.flow_active:
             self._hand_back(consumer, before, fetched)
             return {}
         return {tp: self._join(consumer, tp, before[tp], records) for tp, records in fetched.items()}
+
+    async def _fetch(
+        self, consumer: aiokafka.AIOKafkaConsumer, wanted: frozenset[TP], timeout: float | None, max_records: int | None
+    ) -> dict[TP, list[Any]]:
+        """Return fetched records; a position outside the log is noted instead of silently reset, and paused."""
+        try:
+            return dict(await super()._fetch_records(consumer, wanted, timeout, max_records))
+        except NoOffsetForPartitionError:  # from before the first seek of a new partition
+            return {}
+        except OffsetOutOfRangeError as error:
+            for tp, offset in error.args[0].items():
+                if self._position(consumer, tp) == offset:
+                    self._out_of_range[TP(*tp)] = offset
+                    consumer.pause(aiokafka.TopicPartition(*tp))
+            return {}
+
+    def out_of_range(self, tp: TP) -> int | None:
+        """Return the position of the partition if the log does not have it; None otherwise."""
+        return self._out_of_range.get(tp)
 
     async def _fetch_more(
         self,
@@ -109,7 +132,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             return
         epochs = {tp: self.epoch(tp) for tp in before}
         try:
-            more = await super()._fetch_records(consumer, frozenset(before), MORE_S, left)
+            more = await self._fetch(consumer, frozenset(before), MORE_S, left)
         except BaseException:
             self._drop_sought(fetched, epochs)
             self._hand_back(consumer, before, fetched)
@@ -162,6 +185,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         for tp in partitions:
             self._joined_at.pop(tp, None)
             self._epochs[tp] = self.epoch(tp) + 1
+            if self._out_of_range.pop(tp, None) is not None and tp in consumer.assignment():
+                consumer.resume(aiokafka.TopicPartition(*tp))
         await super()._seek_wait(consumer, partitions)
 
     def _create_worker_consumer(self, transport: BatchTransport) -> aiokafka.AIOKafkaConsumer:
@@ -169,6 +194,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         # Faust hard-codes 1,500 ms, and reads uncommitted records unless its own exactly-once mode is on.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms
         consumer._isolation_level = "read_committed"
+        consumer._auto_offset_reset = "none"  # a reset would skip events without a trace: see `out_of_range`
         consumer._key_deserializer = as_parsed
         return consumer
 

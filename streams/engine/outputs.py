@@ -48,6 +48,8 @@ class Published:
     """[U] newest published source offset of each user."""
     end: int
     """Offset after the last record of the partition."""
+    foreign: int = 0
+    """Records left out because their source offsets belong to another log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,29 +133,50 @@ class Outputs:
             )
         return await acknowledged
 
-    async def published_since(self, partition: int, offset: int, encoder_version: str) -> Published:
-        """Read from the output topic what this encoder version has published, from `offset` to the present end."""
+    async def published_since(
+        self, partition: int, offset: int, encoder_version: str, source_id: str = ""
+    ) -> Published:
+        """Read from the output topic what this encoder version has published, from `offset` to the present end.
+
+        Records of another source log are left out, because their offsets would hold back every new embedding.
+        """
         reader = LogReader(TopicPartition(self._config.embeddings_topic, partition), self._config.client)
         newest: dict[bytes, int] = {}
+        foreign = 0
         try:
             await reader.open()
             start = offset if reader.begin <= offset <= reader.end else reader.begin  # else the topic was created again
             async for records in reader.batches(start, records_max=10_000):
                 for record in records:
-                    source_offset = _source_offset(record, encoder_version)
-                    if record.key is not None and source_offset is not None:
+                    source_offset, of = _source(record, encoder_version)
+                    if record.key is None or source_offset is None:
+                        continue
+                    if of and source_id and of != source_id:
+                        foreign += 1
+                    else:
                         newest[record.key] = max(source_offset, newest.get(record.key, -1))
         finally:
             await reader.close()
-        return Published(list(newest), np.fromiter(newest.values(), np.int64, len(newest)), reader.end)
+        if foreign:
+            logger.warning(
+                "%d records in partition %d of %s stem from another source log than %s; they are left as they are, and "
+                "their users are published again when they act",
+                foreign,
+                partition,
+                self._config.embeddings_topic,
+                source_id,
+            )
+        return Published(list(newest), np.fromiter(newest.values(), np.int64, len(newest)), reader.end, foreign)
 
 
-def _source_offset(record: Any, encoder_version: str) -> int | None:
-    """Return the source offset of an embedding of this version or of a tombstone, and None for anything else."""
+def _source(record: Any, encoder_version: str) -> tuple[int | None, str]:
+    """Return source offset and source id of an embedding of this version or of a tombstone; None for anything else."""
     if record.value is None:
-        return next((int(value) for name, value in record.headers if name == "source-offset"), None)
+        headers = dict(record.headers)
+        offset = headers.get("source-offset")
+        return None if offset is None else int(offset), (headers.get("source-id") or b"").decode()
     try:
         metadata = decode_metadata(record.headers)
     except MalformedEmbedding:
-        return None
-    return metadata.source_offset if metadata.encoder_version == encoder_version else None
+        return None, ""
+    return metadata.source_offset if metadata.encoder_version == encoder_version else None, metadata.source_id

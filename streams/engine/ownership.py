@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,7 @@ from streams.core.partition_state import PartitionState
 from streams.engine.changelog import ChangelogProducer
 from streams.engine.delivery import RecordBatch
 from streams.errors import HaltsPartition
+from streams.storage.codec import CheckpointMark
 from streams.storage.store import PartitionStore
 
 
@@ -41,6 +42,10 @@ class OwnedPartition:
     """Source offset of the last checkpoint."""
     output_offset: int
     """Offset after the last acknowledged record of this partition in the output topic."""
+    mark: CheckpointMark = field(default_factory=lambda: CheckpointMark(0, 0))
+    """Mark that checkpoints write, with the identity of the logs; only its offsets advance."""
+    mark_is_outdated: bool = False
+    """True until a checkpoint has written a mark that was found in an older format or with another identity."""
     producer_failed: bool = False
     """True after a failed checkpoint: the producer must be replaced before the next one."""
     rebuilt: bool = False
@@ -50,6 +55,10 @@ class OwnedPartition:
     unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
     """Dead letters and tombstones that must be acknowledged before a checkpoint commits the offsets of their events."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def next_mark(self) -> CheckpointMark:
+        """Return the mark of a checkpoint at the present position."""
+        return replace(self.mark, source_offset=self.next_offset, output_offset=self.output_offset)
 
     def continuity(self, batch: RecordBatch) -> Continuity:
         """Return how the batch continues the partition; every record must be processed exactly once."""

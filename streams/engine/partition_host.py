@@ -26,6 +26,8 @@ class PartitionsConfig:
     checkpoint_interval_ms: int
     transaction_timeout_ms: int
     session_timeout_ms: int
+    layout: str = ""
+    """Sizes of the stored sequences, by `streams.storage.identity.layout_of`."""
     restores_max: int = 2
     """Maximum number of partitions restored at the same time."""
 
@@ -41,8 +43,8 @@ class PartitionHost(Protocol):
         """Open or create the local database at `path`."""
         ...
 
-    async def published_since(self, partition: int, offset: int) -> Published:
-        """Return what this encoder version has published from output offset `offset` on."""
+    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
+        """Return what this encoder version has published from output offset `offset` on, from the source of that id."""
         ...
 
     def on_ready(self, owned: OwnedPartition) -> None:

@@ -5,8 +5,8 @@ After an assignment a task of its own acquires each partition, with its source p
 1. *fence*: starting the partition's transactional producer locks every predecessor out at the broker;
 2. *restore*: the local database is brought to the changelog's end offset, read after fencing; a database that does not
    match the log is rebuilt;
-3. *prove*: the restored checkpoint mark holds the source offset it belongs to. If that is below the committed offset,
-   the restore is incomplete, and the worker stops instead of processing on it;
+3. *prove*: the restored checkpoint mark holds the logs and the source offset that it belongs to. If they are not those
+   at hand, or the restore is incomplete, nothing is processed (see `streams.engine.proof`);
 4. *catch up on outputs*: outputs after the mark were published before, and are not published again;
 5. *resume*: seek to the mark's offset and resume the partition.
 
@@ -26,14 +26,15 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 from faust.types import TP
 
+from streams.engine.acquisition import ProvenPartitions
 from streams.engine.changelog import ChangelogProducer, Fenced
-from streams.engine.checkpoints import CheckpointedPartitions
 from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import Continuity, OwnedPartition
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
-from streams.engine.restore import IncompleteRestore, restore
+from streams.engine.proof import Proven
+from streams.engine.restore import restore
 from streams.errors import HaltsPartition, LosesPartition, RebuildsPartition, StopsWorker
-from streams.storage.checkpoint import CheckpointMark
+from streams.storage.identity import Identity
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.telemetry.watchdog import Progress
@@ -44,11 +45,8 @@ RESTORE_STALL_S = 15.0
 """Time without a record after which a restore is given up and tried again, because its partition may have no leader."""
 
 
-class Partitions(CheckpointedPartitions):
+class Partitions(ProvenPartitions):
     """Acquires, checkpoints and gives back the partitions of this worker; a service that Faust runs."""
-
-    app: Any
-    """The Faust app, set before the service starts."""
 
     def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(config, host, metrics, **kwargs)
@@ -176,6 +174,7 @@ class Partitions(CheckpointedPartitions):
             logger.warning(
                 "the local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage
             )
+            self._metrics.stores_rebuilt.inc()
             PartitionStore.destroy(self._path(number))
             await self._acquire(number, generation, rebuilt=True)
 
@@ -188,10 +187,12 @@ class Partitions(CheckpointedPartitions):
             if not self._is_assigned(number, generation):  # a late start would fence the rightful owner
                 raise Fenced(f"partition {number}: the assignment has changed")
             await producer.start()
+            identity = await self._identity()
             committed = await self._committed(source)
             async with self._restores:
-                store = await self._restore(number)
-            owned = await self._owned(source, store, producer, self._prove(number, store, committed))
+                store = await self._restore(number, identity)
+            proven = await self._prove(source, store, identity, committed)
+            owned = await self._owned(source, store, producer, proven)
             owned.rebuilt = rebuilt
             if not self._is_assigned(number, generation):
                 raise Fenced(f"partition {number}: the assignment has changed")
@@ -203,13 +204,7 @@ class Partitions(CheckpointedPartitions):
         self._metrics.restore_seconds.observe(seconds)
         logger.info("partition %d is ready at offset %d after %.2f s", number, owned.next_offset, seconds)
 
-    async def _committed(self, source: TP) -> int | None:
-        """Return the committed offset. It is read after fencing, so no predecessor can still advance it."""
-        thread = self.app.consumer._thread
-        committed: int | None = await thread.call_thread(thread._ensure_consumer().committed, source)
-        return committed
-
-    async def _restore(self, number: int) -> PartitionStore:
+    async def _restore(self, number: int, identity: Identity) -> PartitionStore:
         """Restore the local database; raise `TimeoutError` when nothing arrives, so that other restores can begin."""
         changelog = TopicPartition(self._config.changelog_topic, number)
         async with asyncio.timeout(RESTORE_STALL_S) as limit:
@@ -220,33 +215,25 @@ class Partitions(CheckpointedPartitions):
                 limit.reschedule(asyncio.get_running_loop().time() + RESTORE_STALL_S)
 
             return await restore(
-                self._path(number), self._host.open_store, changelog, self._config.client, on_progress=on_progress
+                self._path(number),
+                self._host.open_store,
+                changelog,
+                self._config.client,
+                on_progress=on_progress,
+                log_id=identity.log_id,
             )
-
-    def _prove(self, number: int, store: PartitionStore, committed: int | None) -> CheckpointMark | None:
-        """Return the restored mark, after a check that the restore is complete.
-
-        Mark and committed offset were written in one transaction, so a mark below the offset proves lost records.
-        """
-        mark = store.mark()
-        if committed is not None and (mark is None or mark.source_offset < committed):
-            at = "empty" if mark is None else f"of offset {mark.source_offset}"
-            raise IncompleteRestore(
-                f"the restored state is {at}, but offset {committed} is committed: the changelog "
-                f"{self._config.changelog_topic} has lost records; set a new app_id to rebuild from the source topic"
-            )
-        return mark
 
     async def _owned(
-        self, source: TP, store: PartitionStore, producer: ChangelogProducer, mark: CheckpointMark | None
+        self, source: TP, store: PartitionStore, producer: ChangelogProducer, proven: Proven
     ) -> OwnedPartition:
-        state = self._host.new_state()
-        published = await self._host.published_since(source.partition, mark.output_offset if mark else 0)
+        state, mark = self._host.new_state(), proven.mark
+        published = await self._host.published_since(source.partition, mark.output_offset, mark.source_id)
         state.seed_published(published.users, published.source_offsets)
         state.seed_deadlines(store.pending())
-        earliest = (await self.app.consumer.earliest_offsets(source))[source]
-        start = earliest if mark is None else mark.source_offset
-        return OwnedPartition(source, state, store, producer, start, start, published.end)
+        start = mark.source_offset
+        owned = OwnedPartition(source, state, store, producer, start, start - proven.expired, published.end, mark)
+        owned.mark_is_outdated = proven.must_write
+        return owned
 
     async def _resume(self, owned: OwnedPartition) -> None:
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
@@ -276,17 +263,16 @@ class Partitions(CheckpointedPartitions):
         earliest = (await self.app.consumer.earliest_offsets(owned.tp))[owned.tp]
         if earliest < batch.begin:
             return False
-        lost = batch.begin - owned.next_offset
-        logger.error(
-            "%d events of %s were deleted by retention before they were read; raise retention.ms of the topic",
-            lost,
-            owned.tp,
-        )
-        self._metrics.events_expired.inc(lost)
+        self.report_expired(owned.tp.partition, batch.begin - owned.next_offset, owned.next_offset)
         return True
 
+    async def continue_at(self, owned: OwnedPartition, offset: int) -> None:
+        """Continue at another offset of the log, because those before it no longer exist."""
+        owned.next_offset = offset
+        await self._seek(owned)
+
     async def _seek(self, owned: OwnedPartition) -> None:
-        logger.warning("records of %s were not delivered; seeking back to offset %d", owned.tp, owned.next_offset)
+        logger.warning("partition %d is fetched again from offset %d", owned.tp.partition, owned.next_offset)
         owned.epoch = self.app.consumer._thread.epoch(owned.tp) + 1
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
 

@@ -2,8 +2,9 @@
 
 A restore begins after fencing, so the end offset that it reads is final. It continues until the reader's *position* has
 reached that offset. Waiting for the last *record* would be wrong: transaction markers occupy offsets without a record,
-so the restore would end too early or never. A local database that does not match the log is deleted and rebuilt. If the
-head of the log was deleted, a rebuild is impossible: only a database that holds the deleted records can continue.
+so the restore would end too early or never. A local database that does not match the log, by the id of the topic or by
+its offset, is deleted and rebuilt. If the head of the log was deleted, a rebuild is impossible: only a database that
+holds the deleted records can continue.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
-from streams.errors import HaltsPartition
+from streams.engine.proof import IncompleteRestore
+from streams.errors import RebuildsPartition
 from streams.storage.store import PartitionStore
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,8 @@ RECORDS_PER_WRITE = 1_000
 PROGRESS_EVERY_S = 5.0
 
 
-class IncompleteRestore(HaltsPartition):
-    """Records of the state are lost, so processing of the partition must not begin."""
-
-    retriable = False
+class StoreOfAnotherLog(RebuildsPartition):
+    """The local database was written from another changelog than the one at hand, so none of it is used."""
 
 
 async def restore(
@@ -42,19 +42,23 @@ async def restore(
     client: Mapping[str, Any],
     *,
     on_progress: Callable[[int, int], None],
+    log_id: str = "",
 ) -> PartitionStore:
     """Open the database at `path`, bring it to the end of changelog partition `tp`, and return it.
 
+    `log_id` identifies the changelog topic, and is kept in the database; empty if the broker reports none.
     `on_progress(records restored, offsets remaining)` is called after every write. On cancellation the database is
     closed; it keeps what was written, together with its changelog offset, so the next restore continues from there.
-    Raises `IncompleteRestore` when the log no longer holds records that the database lacks, and `StoreDamaged` when the
-    database cannot be read.
+    Raises `IncompleteRestore` when the log no longer holds records that the database lacks, `StoreOfAnotherLog` when
+    the database was written from another log, and `StoreDamaged` when it cannot be read.
     """
     reader = LogReader(tp, client)
     store: PartitionStore | None = None
     try:
         await reader.open()
-        store, start = _fit(path, open_store, reader)
+        store = open_store(path)
+        start = await _start(store, reader, log_id)
+        store.claim(log_id)
         await _read(store, reader, start, on_progress)
     except BaseException:
         if store is not None:
@@ -65,25 +69,34 @@ async def restore(
     return store
 
 
-def _fit(path: Path, open_store: OpenStore, reader: LogReader) -> tuple[PartitionStore, int]:
-    """Return the local database and the log offset to continue from; an empty one if it does not match the log."""
-    store = open_store(path)
+async def _start(store: PartitionStore, reader: LogReader, log_id: str) -> int:
+    """Return the log offset from which the database continues; raise if it does not match the log."""
     local = store.changelog_offset
-    if local is not None and reader.begin <= local + 1 <= reader.end:
-        return store, local + 1
+    if store.log_id and log_id and store.log_id != log_id:
+        raise StoreOfAnotherLog(f"it belongs to the changelog with id {store.log_id}, but the one at hand is {log_id}")
     if local is None and reader.begin == 0:
-        return store, 0
-    store.close()
-    if reader.begin > 0:
+        return 0
+    if local is None or not reader.begin <= local + 1 <= reader.end:
+        if reader.begin > 0:
+            raise IncompleteRestore(_cut(reader, local))
+        raise StoreOfAnotherLog(f"it ends at changelog offset {local}, but the changelog ends at {reader.end}")
+    if not store.log_id:
+        await _check_unnamed(store, reader, local)
+    return local + 1
+
+
+async def _check_unnamed(store: PartitionStore, reader: LogReader, local: int) -> None:
+    """Take over a database that names no log, written by an earlier version, if the log has what it read last.
+
+    When compaction has removed that record, only a rebuild is certain; without the log's head it is not possible.
+    """
+    record = await reader.record_at(local)
+    if record is not None and store.get_many([record.key]) == [record.value]:
+        logger.info("a local database of an earlier version, at changelog offset %d, is taken over", local)
+    elif reader.begin == 0:
+        raise StoreOfAnotherLog(f"it names no changelog, and its last record, {local}, is not in the one at hand")
+    elif record is not None:
         raise IncompleteRestore(_cut(reader, local))
-    logger.warning(
-        "local state at %s ends at offset %s, but the changelog at %d: it is deleted and rebuilt",
-        path,
-        local,
-        reader.end,
-    )
-    PartitionStore.destroy(path)
-    return open_store(path), 0
 
 
 def _cut(reader: LogReader, local: int | None) -> str:

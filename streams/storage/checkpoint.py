@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from streams.core.partition_state import PartitionState
@@ -60,7 +61,7 @@ async def checkpoint(
     """
     if state.has_unseen_outputs:
         known = store.mark()
-        mark = CheckpointMark(mark.source_offset, known.output_offset if known else 0)
+        mark = replace(mark, output_offset=known.output_offset if known else 0)
     snapshot = state.begin_checkpoint()
     try:
         records: list[Record] = [*encode(snapshot, state.limits), encode_mark(mark)]

@@ -5,7 +5,7 @@ Three kinds of records, distinguished by the first byte of the key:
     record  key                        value, with the bytes of each part
     head    `u`, user id               header (80), tail actions (32 each), checksum (4)
     chunk   `c`, user id, chunk key    version (1), 0 (1), C (2), chunk number (8), C actions (32 each), checksum (4)
-    mark    `m`                        version (1), source offset (8), output offset (8), checksum (4)
+    mark    `m`                        version (1), source offset (8), output offset (8), JSON, checksum (4)
 
 - The *head* holds a user's header (`streams.core.layout.HEADER_DTYPE`, which begins with version, flags, reason and the
   number of tail actions) and the actions after the last complete chunk. A user with fewer than C actions has no other
@@ -13,7 +13,9 @@ Three kinds of records, distinguished by the first byte of the key:
 - A *chunk* holds C actions. Chunk number k has the chunk key `k mod (M / C + 1)`, one byte, so a user never has more
   than M / C + 1 chunk records. The number inside distinguishes the wanted chunk from another one under the same key.
 - The *mark* is the last record of each checkpoint. It contains the source offset that the checkpoint commits, and the
-  offset in the output topic before which the state accounts for every output.
+  offset in the output topic before which the state accounts for every output. Since version 2 it also contains, as one
+  JSON object, the identity of the logs that these offsets belong to, and what operators did to the position. Version 1
+  had no JSON; it is read as a mark of unknown identity.
 
 All numbers are little-endian. The checksum is CRC-32 over key and value, so a value under a wrong key is detected, too.
 A deleted record has the value None. The version is the first byte of every value. Each version ever written keeps its
@@ -22,9 +24,11 @@ decoder, and a value of an unknown version raises `CorruptValue` instead of bein
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -33,6 +37,7 @@ from encoder.actions.columns import ACTION_DTYPE, Actions
 from streams.core.columns import Columns
 from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Snapshot, StateLimits
 from streams.errors import RebuildsPartition, StopsWorker
+from streams.storage.identity import Identity
 
 Records = list[tuple[bytes, bytes | None]]
 
@@ -42,6 +47,9 @@ CHUNK_PREFIX = b"c"
 """First byte of the key of a chunk; the user id and the chunk key (one byte) follow."""
 MARK_KEY = b"m"
 """Key of the checkpoint mark, one record per partition."""
+MARK_VERSION = 2
+OPERATIONS_KEPT = 8
+"""Operations that a mark keeps; older ones are only in the log of the command."""
 _MARK = struct.Struct("<Bqq")
 _CHUNK_HEAD = np.dtype([("version", "u1"), ("zero", "u1"), ("chunk_length", "<u2"), ("number", "<i8")])
 HEAD_BYTES, ACTION_BYTES = HEADER_DTYPE.itemsize, ACTION_DTYPE.itemsize
@@ -71,6 +79,20 @@ class CheckpointMark:
     """Offset of the next event to apply, which the checkpoint's transaction commits."""
     output_offset: int
     """Offset before which the state accounts for every output."""
+    identity: Identity | None = None
+    """Logs that the offsets belong to; None in a mark of version 1."""
+    life: int = 0
+    """Number of times that the position was moved back or to another log, after which source offsets start over."""
+    unfinished: str = ""
+    """Command that has begun to rewrite the state and has not ended; a worker must not start. Empty otherwise."""
+    operations: tuple[str, ...] = ()
+    """What operators did to the position, oldest first, at most `OPERATIONS_KEPT`."""
+
+    @property
+    def source_id(self) -> str:
+        """Text that outputs carry, so that source offsets of different lives are never compared; empty if unknown."""
+        topic_id = self.identity.source_topic_id if self.identity else ""
+        return f"{topic_id}/{self.life}" if self.life and topic_id else topic_id
 
 
 def head_key(user: bytes) -> bytes:
@@ -90,16 +112,30 @@ def encode(snapshot: Snapshot, limits: StateLimits) -> Records:
 
 def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
     """Return the record that ends a checkpoint."""
-    return MARK_KEY, seal(MARK_KEY, _MARK.pack(STATE_VERSION, mark.source_offset, mark.output_offset))
+    details: dict[str, Any] = {"identity": mark.identity.as_json()} if mark.identity else {}
+    for name in ("life", "unfinished", "operations"):
+        if value := getattr(mark, name):
+            details[name] = value
+    body = _MARK.pack(MARK_VERSION, mark.source_offset, mark.output_offset) + json.dumps(details).encode()
+    return MARK_KEY, seal(MARK_KEY, body)
 
 
 def decode_mark(value: bytes) -> CheckpointMark:
-    """Decode a mark; raise `CorruptValue` if it is not one."""
-    body = unseal(MARK_KEY, value)
-    if len(body) != _MARK.size:
+    """Decode a mark of any version; raise `CorruptValue` if it is not one."""
+    body = unseal(MARK_KEY, value, versions=(1, MARK_VERSION))
+    if len(body) < _MARK.size or (body[0] == 1 and len(body) != _MARK.size):
         raise CorruptValue(MARK_KEY, f"{len(value)} bytes")
-    _, source_offset, output_offset = _MARK.unpack(body)
-    return CheckpointMark(source_offset, output_offset)
+    version, source_offset, output_offset = _MARK.unpack_from(body)
+    if version == 1:
+        return CheckpointMark(source_offset, output_offset)
+    try:
+        details = json.loads(body[_MARK.size :])
+        identity = Identity.from_json(details["identity"]) if "identity" in details else None
+        operations = tuple(map(str, details.get("operations", ())))
+        life, unfinished = int(details.get("life", 0)), str(details.get("unfinished", ""))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptValue(MARK_KEY, f"its details cannot be read: {error}") from error
+    return CheckpointMark(source_offset, output_offset, identity, life, unfinished, operations)
 
 
 def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:
@@ -158,14 +194,13 @@ def body_of(key: bytes, value: bytes) -> bytes | None:
     return value[:-_CHECKSUM_BYTES] if _is_whole(key, value) and value[:1] == _VERSION_BYTE else None
 
 
-def unseal(key: bytes, value: bytes) -> bytes:
+def unseal(key: bytes, value: bytes, *, versions: Sequence[int] = (STATE_VERSION,)) -> bytes:
     """Return a value without its checksum; raise `CorruptValue` with the reason if checksum or version is wrong."""
-    body = body_of(key, value)
-    if body is not None:
-        return body
     if not _is_whole(key, value):
         raise CorruptValue(key, "the checksum does not match")
-    raise CorruptValue(key, f"version {value[0]} is unknown, this release reads {STATE_VERSION}")
+    if value[0] not in versions:
+        raise CorruptValue(key, f"version {value[0]} is unknown, this release reads {', '.join(map(str, versions))}")
+    return value[:-_CHECKSUM_BYTES]
 
 
 def _is_whole(key: bytes, value: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, decode_mark
-from streams.storage.store import DEADLINE_PREFIX, NUMBER, OFFSET_KEY, RECORDS_PER_WRITE, Record, put_record
+from streams.storage.store import DEADLINE_PREFIX, LOG_KEY, NUMBER, OFFSET_KEY, RECORDS_PER_WRITE, Record, put_record
 
 
 class MemoryStore:
@@ -20,6 +20,15 @@ class MemoryStore:
         """Offset up to which every changelog record is in the store; None if nothing was ever written."""
         value = self.records.get(OFFSET_KEY)
         return None if value is None else int(NUMBER.unpack(value)[0])
+
+    @property
+    def log_id(self) -> str:
+        """Identity of the changelog that the records come from; empty if it is unknown."""
+        return self.records.get(LOG_KEY, b"").decode()
+
+    def claim(self, log_id: str) -> None:
+        """Record the identity of the changelog that the records come from."""
+        self.records[LOG_KEY] = log_id.encode()
 
     def mark(self) -> CheckpointMark | None:
         """Return the mark of the last checkpoint in the store, None without one."""

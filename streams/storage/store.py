@@ -1,10 +1,12 @@
 """The durable state of one partition on local disk: RocksDB as a cache of the changelog partition.
 
-A store holds the changelog's records under their own keys, and two kinds of local records:
+A store holds the changelog's records under their own keys, and three kinds of local records:
 
 - `o`: the *changelog offset*. Every record up to it is in the store. It is written with the last batch of a write only:
   a crash between batches leaves records that are newer than the offset. The restore then reads the changelog from the
   offset and writes the same records again, before anything is read from the store.
+- `l`: the *log id*, which identifies the changelog topic that the records come from. It is written before any record. A
+  store written before version 2 of the mark has none.
 - `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
 
 Unreadable files are noticed on opening or later, while the store is in use. A file named `DAMAGED` is then left beside
@@ -40,7 +42,15 @@ from rocksdict import (
 
 from streams.core.layout import NEVER
 from streams.errors import HaltsPartition, RebuildsPartition
-from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, deadline_of, decode_mark, had_deadline
+from streams.storage.codec import (
+    CHUNK_PREFIX,
+    HEAD_PREFIX,
+    MARK_KEY,
+    CheckpointMark,
+    deadline_of,
+    decode_mark,
+    had_deadline,
+)
 
 RECORDS_PER_WRITE = 1_000
 """Records per write batch. A batch holds the GIL: 1,000 records take about 3 ms."""
@@ -48,6 +58,8 @@ SCAN_USERS = 10_000
 """Users read at a time by a scan."""
 OFFSET_KEY = b"o"
 """Key of the changelog offset; local only, like the deadlines."""
+LOG_KEY = b"l"
+"""Key of the log id; local only."""
 DEADLINE_PREFIX = b"p"
 """First byte of the key of a deadline; the user id follows."""
 DAMAGED = "DAMAGED"
@@ -77,6 +89,15 @@ class Store(Protocol):
     @property
     def changelog_offset(self) -> int | None:
         """Offset up to which every changelog record is in the store; None if nothing was ever written."""
+        ...
+
+    @property
+    def log_id(self) -> str:
+        """Identity of the changelog that the records come from; empty if it is unknown."""
+        ...
+
+    def claim(self, log_id: str) -> None:
+        """Record the identity of the changelog that the records come from."""
         ...
 
     def mark(self) -> CheckpointMark | None:
@@ -153,6 +174,18 @@ class PartitionStore:
         """Offset up to which every changelog record is in the store; None if nothing was ever written."""
         return self._changelog_offset
 
+    @property
+    def log_id(self) -> str:
+        """Identity of the changelog that the records come from; empty if it is unknown."""
+        value = self._reading(lambda: self._db.get(LOG_KEY))
+        return "" if value is None else bytes(value).decode()
+
+    def claim(self, log_id: str) -> None:
+        """Record the identity of the changelog that the records come from."""
+        batch = WriteBatch(raw_mode=True)
+        batch.put(LOG_KEY, log_id.encode())
+        self._write(batch)
+
     def mark(self) -> CheckpointMark | None:
         """Return the mark of the last checkpoint in the store, None without one."""
         value = self._reading(lambda: self._db.get(MARK_KEY))
@@ -184,6 +217,10 @@ class PartitionStore:
     def heads(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield (user, head value) of every user, in order of user id."""
         return ((key[1:], value) for key, value in self._scan(HEAD_PREFIX))
+
+    def chunks(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) of every chunk, in order of key."""
+        return self._scan(CHUNK_PREFIX)
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""

@@ -187,6 +187,10 @@ class Metrics:
         self.events_expired = Counter(
             "streamformer_events_expired_total", "Records lost because retention deleted them before they were read."
         )
+        self.offsets_rewound = Counter(
+            "streamformer_offsets_rewound_total",
+            "Partitions whose committed offset was before their state; they continue at the state.",
+        )
         self.consumer_lag = Gauge(
             "streamformer_consumer_lag_records", "Records of the action topic that are not yet processed.", "partition"
         )
@@ -263,6 +267,10 @@ class Metrics:
         self.halts = Counter(
             "streamformer_halts_total",
             "Times that a partition was halted: it could not go on while others could.",
+        )
+        self.stores_rebuilt = Counter(
+            "streamformer_stores_rebuilt_total",
+            "Local databases deleted and rebuilt because they are damaged or belong to another changelog.",
         )
         self.restored_records = Counter("streamformer_restored_records_total", "Changelog records read by restores.")
         self.restore_remaining = Gauge(

@@ -3,8 +3,9 @@
 The key is the user id in UTF-8. The value is the vector, by codec: little-endian float32 or float16, or a JSON array of
 numbers. The metadata is in headers of UTF-8 text, the same for every codec: `encoder-version`, `dim`, `dtype` (the
 codec's name), `event-time-ms` (of the newest action inside), `sequence-length`, `reason`, `source-offset` (of the
-newest event inside), `encoded-at-ms` (processing time). A null value is a tombstone, which means that the user is
-forgotten; its one header is `source-offset`.
+newest event inside), `encoded-at-ms` (processing time), `source-id` (which log that offset belongs to; missing where
+unknown). A null value is a tombstone, which means that the user is forgotten; its headers are `source-offset` and
+`source-id`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class EmbeddingBatch:
     encoder_version: str
     encoded_at_ms: int
     """Processing time at which the batch was encoded."""
+    source_id: str = ""
+    """Identity of the log that the source offsets belong to; empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -76,6 +79,8 @@ class EmbeddingMetadata:
     reason: str
     source_offset: int
     encoded_at_ms: int
+    source_id: str = ""
+    """Identity of the log that the source offset belongs to; empty in records of before it was written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +98,8 @@ class Tombstone:
 
     user: str
     source_offset: int
+    source_id: str = ""
+    """Identity of the log that the source offset belongs to; empty in records of before it was written."""
 
 
 def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[Message]:
@@ -102,6 +109,7 @@ def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[
     dim = ("dim", b"%d" % batch.vectors.shape[1])
     dtype = ("dtype", codec.value.encode())
     encoded_at = ("encoded-at-ms", b"%d" % batch.encoded_at_ms)
+    source = _source_headers(batch.source_id)
     columns = zip(
         batch.users,
         values,
@@ -124,15 +132,16 @@ def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[
                 ("reason", reason.encode()),
                 ("source-offset", b"%d" % source_offset),
                 encoded_at,
+                *source,
             ],
         )
         for user, value, event_time_ms, length, reason, source_offset in columns
     )
 
 
-def encode_tombstone(user: bytes, source_offset: int) -> Message:
+def encode_tombstone(user: bytes, source_offset: int, source_id: str = "") -> Message:
     """Return the message that forgets `user`, whose deletion was read at `source_offset`."""
-    return user, None, [("source-offset", b"%d" % source_offset)]
+    return user, None, [("source-offset", b"%d" % source_offset), *_source_headers(source_id)]
 
 
 def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -> Embedding | Tombstone:
@@ -140,7 +149,8 @@ def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -
     texts = _texts(headers)
     user = _user(key)
     if value is None:
-        return Tombstone(user, _number(texts, "source-offset") if "source-offset" in texts else -1)
+        offset = _number(texts, "source-offset") if "source-offset" in texts else -1
+        return Tombstone(user, offset, texts.get("source-id", ""))
     metadata = _metadata(texts)
     vector = _vector(value, metadata.dtype)
     if vector.shape != (metadata.dim,):
@@ -154,6 +164,10 @@ def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -
 def decode_metadata(headers: Headers) -> EmbeddingMetadata:
     """Decode only the headers; raise `MalformedEmbedding` if one is missing or unreadable."""
     return _metadata(_texts(headers))
+
+
+def _source_headers(source_id: str) -> list[tuple[str, bytes]]:
+    return [("source-id", source_id.encode())] if source_id else []
 
 
 def _values(vectors: F32, codec: EmbeddingCodec) -> Iterator[bytes]:
@@ -202,6 +216,7 @@ def _metadata(texts: dict[str, str]) -> EmbeddingMetadata:
         reason=_text(texts, "reason"),
         source_offset=_number(texts, "source-offset"),
         encoded_at_ms=_number(texts, "encoded-at-ms"),
+        source_id=texts.get("source-id", ""),
     )
 
 

@@ -51,6 +51,16 @@ def test_a_written_value_is_read(store: AnyStore) -> None:
 def test_a_new_store_is_empty(store: AnyStore) -> None:
     """An empty store has no changelog offset, no mark, no users and no deadlines."""
     assert (store.changelog_offset, store.mark(), list(store.heads()), list(store.pending())) == (None, None, [], [])
+    assert store.log_id == ""
+
+
+def test_the_log_id_is_kept(store: AnyStore) -> None:
+    """The identity of the changelog is read back, and is no user, deadline or mark."""
+    store.claim("cluster/topic-1")
+    store.claim("cluster/topic-2")
+    store.write([head(b"a")], 3)
+    assert store.log_id == "cluster/topic-2"
+    assert (store.mark(), [user for user, _ in store.heads()], list(store.pending())) == (None, [b"a"], [])
 
 
 def test_offset_comes_with_the_last_batch(store: AnyStore) -> None:

@@ -99,6 +99,8 @@ class Starts:
     """Changelog records that each start read."""
     held: list[int] = field(default_factory=list)
     """Records of the whole state at each start."""
+    log_ids: set[str] = field(default_factory=set)
+    """Identities of the changelog in the local databases."""
 
     @property
     def count(self) -> tuple[int, int, int]:
@@ -146,13 +148,14 @@ class Starts:
         """Open the local database."""
         return PartitionStore.open(path, cache=Cache(1 << 20))
 
-    async def published_since(self, partition: int, offset: int) -> Published:
+    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
         """Report that nothing was published."""
         return Published([], np.zeros(0, np.int64), 0)
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Compare everything in the local database with what was committed."""
         held = {key: value for prefix in (b"c", b"u", b"m") for key, value in owned.store._scan(prefix)}
+        self.log_ids.add(owned.store.log_id)
         if held == self.log.truth and owned.next_offset == self.log.offset:
             self.whole += 1
         else:
@@ -188,6 +191,10 @@ class App:
     async def earliest_offsets(self, tp: TP) -> dict[TP, int]:
         """Return 0 for the one partition."""
         return {tp: 0}
+
+    async def highwaters(self, tp: TP) -> dict[TP, int]:
+        """Return an end beyond every mark: the source topic is not read."""
+        return {tp: BEYOND_EVERY_LOG}
 
     async def seek_wait(self, offsets: Mapping[TP, int]) -> None:
         """Do nothing: the source topic is not read."""

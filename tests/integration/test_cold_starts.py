@@ -6,6 +6,7 @@ The same count fails when the end of the restore is broken on purpose, one way a
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from aiokafka.structs import TopicPartition
 from streams.engine import checkpoints, partitions
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.partitions import Partitions
+from streams.engine.proof import Proven
 from streams.errors import RebuildsPartition
-from streams.storage.codec import MARK_KEY, CorruptValue
+from streams.storage.codec import MARK_KEY, CheckpointMark, CorruptValue
 from streams.storage.store import PartitionStore, StoreDamaged
 from tests.integration.changelogs import (
     CHECKPOINT_RECORDS,
+    CONFIGS,
     SHAPES,
     Log,
     Shape,
@@ -115,6 +118,59 @@ def test_every_start_on_a_damaged_disk_rebuilds_it(log: Log, tmp_path: Path, dis
     starts = asyncio.run(scenario())
     assert starts.count == (STARTS_PER_DISK, 0, 0), starts.rejected
     assert all(read >= held > 0 for read, held in zip(starts.restored, starts.held, strict=True))
+
+
+def recreated(log: Log) -> None:
+    """Delete the changelog and create it again, empty, under its name; the group's offsets are deleted, too."""
+    admin = kafka.KafkaAdminClient(bootstrap_servers=log.client["bootstrap_servers"])
+    changelog, source = log.names.changelog, log.names.source
+    admin.delete_topics([changelog.topic])
+    while changelog.topic in admin.list_topics():
+        time.sleep(0.1)
+    topic = {"num_partitions": 1, "replication_factor": 1, "configs": CONFIGS}
+    admin.create_topics({changelog.topic: topic}, wait_for_metadata=True)
+    admin.delete_group_offsets(log.names.group_id, [kafka.TopicPartition(*source)])
+    admin.close()
+    log.truth.clear()
+    log.offset = 0
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names its log", "of an earlier version"])
+def test_a_disk_of_a_former_changelog_is_not_spliced(log: Log, tmp_path: Path, named: bool, monkeypatch: Patch) -> None:
+    """After the changelog was created again and has grown past the old disk's offset, nothing of that disk is used."""
+
+    async def scenario() -> Starts:
+        starts = Starts(log, tmp_path, disk=kept)
+        if not named:
+            monkeypatch.setattr(PartitionStore, "claim", lambda self, log_id: None)
+        await written(log, 2, 10, 50)
+        await started(starts, 1)
+        monkeypatch.undo()
+        recreated(log)
+        await written(log, 5, 10, 50)
+        return await started(starts, 1)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (2, 0, 0), starts.rejected
+    assert starts.restored[1] >= starts.held[1]
+    assert all(starts.log_ids) or not named
+
+
+def test_a_disk_of_an_earlier_version_is_taken_over(log: Log, tmp_path: Path, monkeypatch: Patch) -> None:
+    """A database that names no log, but whose last record the changelog has, is kept: only the tail is read."""
+
+    async def scenario() -> Starts:
+        starts = Starts(log, tmp_path, disk=kept)
+        monkeypatch.setattr(PartitionStore, "claim", lambda self, log_id: None)
+        await many_small_ones(log)
+        await started(starts, 1)
+        monkeypatch.undo()
+        await another_checkpoint(log)
+        return await started(starts, 1)
+
+    starts = asyncio.run(scenario())
+    assert starts.count == (2, 0, 0), starts.rejected
+    assert starts.restored[1] < starts.held[1]
 
 
 def test_a_predecessor_at_work_is_shut_out_before_the_end_is_read(log: Log, tmp_path: Path) -> None:
@@ -283,6 +339,11 @@ def end_read_before_fencing(patch: Patch) -> None:
 Fault = Callable[[Patch], None]
 
 
+async def unproved_start(self: Partitions, source: Any, store: PartitionStore, *unused: Any) -> Proven:
+    """Continue at whatever mark was restored."""
+    return Proven(store.mark() or CheckpointMark(0, 0))
+
+
 @pytest.mark.parametrize(
     "fault",
     [ends_at_a_silence, ends_at_the_last_record_seen, end_read_before_fencing],
@@ -295,7 +356,7 @@ def test_a_broken_end_fails_the_count(log: Log, tmp_path: Path, monkeypatch: Pat
         await many_small_ones(log)
         fault(monkeypatch)
         proved = await racing(Starts(log, tmp_path, start_s=1.5), BROKEN_STARTS)
-        monkeypatch.setattr(Partitions, "_prove", lambda self, number, store, committed: store.mark())
+        monkeypatch.setattr(Partitions, "_prove", unproved_start)
         return proved, await racing(Starts(log, tmp_path, start_s=1.5), BROKEN_STARTS)
 
     proved, unproved = asyncio.run(scenario())

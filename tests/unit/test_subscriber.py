@@ -12,9 +12,9 @@ from streams.subscriber import Change, Freshest, as_json
 from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata, Tombstone
 
 
-def embedding(user: str, offset: int, version: str = "v1") -> Embedding:
+def embedding(user: str, offset: int, version: str = "v1", source_id: str = "") -> Embedding:
     """Return an embedding of a user at a source offset."""
-    metadata = EmbeddingMetadata(version, 2, EmbeddingCodec.FLOAT32, 5, 3, "every_n", offset, 9)
+    metadata = EmbeddingMetadata(version, 2, EmbeddingCodec.FLOAT32, 5, 3, "every_n", offset, 9, source_id)
     return Embedding(user, np.array([0.1, -2.0], np.float32), metadata)
 
 
@@ -46,6 +46,21 @@ def test_a_tombstone_outdates_every_version() -> None:
 def test_an_old_tombstone_forgets_nobody() -> None:
     """A tombstone that is delivered again after a newer embedding is dropped; one without an offset is always new."""
     assert accepted(embedding("ann", 9), Tombstone("ann", 7), Tombstone("ann", -1)) == [True, False, True]
+
+
+def test_offsets_of_another_log_are_not_compared() -> None:
+    """After the source topic was created again, or its position moved back, lower offsets are new."""
+    lives = [("A", 90), ("B", 3), ("B", 2), ("B/1", 1), ("B", 95), ("B/1", 2)]
+    changes = [embedding("ann", offset, source_id=source) for source, offset in lives]
+    assert accepted(*changes) == [True, True, False, True, False, True]
+    assert accepted(embedding("ann", 9, source_id="A"), Tombstone("ann", 1, "B")) == [True, True]
+
+
+def test_records_of_before_the_source_id_are_compared() -> None:
+    """The first record that names its log is compared with those that do not, unless a position was moved back."""
+    assert accepted(embedding("ann", 9), embedding("ann", 8, source_id="A")) == [True, False]
+    assert accepted(embedding("ann", 9), embedding("ann", 8, source_id="A/1")) == [True, True]
+    assert accepted(embedding("ann", 9, source_id="A/x"), embedding("ann", 8, source_id="A/-1")) == [True, True]
 
 
 def test_memory_is_bounded_by_users() -> None:

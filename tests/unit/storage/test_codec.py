@@ -11,6 +11,7 @@ from encoder.actions.columns import ACTION_DTYPE
 from streams.core.columns import starts_of as starts
 from streams.core.layout import HEADER_DTYPE, Snapshot, StateLimits
 from streams.storage.codec import (
+    MARK_KEY,
     CheckpointMark,
     CorruptValue,
     LayoutChanged,
@@ -26,9 +27,11 @@ from streams.storage.codec import (
     head_key,
     seal,
 )
+from streams.storage.identity import Identity
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=2)
 USER = "käthe".encode()
+FULL_MARK = CheckpointMark(3, 4, Identity("cluster", "actions", "id-1", "id-2", "8 in 2", "f"), 2, "adopt", ("a", "b"))
 
 
 def _random(dtype: np.dtype[np.void], count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.void]]:
@@ -86,7 +89,7 @@ def test_every_flipped_bit_is_detected() -> None:
     (_, chunk), (_, head) = encode(snapshot, LIMITS)
     assert head is not None
     assert chunk is not None
-    mark = encode_mark(CheckpointMark(3, 4))[1]
+    mark = encode_mark(FULL_MARK)[1]
     for value, decode in (
         (head, lambda value: decode_head(USER, value)),
         (chunk, lambda value: decode_chunk(USER, 5, value, LIMITS)),
@@ -165,3 +168,23 @@ def test_version_1_still_decodes() -> None:
     chunk = decode_chunk(b"u1", 1, bytes.fromhex(GOLDEN_CHUNK), LIMITS)
     assert chunk.tolist() == [(21, 22, 23, 24, 25, 26), (31, 32, 33, 34, 35, 36)]
     assert decode_mark(bytes.fromhex(GOLDEN_MARK)) == CheckpointMark(1_007, 2_003)
+
+
+def test_marks_keep_their_identity() -> None:
+    """A mark of version 2 is read back with identity, life, unfinished command and operations."""
+    assert decode_mark(encode_mark(FULL_MARK)[1]) == FULL_MARK
+    assert decode_mark(encode_mark(CheckpointMark(3, 4))[1]) == CheckpointMark(3, 4)
+
+
+def test_a_mark_of_a_later_release_is_read_as_far_as_it_is_known() -> None:
+    """Details that a later release has added do not make its mark unreadable; those it does not have are unknown."""
+    details = b'{"identity": {"cluster_id": "c", "new": "x"}, "newer": [1]}'
+    mark = decode_mark(seal(MARK_KEY, encode_mark(CheckpointMark(3, 4))[1][:17] + details))
+    assert mark == CheckpointMark(3, 4, Identity("c", "", "", "", ""))
+
+
+@pytest.mark.parametrize("details", [b"", b"{", b"[]", b'{"identity": 5}', b'{"operations": 5}', b'{"life": "x"}'])
+def test_unreadable_details_are_corrupt(details: bytes) -> None:
+    """A mark of version 2 whose checksum is right and whose details are not JSON of the right shape is corrupt."""
+    with pytest.raises(CorruptValue, match="details"):
+        decode_mark(seal(MARK_KEY, encode_mark(CheckpointMark(3, 4))[1][:17] + details))
