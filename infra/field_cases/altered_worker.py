@@ -5,6 +5,7 @@ The file is run by its path, so that it alters the checkout in the working direc
 host NAME      the machine has this host name
 sequence N     idempotent producers begin with this sequence number
 encoder USER   the encoder raises when a batch holds the user whose id begins with this text
+env NAME=VALUE the environment has another variable
 slow MS        the encoder takes so many milliseconds longer per user
 """
 
@@ -23,6 +24,12 @@ def host(name: str) -> None:
     """Give the machine another host name."""
     socket.gethostname = lambda: name
     socket.getfqdn = lambda name=name: name
+
+
+def env(assignment: str) -> None:
+    """Set a variable of the environment."""
+    name, _, value = assignment.partition("=")
+    os.environ[name] = value
 
 
 def sequence(first: str) -> None:
@@ -74,5 +81,5 @@ def _wrap_runtime(before: Any) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()
-    {"host": host, "sequence": sequence, "encoder": encoder, "slow": slow}[sys.argv.pop(1)](sys.argv.pop(1))
+    {"host": host, "env": env, "sequence": sequence, "encoder": encoder, "slow": slow}[sys.argv.pop(1)](sys.argv.pop(1))
     importlib.import_module("infra.cli").main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from infra.field_cases.case import Numbers, case, expect
 from infra.field_cases.field import Field
 from infra.field_cases.records import good
+from infra.kafka.topics import delete_topics
 
 KUBERNETES = {
     "STREAMFORMER_SERVICE_HOST": "10.96.14.7",
@@ -46,3 +47,76 @@ def spare_worker(field: Field) -> Numbers:
     site.wait_lengths({"ann": 1})
     site.expect_no_exit()
     return {"seconds to ready": seconds}
+
+
+@case(25, "the same instance id on another host", quick=True)
+def another_host(field: Field) -> Numbers:
+    """A worker that is created again under its instance id with another host name is ready within seconds."""
+    site = field.site(
+        {"kafka": {"session_timeout_ms": 30_000, "heartbeat_interval_ms": 1_000}}, alteration=("host", "pod-a")
+    )
+    site.start()
+    site.send([good("ann")])
+    site.wait_lengths({"ann": 1})
+    site.supervisor.hold(0)
+    site.alter("host", "pod-b")
+    site.supervisor.start(0)
+    seconds = site.wait(site.supervisor.is_ready, "the worker is ready on the other host", 25)
+    site.send([good("ann", 2)])
+    site.wait_lengths({"ann": 2})
+    site.expect_no_exit()
+    return {"seconds to ready": seconds}
+
+
+@case(26, "two workers with one instance id", quick=True, workers=2)
+def two_owners(field: Field) -> Numbers:
+    """One of the two ends with a line that names worker.instance_id; the other one works on."""
+    site = field.site()
+    site.start(0)
+    site.supervisor.workers[0].wanted = False
+    site.alter("env", f"STREAMFORMER_WORKER_INSTANCE_ID={site.settings.app_id}-0")
+    site.supervisor.start(1)
+    site.supervisor.workers[1].wanted = False
+    seconds = site.wait(lambda: site.supervisor.exits, "one of the two ends", 45)
+    line = site.supervisor.exits[0].last_line
+    expect("instance_id" in line, f"the line does not name worker.instance_id: {line}")
+    left = 1 - site.supervisor.exits[0].number
+    site.wait(lambda: site.health(left) == (200, 200), "the other one is ready", 30)
+    site.watch(5)
+    site.send([good("ann")])
+    site.wait_lengths({"ann": 1})
+    expect(len(site.supervisor.exits) == 1, "the other one has ended too")
+    return {"seconds to end": seconds, "exit code": site.supervisor.exits[0].code}
+
+
+@case(27, "topics on three brokers", brokers=3)
+def durable_topics(field: Field) -> Numbers:
+    """`topics create` takes the broker's default replication; `topics verify` names what is too weak."""
+    site = field.cluster_site()
+    topics = site.settings.topics
+    delete_topics(site.settings)
+    created = site.command("topics", "create")
+    expect(created.code == 0, f"create ends with {created.code}: {created.output[-200:]}")
+    with site.admin() as admin:
+        (described,) = admin.describe_topics([topics.actions])
+    replicas = {len(each["replica_nodes"]) for each in described["partitions"]}
+    expect(replicas == {3}, f"the topic has {replicas} replicas")
+    verified = site.command("topics", "verify", "--strict")
+    expect(verified.code == 0, f"good topics are reported: {verified.output[-300:]}")
+    site.configure(topics.actions, min_insync_replicas="1", unclean_leader_election_enable="true")
+    weak = site.command("topics", "verify", "--strict")
+    expect(weak.code == 1, f"weak topics: verify --strict ends with {weak.code}")
+    for name in ("min.insync.replicas", "unclean.leader.election"):
+        expect(name in weak.output, f"{name} is not named: {weak.output[-300:]}")
+    plain = site.command("topics", "verify")
+    expect(plain.code == 0 and "min.insync.replicas" in plain.output, "verify without --strict does not warn")
+    return {"replicas": 3}
+
+
+@case(29, "state shorter than the release looks back", quick=True)
+def short_state(field: Field) -> Numbers:
+    """A worker whose state keeps 8 actions refuses a release that looks back further."""
+    site = field.site({"state": {"sequence_length": 8, "chunk_length": 8}})
+    text = site.refusal()
+    expect("sequence_length" in text, f"the refusal does not name the setting: {text}")
+    return {"kept": 8}

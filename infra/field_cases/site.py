@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kafka
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError
 
 from infra.field_cases.case import CaseFailed, expect
@@ -23,6 +25,7 @@ from infra.harness.history import LogRecord
 from infra.harness.supervisor import Supervisor
 from infra.harness.topic_reader import HistoryReader
 from infra.harness.worker_process import sample
+from infra.kafka.topics import ensure_topics
 from streams.config.settings import Settings
 
 READY_S = 60.0
@@ -110,9 +113,43 @@ class Site:
         )
         return Outcome(done.returncode, done.stdout + done.stderr)
 
+    def alter(self, *alteration: str) -> None:
+        """Start workers through `altered_worker.py` from now on, with these arguments."""
+        self.supervisor.command = (sys.executable, str(ALTERED_WORKER), *alteration, "worker")
+
+    def lose_disk(self, number: int = 0) -> None:
+        """Kill a worker and delete its disk."""
+        self.supervisor.hold(number)
+        shutil.rmtree(self.deployment.data_dir(number), ignore_errors=True)
+
     def admin(self) -> closing[Any]:
         """Return an admin client as a context manager."""
         return closing(kafka.KafkaAdminClient(bootstrap_servers=self.settings.kafka.bootstrap_servers))
+
+    def configure(self, topic: str, **configs: str) -> None:
+        """Alter a topic; underscores stand for the dots in the names of its settings."""
+        named = {name.replace("_", "."): value for name, value in configs.items()}
+        with self.admin() as admin:
+            admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, named)])
+
+    def delete_records(self, topic: str, before: Mapping[int, int]) -> None:
+        """Delete the records of each partition before an offset, as retention does."""
+        with self.admin() as admin:
+            admin.delete_records({kafka.TopicPartition(topic, number): offset for number, offset in before.items()})
+
+    def recreate(self, *topics: str) -> None:
+        """Delete topics and create them again, empty."""
+        with self.admin() as admin:
+            admin.delete_topics(list(topics))
+            self.wait(lambda: not set(topics) & set(admin.list_topics()), "the topics are gone")
+        self.reader.close()
+        ensure_topics(self.settings)
+
+    def expect_group_free(self) -> None:
+        """Wait until the session of the last worker has ended, so that an operator may change the group."""
+        with self.admin() as admin:
+            group = self.settings.app_id
+            self.wait(lambda: not admin.describe_groups([group])[group]["members"], "the group is empty")
 
     # -- what a stranger sees
 
