@@ -1,7 +1,8 @@
-"""Run the real worker with a faulty encoder: `python -m infra.harness.faulty_worker nan|slow worker --config FILE`.
+"""Run the real worker with a faulty encoder: `python -m infra.harness.faulty_worker FAULT worker --config FILE`.
 
 Only the runtime that the worker loads is wrapped: `nan` makes every embedding NaN, `slow` makes the encoder take ten
-times as long.
+times as long, `raises` makes it raise on every batch with the user `bad`, `held` makes every call take a quarter of a
+second.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from encoder.inference import EncoderRuntime
 from infra import cli
 
 SLOWER = 10
+HELD_S = 0.25
 
 
 class FaultyRuntime:
@@ -34,10 +36,16 @@ class FaultyRuntime:
 
     def embed(self, batch: SequenceBatch) -> F32:
         """Return the embeddings, late or replaced by NaN."""
+        if self._fault == "raises" and b"bad" in batch.users:
+            raise RuntimeError("this user cannot be embedded")
         started = time.monotonic()
         embeddings = self._runtime.embed(batch)
         if self._fault == "nan":
             return np.full_like(embeddings, np.nan)
+        if self._fault == "held":
+            time.sleep(HELD_S)
+        if self._fault != "slow":
+            return embeddings
         time.sleep((SLOWER - 1) * (time.monotonic() - started))
         return embeddings
 

@@ -215,7 +215,7 @@ class QueueSettings(Group):
     publishing_max: Positive = 8
     """Maximum number of published batches that are not yet acknowledged."""
     attempts_max: Positive = 3
-    """Number of attempts to encode a batch before its users are encoded one by one."""
+    """Number of attempts to encode a batch of which nothing can be encoded, before its users are put off."""
     retry_backoff_ms: Positive = 200
     """Time between two attempts."""
     stuck_after_ms: Positive = 5_000

@@ -27,6 +27,10 @@ PUBLISH_RETRY_MS = 500
 """Delay after which users are due again whose embeddings could not be published."""
 SHED_RETRY_MS = 1_000
 """Delay after which users are due again for whom the queue had no room."""
+REJECTED_RETRY_MAX_MS = 3_600_000
+"""Limit of `REJECTED_RETRY_MS`, which doubles with every failure of a user."""
+REJECTED_USERS_MAX = 10_000
+"""Rejected users whose failures are counted."""
 REJECTED_RETRY_MS = 60_000
 """Delay after which a user that the encoder cannot embed is tried again, unless it becomes due for a better reason."""
 
@@ -47,6 +51,8 @@ class PartitionJobs:
         self._owned, self._outputs, self._metrics = owned, outputs, metrics
         self._incarnation = incarnation
         self._encoder_version, self._now_ms = encoder_version, now_ms
+        self._failures: dict[bytes, int] = {}
+        """Failures in a row of users that the encoder could not embed, oldest user first."""
 
     def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
         """Begin a job for those of `users` that are still due.
@@ -82,12 +88,18 @@ class PartitionJobs:
         self._owned.output_offset = max(end, self._owned.output_offset)
         now_ms = self._now_ms()
         state.finish_job(job.sequences.users, job.offsets, now_ms)
+        for user in job.sequences.users if self._failures else ():
+            self._failures.pop(user, None)
         self._metrics.embeddings_published.inc(len(job))
         self._metrics.freshness_seconds.observe_many((now_ms - job.newest_event_ms) / 1000)
 
     async def reject(self, job: EncodeJob, detail: str) -> None:
-        """Dead-letter users that the encoder cannot embed; their state stays intact, and they are tried again later."""
-        tp, state = self._owned.tp, self._owned.state
+        """Dead-letter users that the encoder cannot embed; their state stays intact, and they are tried again later.
+
+        The delay doubles with every failure of a user.
+        """
+        tp = self._owned.tp
+        self._metrics.unencodable.inc(len(job))
         for user, offset in zip(job.sequences.users, job.offsets.tolist(), strict=True):
             headers = error_headers(
                 [], reason="encoder-failed", detail=detail, topic=tp.topic, partition=tp.partition, offset=offset
@@ -97,7 +109,22 @@ class PartitionJobs:
                 await self._outputs.dead_letter(tp.partition, user, value, headers)
             except KafkaError as error:
                 logger.warning("the dead letter of a user that the encoder rejected could not be sent: %r", error)
-        state.retry_job(job.sequences.users, self._now_ms(), REJECTED_RETRY_MS)
+        by_delay: dict[int, list[bytes]] = {}
+        for user in job.sequences.users:
+            by_delay.setdefault(self._rejected_delay_ms(user), []).append(user)
+        for delay_ms, users in by_delay.items():
+            self._owned.state.retry_job(users, self._now_ms(), delay_ms)
+
+    async def retry(self, job: EncodeJob) -> None:
+        """End the job of users that the encoder did not get to; they are due again later."""
+        self._owned.state.retry_job(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
+
+    def _rejected_delay_ms(self, user: bytes) -> int:
+        failures = self._failures.pop(user, 0)
+        self._failures[user] = min(failures + 1, 16)
+        if len(self._failures) > REJECTED_USERS_MAX:
+            del self._failures[next(iter(self._failures))]
+        return min(REJECTED_RETRY_MS << failures, REJECTED_RETRY_MAX_MS)
 
     def requeue(self, users: Sequence[bytes]) -> None:
         """Return users that the queue shed to the state, which hands them over again later."""

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from encoder.actions.columns import SequenceBatch
-from encoder.arrays import F32
+from encoder.arrays import F32, I64, Bool
 from encoder.inference import EncoderRuntime
 from streams.core.jobs import EncodeJob, merged
 from streams.core.policy import Reason
@@ -37,6 +37,16 @@ logger = logging.getLogger(__name__)
 
 FIRST_USERS = 256
 """Size of the first micro-batch, before any has been timed."""
+BROKEN_AFTER = 32
+"""Failed calls of one micro-batch, without a success, after which the encoder counts as broken. One bad user among a
+million is found within 20."""
+PART_FAILURES_MAX = 256
+"""Failed calls of one micro-batch after which the users not yet embedded are put off, so that time is bounded."""
+SUSPECTS_AT_ONCE = 8
+"""Users that count as the cause, and not the encoder, when nothing of a micro-batch can be embedded."""
+SUSPECTS_MAX = 10_000
+"""Users on whom the encoder failed that are remembered."""
+NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class EncodeQueuePolicy:
     publishing_max: int = 8
     """Micro-batches that may be unacknowledged at once."""
     attempts_max: int = 3
-    """Attempts to encode a micro-batch before it is split."""
+    """Attempts to encode a micro-batch of which nothing can be encoded."""
     retry_backoff_ms: int = 200
     """Pause after the first failed attempt; it grows linearly."""
     stuck_after_ms: int = 5_000
@@ -62,7 +72,7 @@ class EncodeQueuePolicy:
 
 
 class JobOwner(Protocol):
-    """An owned partition, as the queue sees it; a job that it begins ends in `publish` or `reject`."""
+    """An owned partition, as the queue sees it; a job that it begins ends in `publish`, `reject` or `retry`."""
 
     def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
         """Begin a job for those of `users` that are still due, with their sequences as of now."""
@@ -73,8 +83,26 @@ class JobOwner(Protocol):
     async def reject(self, job: EncodeJob, detail: str) -> None:
         """Dead-letter users that the encoder cannot embed; their state stays intact."""
 
+    async def retry(self, job: EncodeJob) -> None:
+        """End the job of users that the encoder did not get to; they are due again later."""
+
     def requeue(self, users: Sequence[bytes]) -> None:
         """Keep users that the queue shed due, and hand them over again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What became of the users of a micro-batch."""
+
+    rows: F32
+    """[U, E]; NaN for a user that is not embedded."""
+    put_off: Bool
+    """[U], whether the user was not embedded through no fault of its own."""
+
+    @classmethod
+    def nothing(cls, users: int, dim: int) -> Embedded:
+        """Return the outcome before the first call."""
+        return cls(np.full((users, dim), np.nan, np.float32), np.zeros(users, np.bool_))
 
 
 Entry = tuple[JobOwner, int]
@@ -97,6 +125,8 @@ class EncodeQueue:
         self._publishing: set[asyncio.Task[None]] = set()
         self._batch_users = min(FIRST_USERS, policy.batch_users_max)
         """Users in the next micro-batch, at most; see `_adapt`."""
+        self._suspects: dict[bytes, None] = {}
+        """Users on whom the encoder failed, oldest first; each is embedded by itself."""
         self._works = True
         """False from a failed attempt until the next successful one."""
         self._encoding_since_s: float | None = None
@@ -217,45 +247,105 @@ class EncodeQueue:
         """Encode the jobs of all partitions in one call, because a call costs more than the users of a small batch."""
         if not jobs:
             return
-        all_embeddings = await self._embed(merged([job for _, job in jobs]))
-        ends = np.cumsum([len(job) for _, job in jobs])
-        for (owner, job), embeddings in zip(jobs, np.split(all_embeddings, ends[:-1]), strict=True):
-            good = np.isfinite(embeddings).all(axis=1)
+        embedded = await self._embed(merged([job for _, job in jobs]))
+        ends = np.cumsum([len(job) for _, job in jobs])[:-1]
+        for (owner, job), rows, is_open in zip(
+            jobs, np.split(embedded.rows, ends), np.split(embedded.put_off, ends), strict=True
+        ):
+            good = np.isfinite(rows).all(axis=1)
             if not good.all():
-                bad = job.select(np.flatnonzero(~good))
-                self._finish_later(owner.reject(bad, "the encoder failed, or returned NaN or infinity"))
-                job, embeddings = job.select(np.flatnonzero(good)), embeddings[good]
+                bad, later = np.flatnonzero(~good & ~is_open), np.flatnonzero(is_open)
+                if len(bad):
+                    self._finish_later(owner.reject(job.select(bad), "the encoder failed, or returned NaN or infinity"))
+                if len(later):
+                    self._finish_later(owner.retry(job.select(later)))
+                job, rows = job.select(np.flatnonzero(good)), rows[good]
             if len(job):
-                self._finish_later(owner.publish(job, embeddings))
+                self._finish_later(owner.publish(job, rows))
 
     def _finish_later(self, finishing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(finishing)
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
 
-    async def _embed(self, job: EncodeJob) -> F32:
-        """Embed in the encoder thread; retry a failure, then halve the batch until the user that causes it is found."""
+    async def _embed(self, job: EncodeJob) -> Embedded:
+        """Embed in the encoder thread, and find the users that the encoder cannot embed, so that only they pay.
+
+        Users on whom the encoder failed before are embedded one by one, after all others.
+        """
+        embedded = Embedded.nothing(len(job), self._runtime.embedding_dim)
+        suspects = self._suspects
+        is_suspect = [user in suspects for user in job.sequences.users] if suspects else [False] * len(job)
+        rows = np.flatnonzero(~np.array(is_suspect, np.bool_))
         for attempt in range(1, self._policy.attempts_max + 1):
-            self._encoding_since_s = started_s = time.monotonic()
-            try:
-                embeddings = await self._embed_blocking_first(job.sequences)
-            except Exception:
-                self._works = False
-                self._metrics.encode_failures.inc()
-                logger.exception(
-                    "the encoder failed on %d users, attempt %d of %d", len(job), attempt, self._policy.attempts_max
-                )
-                await asyncio.wrap_future(self._thread.submit(self._runtime.clear))
-                await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
+            rows = await self._embed_all_but_failing(job, rows, embedded)
+            if not len(rows) or attempt == self._policy.attempts_max:
+                break
+            await asyncio.wrap_future(self._thread.submit(self._runtime.clear))
+            await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
+        if len(rows) <= SUSPECTS_AT_ONCE:
+            self._suspect(job, rows.tolist())
+        else:
+            embedded.put_off[rows] = True
+        for row in np.flatnonzero(is_suspect):
+            await self._try(job, np.array([row]), embedded)
+        return embedded
+
+    async def _embed_all_but_failing(self, job: EncodeJob, rows: I64, embedded: Embedded) -> I64:
+        """Embed `rows` of the job; halve a part that fails until the users that cause it are found.
+
+        Return no row if the encoder works: the users found are suspects. Return the rows that are not embedded if the
+        encoder seems to fail by itself, because nothing could be embedded or too many parts failed.
+        """
+        parts, alone = [rows] if len(rows) else [], list[int]()
+        failures, works = 0, False
+        while parts:
+            part = parts.pop()
+            if await self._try(job, part, embedded):
+                works = True
+                continue
+            failures += 1
+            if len(part) == 1:
+                alone.append(int(part[0]))
             else:
-                self._works = True
-                seconds = time.monotonic() - started_s
-                self._adapt(len(embeddings), seconds * 1000)
-                self._count(len(embeddings), seconds)
-                return embeddings
-            finally:
-                self._encoding_since_s = None
-        return await self._embed_halves(job)
+                parts += np.array_split(part, 2)[::-1]
+            if failures >= (PART_FAILURES_MAX if works else BROKEN_AFTER):
+                break
+        self._works = works or not failures
+        if works:
+            self._suspect(job, alone)
+            embedded.put_off[np.concatenate([NO_ROWS, *parts])] = True  # the rest, after too many failures
+            return NO_ROWS
+        return np.concatenate([NO_ROWS, np.array(alone, np.int64), *parts])
+
+    async def _try(self, job: EncodeJob, rows: I64, embedded: Embedded) -> bool:
+        """Embed some users of the job in one call; return whether the encoder could."""
+        part = job if len(rows) == len(job) else job.select(rows)
+        self._encoding_since_s = started_s = time.monotonic()
+        try:
+            embedded.rows[rows] = await self._embed_blocking_first(part.sequences)
+        except Exception as error:
+            self._metrics.encode_failures.inc()
+            logger.warning("the encoder failed on %d users: %r", len(part), error, exc_info=self._works)
+            if len(part) > 1 or part.sequences.users[0] not in self._suspects:
+                self._works = False
+            return False
+        finally:
+            self._encoding_since_s = None
+        seconds = time.monotonic() - started_s
+        self._works = True
+        self._adapt(len(part), seconds * 1000)
+        self._count(len(part), seconds)
+        if self._suspects and len(part) == 1:
+            self._suspects.pop(part.sequences.users[0], None)
+        return True
+
+    def _suspect(self, job: EncodeJob, rows: list[int]) -> None:
+        """Embed each of these users by itself from now on, until that succeeds."""
+        for row in rows:
+            self._suspects[job.sequences.users[row]] = None
+            if len(self._suspects) > SUSPECTS_MAX:
+                del self._suspects[next(iter(self._suspects))]
 
     async def _embed_blocking_first(self, sequences: SequenceBatch) -> F32:
         """Embed in the encoder thread; block the event loop for up to `batch_ms`, then wait without blocking."""
@@ -273,13 +363,6 @@ class EncodeQueue:
             self._batch_users = max(1, min(users, self._batch_users) // 2)
         elif users >= self._batch_users and ms < self._policy.batch_ms / 2:
             self._batch_users = min(2 * self._batch_users, self._policy.batch_users_max)
-
-    async def _embed_halves(self, job: EncodeJob) -> F32:
-        """Embed each half by itself; a single user that still fails gets NaN, which `_encode` rejects."""
-        if len(job) == 1:
-            return np.full((1, self._runtime.embedding_dim), np.nan, np.float32)
-        halves = np.array_split(np.arange(len(job)), 2)
-        return np.concatenate([await self._embed(job.select(rows)) for rows in halves])
 
     def _count(self, users: int, seconds: float) -> None:
         metrics, runtime = self._metrics, self._runtime

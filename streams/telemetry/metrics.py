@@ -225,6 +225,10 @@ class Metrics:
             "streamformer_encode_batch_users", "Number of users per encoded batch.", bounds=BATCH_BOUNDS_USERS
         )
         self.encode_failures = Counter("streamformer_encode_failures_total", "Attempts to encode a batch that failed.")
+        self.unencodable = Counter(
+            "streamformer_unencodable_users_total",
+            "Users that the encoder could not embed, or embedded as NaN; they are dead-lettered and tried again later.",
+        )
         self.cache_hits = Counter(
             "streamformer_cache_hits_total", "Embeddings computed from cached keys and values alone."
         )

@@ -122,3 +122,43 @@ def test_a_strong_action_overtakes_users_that_wait_and_sheds_the_lowest_first() 
     calls = asyncio.run(scenario())
     assert calls[:3] == [[b"0"], [b"6"], [b"1"]]
     assert [b"7"] not in calls
+
+
+class DeadLetters:
+    """Outputs that count dead letters."""
+
+    sent = 0
+
+    async def dead_letter(self, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]) -> None:
+        """Count one dead letter."""
+        self.sent += 1
+
+    async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
+        """Return an offset."""
+        return 1
+
+
+def test_a_user_that_keeps_failing_is_tried_less_and_less_often() -> None:
+    """The delay after a rejection doubles up to an hour, begins again after a success, and ignores actions."""
+    now_ms = NOW_MS
+    state, metrics = state_of(TriggerPolicy(), [b"a"]), Metrics()
+    owned, outputs = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0), DeadLetters()
+    sink: Any = outputs
+    jobs = PartitionJobs(owned, sink, metrics, encoder_version="v", incarnation=1, now_ms=lambda: now_ms)
+
+    def delay_s() -> int:
+        """Reject the user's job, let it act, and return after how many seconds it is handed over."""
+        nonlocal now_ms
+        asyncio.run(jobs.reject(jobs.begin_job([b"a"]), "broken"))
+        assert state.apply(batch([b"a"], [now_ms], offset=now_ms), now_ms + 1).due == []
+        began_ms = now_ms
+        while state.fire_timers(now_ms).due != [b"a"]:
+            now_ms += 1_000
+        return round((now_ms - began_ms) / 1_000)
+
+    assert state.apply(batch([b"a"], [1]), now_ms).due == [b"a"]
+    assert [delay_s() for _ in range(8)] == [60, 120, 240, 480, 960, 1_920, 3_600, 3_600]
+    assert (metrics.unencodable.value(), outputs.sent) == (8, 8)
+    asyncio.run(jobs.publish(jobs.begin_job([b"a"]), np.zeros((1, 2), np.float32)))
+    assert state.apply(batch([b"a"], [now_ms], offset=now_ms), now_ms).due == [b"a"]
+    assert delay_s() == 60

@@ -15,7 +15,7 @@ from encoder.actions.columns import ACTION_DTYPE, SequenceBatch
 from encoder.arrays import F32
 from streams.core.jobs import EncodeJob, merged
 from streams.core.policy import Reason
-from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
+from streams.encoding.queue import BROKEN_AFTER, PART_FAILURES_MAX, EncodeQueue, EncodeQueuePolicy
 from streams.telemetry.metrics import Metrics
 
 WAIT_S = 5.0
@@ -58,6 +58,7 @@ class Owner:
     order: list[bytes] = field(default_factory=list)
     rejected: list[bytes] = field(default_factory=list)
     shed: list[bytes] = field(default_factory=list)
+    put_off: list[bytes] = field(default_factory=list)
     acknowledged: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,10 @@ class Owner:
         """Record the users."""
         assert "NaN" in detail
         self.rejected += job.sequences.users
+
+    async def retry(self, job: EncodeJob) -> None:
+        """Record the users."""
+        self.put_off += job.sequences.users
 
     def requeue(self, users: Sequence[bytes]) -> None:
         """Record the users."""
@@ -241,23 +246,95 @@ def test_unacknowledged_batches_are_bounded() -> None:
     asyncio.run(scenario())
 
 
-def test_only_the_user_that_the_encoder_cannot_embed_is_rejected() -> None:
-    """A failing batch is retried on empty caches, then halved, and only the user that causes it is rejected."""
+def raises_on(bad: set[bytes]) -> Callable[[Sequence[bytes]], None]:
+    """Return a `fail` of `Runtime` that raises on every call with one of these users."""
 
     def fail(users: Sequence[bytes]) -> None:
-        if b"6" in users:
-            raise RuntimeError("six")
+        if not bad.isdisjoint(users):
+            raise RuntimeError("bad user")
+
+    return fail
+
+
+def test_only_the_user_that_the_encoder_cannot_embed_pays() -> None:
+    """Of 4,096 users one raises: it is found in 13 failed calls without a pause, and no cache is cleared.
+
+    The others are embedded once each. From then on the bad user is tried by itself, in one call.
+    """
+    runtime, owner, metrics = Runtime(raises_on({b"777"})), Owner(), Metrics()
 
     async def scenario() -> None:
-        runtime, owner, metrics = Runtime(fail), Owner(), Metrics()
-        queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
-        put(queue, owner, [1, 2, 6, 3])
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(retry_backoff_ms=60_000, batch_ms=1_000), metrics)
+        queue._batch_users = 4_096
+        put(queue, owner, range(1_000, 5_095))
+        put(queue, owner, [777])
         async with running(queue):
-            await until(lambda: len(owner.published) == 3 and bool(owner.rejected))
-        assert owner.rejected == [b"6"]
-        assert owner.published == {b"1": 1.0, b"2": 2.0, b"3": 3.0}
-        assert metrics.encode_failures.value() == runtime.cleared == 6  # two attempts each at four, two and one user
-        assert runtime.calls[0] == runtime.calls[1]
+            await until(lambda: len(owner.published) == 4_095 and owner.rejected == [b"777"])
+            assert queue.healthy
+            assert metrics.encode_failures.value() == 13
+            assert sum(map(len, runtime.calls)) < 3 * 4_096
+            runtime.calls.clear()
+            put(queue, owner, [1, 777, 2])
+            await until(lambda: owner.rejected == [b"777", b"777"] and b"2" in owner.published)
+            assert queue.healthy
+        assert sorted(runtime.calls) == [[b"1", b"2"], [b"777"]]
+        assert (runtime.cleared, owner.put_off) == (0, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_suspect_that_can_be_embedded_again_is_one_of_the_others() -> None:
+    """A user that failed is embedded by itself once more, and then together with the others."""
+    bad = {b"6"}
+    runtime, owner = Runtime(raises_on(bad)), Owner()
+
+    async def scenario() -> None:
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(), Metrics())
+        async with running(queue):
+            put(queue, owner, [5, 6])
+            await until(lambda: owner.rejected == [b"6"])
+            bad.clear()
+            put(queue, owner, [5, 6])
+            await until(lambda: b"6" in owner.published)
+            put(queue, owner, [5, 6])
+            await until(lambda: runtime.calls[-1] == [b"5", b"6"])
+
+    asyncio.run(scenario())
+
+
+def test_many_bad_users_in_one_batch_cost_bounded_time() -> None:
+    """With 500 bad users of 1,000, a micro-batch makes 256 failed calls at most; those not reached are put off."""
+    bad = {b"%d" % user for user in range(1_000, 2_000, 2)}
+    runtime, owner, metrics = Runtime(raises_on(bad)), Owner(), Metrics()
+
+    async def scenario() -> None:
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_ms=1_000), metrics)
+        queue._batch_users = 1_000
+        put(queue, owner, range(1_000, 2_000))
+        async with running(queue):
+            await until(lambda: len(owner.published) + len(owner.rejected) + len(owner.put_off) == 1_000)
+        assert metrics.encode_failures.value() == PART_FAILURES_MAX
+        assert set(owner.rejected) <= bad
+        assert not set(owner.published) & bad
+        assert owner.rejected
+        assert owner.published
+
+    asyncio.run(scenario())
+
+
+def test_an_encoder_that_fails_on_everybody_rejects_nobody() -> None:
+    """When nothing can be embedded the encoder is at fault: after `attempts_max` attempts all users are put off."""
+    runtime, owner, metrics = Runtime(raises_on({b"%d" % user for user in range(300)})), Owner(), Metrics()
+
+    async def scenario() -> None:
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), metrics)
+        put(queue, owner, range(200))
+        async with running(queue):
+            await until(lambda: len(owner.put_off) == 200)
+            assert not queue.healthy
+        assert owner.rejected == []
+        assert metrics.encode_failures.value() == 2 * BROKEN_AFTER
+        assert runtime.cleared == 1
 
     asyncio.run(scenario())
 
