@@ -138,7 +138,6 @@ class PartitionState:
     def fire_timers(self, now_ms: int) -> Effects:
         """Fire the timers that have fallen due by `now_ms`, at most `wake_users_max` users at a time."""
         popped, cold = self._deadlines.pop(now_ms, self.limits.wake_users_max)
-        self._sequences.live["wheel_ms"][popped] = NEVER
         headers, live = self._sequences.columns(popped)
         is_time = np.maximum(headers["due_ms"], live["retry_ms"]) <= now_ms
         rows = popped[is_time & ~live["queued"] & ~live["in_job"]]
@@ -158,6 +157,11 @@ class PartitionState:
     def next_deadline_ms(self) -> int | None:
         """Processing time at which `fire_timers` next has work, None when nothing is pending."""
         return self._deadlines.next_ms
+
+    @property
+    def deadline_entries(self) -> int:
+        """Number of entries in the wheel, which the number of users bounds."""
+        return len(self._deadlines)
 
     def seed_deadlines(self, pending: Iterable[tuple[bytes, int]]) -> None:
         """Enter the stored deadlines of users that are not in memory, as (user, due_ms)."""
@@ -362,14 +366,12 @@ class PartitionState:
         self._sequences.live["in_job"][latest] = False
 
     def _enter(self, rows: I64) -> None:
-        """Enter users into the wheel whose deadline is before their earliest entry there."""
+        """Enter users that wait for a deadline into the wheel."""
         if not len(rows):
             return
         due_ms, live = self._look_at_ms(rows), self._sequences.live
-        sooner = rows_where((due_ms < live["wheel_ms"][rows]) & ~live["queued"][rows] & ~live["in_job"][rows])
-        if len(sooner):
-            live["wheel_ms"][rows[sooner]] = due_ms[sooner]
-            self._deadlines.add(rows[sooner], due_ms[sooner])
+        waiting = rows_where((due_ms != NEVER) & ~live["queued"][rows] & ~live["in_job"][rows])
+        self._deadlines.add(rows[waiting], due_ms[waiting])
 
     def _look_at_ms(self, rows: I64) -> I64:
         """Return when each user is to be looked at: its deadline, but not before `retry_ms`; NEVER without one."""

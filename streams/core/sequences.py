@@ -38,7 +38,6 @@ LIVE_DTYPE = np.dtype(
         ("job_offset", "<i8"),  # source offset of the last encode job
         ("since_job_ms", "<i8"),  # processing time of the first action since that job
         ("last_applied_ms", "<i8"),  # processing time of the last action
-        ("wheel_ms", "<i8"),  # deadline of the user's earliest entry in the wheel, NEVER without one
         ("phase_ms", "<i8"),  # shift of the user's deadlines
         ("retry_ms", "<i8"),  # processing time until which a user waits that was shed or whose job failed
         ("since_job", "<u4"),  # actions since that job
@@ -144,7 +143,7 @@ class SequenceState:
         live = np.zeros(len(users), LIVE_DTYPE)
         headers = stored.headers.copy()
         headers["flags"] = np.where(headers["due_ms"] != NEVER, HAD_DEADLINE, 0)
-        live["newest_ms"], live["wheel_ms"], live["job_offset"] = LONG_AGO, NEVER, -1
+        live["newest_ms"], live["job_offset"] = LONG_AGO, -1
         live["phase_ms"], live["used"] = phases_ms, self._batch
         count = stored.headers["count"]
         live["dirty_from"] = count

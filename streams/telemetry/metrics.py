@@ -201,6 +201,9 @@ class Metrics:
             "streamformer_committed_offset", "Offset committed by the last checkpoint.", "partition"
         )
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
+        self.deadline_entries = Gauge(
+            "streamformer_deadline_entries", "Entries of pending deadlines in memory: at most two per user, hot or not."
+        )
         self.corrupt_users = Counter(
             "streamformer_corrupt_users_total", "Users quarantined because their stored state is corrupt."
         )

@@ -243,3 +243,18 @@ def test_users_that_are_shed_again_and_again_cost_no_byte(cooldown_ms: int) -> N
     restarted = PartitionState(TriggerPolicy(cooldown_ms=cooldown_ms), LIMITS)
     restarted.load([b"a"], StoredSequences(snapshot.headers[:1], snapshot.tails[:1], np.array([0, 1])))
     assert restarted.fire_timers(NOW_MS + cooldown_ms + 100).due == [b"a"]
+
+
+def test_the_wheel_is_bounded_by_users_that_are_loaded_and_evicted_all_the_time() -> None:
+    """Under a session gap of a day, 50 rounds in which every user is loaded, acts and is evicted leave two per user."""
+    state, users = PartitionState(TriggerPolicy(every_n=0, session_gap_ms=86_400_000), LIMITS), 96
+    offset = 0
+    for round_ in range(50):
+        for begin in range(0, users, LIMITS.hot_users_max):
+            names = [b"%d" % user for user in range(begin, begin + LIMITS.hot_users_max)]
+            state.evict(LIMITS.hot_users_max)
+            state.load(names, nothing_stored(len(names), LIMITS))
+            state.apply(batch(names, [round_ * 1_000] * len(names), offset=offset), NOW_MS + round_ * 60_000)
+            _clean(state)
+            offset += len(names)
+    assert state.deadline_entries <= users + LIMITS.hot_users_max
