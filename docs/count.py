@@ -9,6 +9,7 @@ from pathlib import Path
 
 from infra.chaos.checks.violations import Kind
 from infra.chaos.faults.catalogue import CATALOGUE, pairs
+from infra.field_cases.rows import ROWS
 from tests.integration import broken_worker, test_cold_starts
 from tests.integration.changelogs import SHAPES
 from tests.simulation import test_mutations
@@ -34,6 +35,7 @@ def counts() -> dict[str, int]:
         "regressions kept as histories": len(REGRESSIONS),
         "faults of the chaos runs": len(CATALOGUE),
         "pairs of faults of the chaos runs": len(pairs()),
+        "cases from the field": len(ROWS),
         "kinds of violations that the checker reports": len(Kind),
         "cold starts over all shapes of changelog": test_cold_starts.STARTS * len(SHAPES),
     }

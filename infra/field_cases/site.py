@@ -58,7 +58,8 @@ class Site:
 
     def __post_init__(self) -> None:
         home = {"PYTHONPATH": str(self.tree)} if self.tree else {}
-        self.environment = {**home, **self.environment}
+        address = {"KAFKA_BOOTSTRAP_SERVERS": self.settings.kafka.bootstrap_servers}  # also an option of the commands
+        self.environment = {**home, **address, **self.environment}
         self.supervisor = Supervisor(self.deployment, self._worker(), self.environment, self.tree)
         self.reader = HistoryReader(self.settings)
 
@@ -237,7 +238,7 @@ class Site:
         """Raise `CaseFailed` if a worker has ended by itself."""
         self.supervisor.tick()
         bad = [each for each in self.supervisor.exits if not each.expected]
-        expect(not bad, self._ends())
+        expect(not bad, f"a worker has ended{self._ends()}")
 
     def _worker(self) -> Sequence[str]:
         if self.alteration:
