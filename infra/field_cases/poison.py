@@ -101,7 +101,9 @@ def open_transaction(field: Field) -> Numbers:
 def aborted_tail(field: Field) -> Numbers:
     """After 100 records of an aborted transaction the lag is 0."""
     site = field.site({"topics": {"partitions": 1}})
+    site.start()
     site.send([good("ann")])
+    site.wait_lengths({"ann": 1})
 
     async def abort() -> None:
         try:
@@ -112,9 +114,10 @@ def aborted_tail(field: Field) -> Numbers:
             pass
 
     asyncio.run(abort())
-    site.start()
-    site.wait_lengths({"ann": 1})
+    site.watch(3)
     seconds = site.wait(lambda: _lag(site) == 0, "lag 0 after aborted records", 15)
+    site.watch(2)
+    expect(_lag(site) == 0, f"the lag is {_lag(site):.0f} again")
     site.expect_no_exit()
     expect(set(site.lengths()) == {"ann"}, "aborted records were applied")
     return {"aborted": 100, "seconds to lag 0": seconds}

@@ -30,6 +30,7 @@ from streams.config.settings import Settings
 
 READY_S = 60.0
 SHOWN_S = 30.0
+REFUSED_S = 45.0
 TICK_S = 0.1
 COMMAND_S = 60.0
 ALTERED_WORKER = Path(__file__).with_name("altered_worker.py")
@@ -222,11 +223,12 @@ class Site:
         """Return the sum of the committed offsets."""
         return sum(self.reader.committed().values())
 
-    def refusal(self, number: int = 0, within_s: float = READY_S) -> str:
+    def refusal(self, number: int = 0, within_s: float = REFUSED_S) -> str:
         """Start a worker that has to refuse; return what it says, without a traceback."""
+        before = len(self.supervisor.exits)
         self.supervisor.start(number)
         self.supervisor.workers[number].wanted = False
-        self.wait(lambda: self.supervisor.exits, "the worker refuses", within_s)
+        self.wait(lambda: len(self.supervisor.exits) > before, "the worker refuses", within_s)
         end = self.supervisor.exits[-1]
         expect(end.code > 0, f"the worker ended with {end.code} instead of a refusal")
         output = self.supervisor.output(number)
