@@ -124,9 +124,9 @@ def _catch_signals(stop: asyncio.Event) -> None:
 
 
 def log_to_stderr(level: str) -> None:
-    """Log lines with time and level; Faust and aiokafka from warnings on, each of their lines once per second."""
+    """Log lines with time and level; those of the libraries from warnings on, each of them once per second."""
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for library in ("faust", "aiokafka", "mode"):
+    for library in ("faust", "aiokafka", "kafka", "mode"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(RepeatFilter(exempt="streams"))

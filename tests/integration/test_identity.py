@@ -76,6 +76,17 @@ def ended(run: Run, exits: int, timeout_s: float) -> str:
     return run.supervisor.exits[exits].last_line
 
 
+def halted(run: Run, partition: int) -> str:
+    """Start worker 0, wait until it has halted the partition and the others are ready, and return what it reports."""
+    run.supervisor.scale(1)
+    run.wait_until(lambda: f"partition {partition} is halted" in run.supervisor.output(0), 40)
+    run.wait_until(lambda: run.supervisor.output(0).count(" is ready at offset ") == 3, 20)
+    status, text = run.supervisor.page(0, "/readyz")
+    assert status == 503
+    assert run.supervisor.stop() == {STOPPED: 1}
+    return text
+
+
 def state(deployment: Deployment, *arguments: str, code: int = 0) -> str:
     """Run `streamformer state` and return its output; it must end with `code`."""
     command = [sys.executable, "-m", "infra.cli", "state", *arguments, "--config", str(deployment.config)]
@@ -224,7 +235,7 @@ def test_an_offset_moved_forward_is_named_and_skip_follows_it(run: Run, admin: A
     stopped(run)
     act(run, ["ann"], 11, 10)
     move_group(run, admin, partition, 15)
-    line = refused(run)
+    line = halted(run, partition)
     assert f"moved the offset of group {run.deployment.settings.app_id}" in line
     assert f"skip --partition {partition} --to 15" in line
     assert "--to 10" in line

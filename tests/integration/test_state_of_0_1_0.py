@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -78,7 +79,7 @@ def test_its_local_database_is_read(logs: Logs, tmp_path: Path) -> None:
     try:
         assert (counts(store), store.log_id) == (ACTIONS, "")
         assert store.changelog_offset == logs.changelog[-1][0]
-        assert len(list(store.pending())) == 3  # bob, cem and käthe have unpublished actions, or ann: see the policy
+        assert {user.decode() for user, _ in store.pending()} == {"käthe"}
     finally:
         store.close()
 
@@ -117,8 +118,6 @@ def test_a_worker_takes_it_over_once(run: Run, logs: Logs, disk: str) -> None:
 
     A kept local database is not rebuilt.
     """
-    import asyncio
-
     asyncio.run(write(run, logs))
     deployment = run.deployment
     if disk == "kept":
