@@ -28,6 +28,7 @@ from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.delivery import BatchTransport
+from streams.engine.membership import Assignor
 from streams.engine.outputs import Outputs, OutputsConfig, Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
@@ -48,6 +49,11 @@ logger = logging.getLogger(__name__)
 STREAM_BUFFER_FETCHES = 4
 """Fetches, not events: one Faust message holds everything that a fetch returned."""
 REQUEST_TIMEOUT_MIN_S = 90.0
+REBALANCE_TIMEOUT_S = 60.0
+"""Time that all members have to join again during a rebalance."""
+MAX_POLL_INTERVAL_S = 10 * 365 * 86_400.0
+"""Effectively no limit. aiokafka leaves the group, and never joins again, when nothing was fetched for so long. That is
+normal for a spare worker and for a long restore; the watchdog is what detects a stall."""
 
 
 def now_ms() -> int:
@@ -103,6 +109,7 @@ class WorkerApp:
             broker=urls,
             datadir=str(faust_dir),
             store=STORE_URL,  # read-only; the checkpoints of `Partitions` write
+            PartitionAssignor=Assignor,  # accepts an assignment made under another URL
             Table=SequenceTable,  # starts and stops `Partitions`
             TableManager=with_on_assigned(self.partitions.on_assigned),  # restores nothing itself
             **_faust_options(settings),
@@ -275,6 +282,11 @@ def _faust_options(settings: Settings) -> dict[str, Any]:
         "broker_max_poll_records": kafka.poll_records_max,
         "broker_session_timeout": session_timeout_s,
         "broker_heartbeat_interval": kafka.heartbeat_interval_ms / 1000,
+        "broker_rebalance_timeout": REBALANCE_TIMEOUT_S,
+        "broker_max_poll_interval": MAX_POLL_INTERVAL_S,
+        # Assignments name the URL of their member. The default is made of the host's name, which changes when a
+        # container is created again; a static member is one and the same wherever it runs.
+        "canonical_url": URL.build(scheme="http", host="worker", path=f"/{settings.worker.instance_id}"),
         "broker_request_timeout": max(REQUEST_TIMEOUT_MIN_S, session_timeout_s + 5),
     }
 

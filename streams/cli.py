@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated
@@ -29,8 +30,8 @@ def show_settings(config: Config = None) -> None:
     print(printed(settings_of(config)))
 
 
-def run_worker(settings: Settings) -> int:
-    """Run a worker until SIGTERM; return its exit code. The caller has verified the topics."""
+def run_worker(settings: Settings, *, warnings: Sequence[str] = ()) -> int:
+    """Run a worker until SIGTERM; return its exit code. The caller has verified the topics and passes its findings."""
     from streams.worker import Worker, log_to_stderr  # torch and Faust take seconds
 
     log_to_stderr(settings.log_level)
@@ -38,6 +39,8 @@ def run_worker(settings: Settings) -> int:
     logger.info("settings:\n%s", printed(settings))
     if ignored := ignored_variables():
         logger.info("ignored variables, which Kubernetes injects for a Service: %s", ", ".join(ignored))
+    for line in warnings:
+        logger.warning("%s", line)
     return Worker(settings).run()
 
 

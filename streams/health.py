@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
-from streams.app import WorkerApp, now_ms
+from streams.app import REBALANCE_TIMEOUT_S, WorkerApp, now_ms
+from streams.engine.membership import Membership
 from streams.telemetry.prometheus import HealthServer
 from streams.telemetry.watchdog import Progress, Watchdog
 
@@ -18,9 +20,12 @@ UNBOUNDED = 2**62
 class Health:
     """Watches one worker's parts and serves what it sees."""
 
-    def __init__(self, app: WorkerApp) -> None:
-        self._app = app
+    def __init__(self, app: WorkerApp, *, end_displaced: Callable[[str], None]) -> None:
+        self._app, self._end_displaced = app, end_displaced
         self._watchdog_timeout_ms = app.settings.worker.watchdog_timeout_ms
+        # A request to join is answered once all members have joined, or at the end of the rebalance timeout.
+        silence_max_s = self._watchdog_timeout_ms / 1000 + REBALANCE_TIMEOUT_S
+        self._membership = Membership(app.settings.worker.instance_id, silence_max_s)
         self._ticked_at = time.monotonic()
         self._stalled: str | None = None
 
@@ -35,6 +40,7 @@ class Health:
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             self._ticked_at = time.monotonic()
+            self._check_membership()
             if app.faust.crashed:
                 app.abort(f"Faust has crashed: {app.faust.crash_reason!r}")
             self._stalled = watchdog.observe(self._progress(), now_ms())
@@ -42,18 +48,25 @@ class Health:
                 app.abort(self._stalled)
             self._set_gauges()
 
+    def _check_membership(self) -> None:
+        self._membership.observe(self._app.faust.consumer._thread._consumer)
+        if self._membership.displaced:
+            self._end_displaced(self._membership.displaced)
+        if self._membership.problem:
+            self._app.abort(self._membership.problem)
+
     def livez(self) -> str | None:
         """Return why the worker should be killed, or None; the server calls this from its own threads."""
         silent_s = time.monotonic() - self._ticked_at
         if silent_s > self._watchdog_timeout_ms / 1000:
             return f"the event loop has been blocked for {silent_s:.0f} s"
-        return self._stalled
+        return self._membership.problem or self._stalled
 
     def readyz(self) -> str | None:
         """Return why the worker does not publish every assigned partition, or None."""
         partitions = self._app.partitions
-        if not partitions.assigned:
-            return "no partition is assigned yet"
+        if not partitions.has_joined:
+            return "the worker has not joined its group yet, or is joining it again"
         if halted := partitions.halted.copy():
             return "; ".join(f"partition {number} is halted: {reason}" for number, reason in sorted(halted.items()))
         restoring = len(partitions.assigned) - len(partitions.ready)

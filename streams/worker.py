@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from streams.app import WorkerApp
@@ -29,6 +30,9 @@ ABORTED = 70
 """Exit code after `abort` (EX_SOFTWARE): the supervisor should start the worker again."""
 FORCED = 71
 """Exit code when stopping took longer than allowed, or was forced by a second signal."""
+DISPLACED = 78
+"""Exit code when another worker has joined under the same `worker.instance_id` (EX_CONFIG). A supervisor should not
+start the worker again at once: it would displace the other one in turn."""
 GIL_SWITCH_S = 0.0001
 """Python's default of 5 ms is how long the encoder thread would wait for the GIL after each of its torch calls."""
 GC_THRESHOLDS = (50_000, 20, 20)
@@ -42,7 +46,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._app = WorkerApp(settings, abort=abort)
-        self._health = Health(self._app)
+        self._health = Health(self._app, end_displaced=partial(abort, code=DISPLACED))
         self._server: HealthServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -103,11 +107,11 @@ class Worker:
         self._tasks.append(task)
 
 
-def abort(reason: str) -> None:
+def abort(reason: str, code: int = ABORTED) -> None:
     """End the process at once, without another write."""
     logger.critical("stopping: %s", reason)
     logging.shutdown()
-    os._exit(ABORTED)
+    os._exit(code)
 
 
 def _catch_signals(stop: asyncio.Event) -> None:

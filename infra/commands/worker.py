@@ -25,5 +25,5 @@ def worker(
     if release is not None:
         encoder = settings.encoder.model_copy(update={"release_dir": release})
         settings = settings.model_copy(update={"encoder": encoder})
-    verify_topics(settings)
-    raise typer.Exit(run_worker(settings))
+    findings = verify_topics(settings, for_worker=True)
+    raise typer.Exit(run_worker(settings, warnings=findings.lines()))

@@ -38,6 +38,8 @@ class Broker:
     def __init__(self, process: subprocess.Popen[str], node: Node, folder: Path) -> None:
         self.id = node.id
         self.bootstrap_servers = f"{HOST}:{node.port}"
+        self.secured_servers = f"{HOST}:{node.secured_port}"
+        """Address at which `BrokerOptions.users` log in; nothing answers there if there are none."""
         self.folder = folder
         self.pid = 0
         self._process = process

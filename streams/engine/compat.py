@@ -6,6 +6,8 @@ created with `key_deserializer=as_parsed` therefore yields the parser's records,
 `offset`, `timestamp` and `timestamp_type`, but no other attribute of a `ConsumerRecord`. All other consumers of the
 process are unaffected.
 
+Consumers with a group get the coordinator of `streams.engine.membership`.
+
 Private parts relied upon, held by tests/contract/test_faust_insides.py: `aiokafka.consumer.fetcher.PartitionRecords`
 (`__iter__`, `__next__`, `_unpack_records`, `_consumer_record`) and `FetchResult.getall`.
 """
@@ -15,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from aiokafka.consumer import fetcher
+from aiokafka.consumer import consumer, fetcher
 from faust import stores
+
+from streams.engine.membership import WatchedCoordinator
 
 STORE_SCHEME = "streamformer-rocksdb"
 STORE_URL = f"{STORE_SCHEME}://"
@@ -26,6 +30,7 @@ STORE_CLASS = "streams.engine.table:SequenceStore"
 def install_overrides() -> None:
     """Replace the names inside Faust and aiokafka that the engine needs changed; a second call changes nothing."""
     fetcher.PartitionRecords = ParsedRecords
+    consumer.GroupCoordinator = WatchedCoordinator
     stores.STORES.aliases[STORE_SCHEME] = STORE_CLASS
 
 

@@ -54,6 +54,8 @@ class Partitions(ProvenPartitions):
         self._acquiring: dict[int, asyncio.Task[None]] = {}
         self.assigned: frozenset[int] = frozenset()
         """Numbers of the assigned partitions: ready, halted or still being acquired."""
+        self.has_joined = False
+        """Whether this worker has an assignment, which may be empty: there can be more workers than partitions."""
 
     # -- halting
 
@@ -91,6 +93,7 @@ class Partitions(ProvenPartitions):
     async def on_assigned(self, changelogs: frozenset[TP], generation: int) -> None:
         """Start to acquire the partitions of a new assignment; return at once."""
         self.assigned = frozenset(tp.partition for tp in changelogs)
+        self.has_joined = True
         self._fenced_at.clear()
         self.halted.clear()
         for number in sorted(self.assigned):
@@ -293,7 +296,7 @@ class Partitions(ProvenPartitions):
 
     async def revoke_all(self) -> None:
         """Checkpoint and close every partition, when partitions are revoked and at shutdown."""
-        self.assigned = frozenset()
+        self.assigned, self.has_joined = frozenset(), False
         for task in list(self._acquiring.values()):
             task.cancel()
         await asyncio.gather(*self._acquiring.values(), return_exceptions=True)

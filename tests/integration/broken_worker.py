@@ -1,19 +1,24 @@
 """Runs the real worker with one deliberate fault.
 
 Usage: `python -m tests.integration.broken_worker FAULT FOLDER [OPTIONS]`. Some faults are trouble that a sound worker
-must survive (`TROUBLE`); the others break its defences (`BROKEN`) or delay it (`LIFE`). A fault that strikes once per
-run leaves a file in FOLDER, because the worker is started again.
+must survive (`TROUBLE`, `GROUP`); the others break its defences (`BROKEN`) or delay it (`LIFE`). A fault that strikes
+once per run leaves a file in FOLDER, because the worker is started again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from aiokafka.consumer.subscription_state import SubscriptionState
+from faust.assignor.partition_assignor import PartitionAssignor
+from yarl import URL
 
 from encoder.actions.columns import ActionBatch
 from infra.cli import main
@@ -204,6 +209,34 @@ def blocks_the_loop() -> None:
     ingest_module.decode_actions = blocking
 
 
+# -- life in a group
+
+
+def is_idle_for_hours() -> None:
+    """Make aiokafka believe that pauses between two fetches are ten thousand times as long as they are."""
+    real = SubscriptionState.fetcher_idle_time
+    SubscriptionState.fetcher_idle_time = property(lambda self: real.fget(self) * 10_000)
+
+
+def has_another_url() -> None:
+    """Join under another URL, as a worker on another host or of another version does."""
+    PartitionAssignor._url = URL("http://another-host:6066")
+
+
+def is_on_another_host() -> None:
+    """Run on a host of another name."""
+    socket.gethostname = lambda: "another-host"
+
+
+def contradicts_its_assignment() -> None:
+    """Raise inside aiokafka's coordination task when an assignment arrives."""
+
+    def contradicting(self: PartitionAssignor, assignment: Any) -> None:
+        raise AssertionError("the assignment contradicts itself")
+
+    PartitionAssignor.on_assignment = contradicting
+
+
 Fault = Callable[[], None]
 TROUBLE: tuple[Fault, ...] = (crashes_before_commit, crashes_after_commit, delivers_twice, loses_batches)
 BROKEN: tuple[Fault, ...] = (
@@ -214,6 +247,7 @@ BROKEN: tuple[Fault, ...] = (
     restore_ends_at_a_silence,
 )
 LIFE: tuple[Fault, ...] = (restores_slowly, stops_for_ever, processes_nothing, blocks_the_loop)
+GROUP: tuple[Fault, ...] = (is_idle_for_hours, has_another_url, is_on_another_host, contradicts_its_assignment)
 
 
 def command(fault: Fault, folder: Path) -> tuple[str, ...]:
@@ -225,7 +259,7 @@ def run(name: str, folder: str, *options: str) -> None:
     """Install the fault and run the worker."""
     global FOLDER
     FOLDER = Path(folder)
-    {fault.__name__: fault for fault in (*TROUBLE, *BROKEN, *LIFE)}[name]()
+    {fault.__name__: fault for fault in (*TROUBLE, *BROKEN, *LIFE, *GROUP)}[name]()
     sys.argv = ["streamformer", "worker", *options]
     main()
 

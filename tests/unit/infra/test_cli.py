@@ -13,6 +13,7 @@ import pytest
 
 import infra.commands.worker
 from infra.cli import main
+from infra.kafka.durability import Findings
 from streams.config.settings import Settings
 
 DEAD = "127.0.0.1:1"
@@ -98,8 +99,8 @@ def test_help_lists_the_commands_of_every_package(run: Run) -> None:
 def test_a_release_on_the_command_line_comes_first(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`worker --release` is used over `encoder.release_dir` of the settings, and changes no other setting."""
     given: list[Settings] = []
-    monkeypatch.setattr(infra.commands.worker, "verify_topics", lambda _: None)
-    monkeypatch.setattr(infra.commands.worker, "run_worker", lambda settings: given.append(settings) or 7)
+    monkeypatch.setattr(infra.commands.worker, "verify_topics", lambda _, for_worker: Findings())
+    monkeypatch.setattr(infra.commands.worker, "run_worker", lambda settings, warnings: given.append(settings) or 7)
     (tmp_path / "settings.toml").write_text("[encoder]\nrelease_dir = 'a'\nruntime = 'full'\n")
     assert run("worker", "--config", "settings.toml").returncode == 7
     assert run("worker", "--config", "settings.toml", "--release", "b").returncode == 7
