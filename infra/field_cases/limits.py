@@ -163,10 +163,10 @@ async def _fill(site: Site, count: int) -> None:
 @case(38, "four partitions come to one worker", workers=2)
 def bounded_per_worker(field: Field) -> Numbers:
     """The number of users in memory has one bound per worker, whichever partitions it has."""
-    bounds = {"hot_users_per_worker_max": 150, "hot_users_max": 100}
+    bounds = {"hot_users_worker_max": 600, "hot_users_max": 300}
     site = field.site({"state": bounds, "kafka": {"poll_records_max": 100}})
     site.start(0, 1)
-    names, seen = users(1_200), []
+    names, seen = users(3_000), []
     site.wait(lambda: site.metric("partitions", 'state="ready"', 1) == 2, "the partitions are shared")
     site.send([good(user, 1) for user in names])
     site.wait_lengths(dict.fromkeys(names, 1))
@@ -176,6 +176,6 @@ def bounded_per_worker(field: Field) -> Numbers:
         site.send([good(user, number) for user in names])
         site.wait_lengths(dict.fromkeys(names, number))
         site.watch(2.5, lambda: seen.append(site.metric("hot_users")))
-    expect(max(seen) <= 150, f"{max(seen):.0f} users in memory where 150 are allowed")
+    expect(max(seen) <= 600, f"{max(seen):.0f} users in memory where 600 are allowed")
     site.expect_no_exit()
     return {"users": len(names), "most in memory": max(seen)}

@@ -90,9 +90,12 @@ def foreign_disk(field: Field) -> Numbers:
         admin.delete_groups([site.settings.app_id])
     topics = site.settings.topics
     site.recreate(topics.actions, topics.embeddings, site.settings.changelog_topic)
-    _rounds(site, new, 1, 20)
+    _rounds(site, new, 1, 14)
     site.start(1)
-    site.wait_lengths(dict.fromkeys(new, 20))
+    for number in range(15, 21):  # more records than in the old life, so that the old disk looks like a part of them
+        _rounds(site, new, number, number)
+        site.wait_lengths(dict.fromkeys(new, number))
+        site.watch(0.7)
     site.stop(1)
     site.start(0)
     _rounds(site, [*old, *new], 21, 21)
