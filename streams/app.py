@@ -27,6 +27,7 @@ from streams.core.policy import TriggerPolicy, parse_policy
 from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
+from streams.engine.dead_letters import size_of
 from streams.engine.delivery import BatchTransport
 from streams.engine.membership import Assignor
 from streams.engine.outputs import Outputs, OutputsConfig, Published
@@ -35,14 +36,16 @@ from streams.engine.partition_host import PartitionsConfig
 from streams.engine.partitions import Partitions
 from streams.engine.recovery import with_on_assigned
 from streams.engine.table import TABLE_NAME, SequenceTable
+from streams.engine.topic_limits import TopicLimits
 from streams.engine.topic_watch import TopicWatch
 from streams.errors import HaltsPartition, SettingsError, StopsWorker
-from streams.ingest import Ingest
+from streams.ingest import InFlightLimits, Ingest
+from streams.storage.codec import largest_value
 from streams.storage.identity import layout_of
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
-from streams.wire.embeddings import EmbeddingCodec
+from streams.wire.embeddings import EmbeddingCodec, largest_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +77,9 @@ class WorkerApp:
         client = settings.kafka.client_options()
         self.metrics = Metrics()
         self.runtime = load_encoder(settings)
-        self.outputs = Outputs(_outputs_config(settings, client))
-        self.partitions = Partitions(_partitions_config(settings, client), self, self.metrics)
+        limits = _topic_limits(settings, client)
+        self.outputs = Outputs(_outputs_config(settings, client), self.metrics, limits)
+        self.partitions = Partitions(_partitions_config(settings, client, limits), self, self.metrics)
         topics = settings.topics
         watched = (topics.actions, settings.changelog_topic, topics.embeddings, topics.dead_letter)
         self.topic_watch = TopicWatch(self.partitions, self.partitions.cluster, watched, topics.partitions)
@@ -88,6 +92,7 @@ class WorkerApp:
             limits=DecodeLimits(**settings.decode.model_dump()),
             checkpoint_events_max=settings.checkpoint.events_max,
             now_ms=now_ms,
+            in_flight_max=InFlightLimits(settings.output.dead_letters_max, settings.output.dead_letter_bytes_max),
         )
         self.faust = self._faust_app()
         self._revoked_at: dict[int, int] = {}
@@ -156,6 +161,18 @@ class WorkerApp:
         """Open a local database; all databases of the worker share one block cache."""
         return PartitionStore.open(path, cache=self._block_cache)
 
+    def largest_records(self) -> dict[str, int]:
+        """Return the size of the largest record that this worker may write to each topic, embeddings and changelog."""
+        settings = self.settings
+        id_bytes = 4 * settings.decode.id_chars_max  # UTF-8 takes at most four bytes per character
+        embedding = largest_embedding(
+            id_bytes, self.runtime.embedding_dim, self.runtime.version, EmbeddingCodec(settings.output.codec)
+        )
+        return {
+            settings.topics.embeddings: size_of(embedding),
+            settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._limits)), [])),
+        }
+
     async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
         """Return what this encoder version has published from output offset `offset` on, from the source of that id."""
         return await self.outputs.published_since(partition, offset, self.runtime.version, source_id)
@@ -189,10 +206,13 @@ class WorkerApp:
             self.ingest.remove(each)
             self._revoked_at[each.tp.partition] = each.next_offset
         await self.queue.wait_idle(self.settings.kafka.session_timeout_ms / 1000 / 4)
+        for each in owned:
+            self.outputs.reset(each.tp.partition)
 
     def on_lost(self, owned: OwnedPartition) -> None:
-        """Stop processing a partition that another worker has fenced."""
+        """Stop processing a partition that another worker has fenced, or whose state in memory cannot be used."""
         self.ingest.remove(owned)
+        self.outputs.reset(owned.tp.partition)
 
 
 def load_encoder(settings: Settings) -> EncoderRuntime:
@@ -250,7 +270,13 @@ def _outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsCon
     )
 
 
-def _partitions_config(settings: Settings, client: Mapping[str, Any]) -> PartitionsConfig:
+def _topic_limits(settings: Settings, client: Mapping[str, Any]) -> TopicLimits:
+    topics = settings.topics
+    written = topics.embeddings, topics.dead_letter, settings.changelog_topic
+    return TopicLimits(client, written, partitions=topics.partitions)
+
+
+def _partitions_config(settings: Settings, client: Mapping[str, Any], limits: TopicLimits) -> PartitionsConfig:
     return PartitionsConfig(
         app_id=settings.app_id,
         source_topic=settings.topics.actions,
@@ -261,6 +287,7 @@ def _partitions_config(settings: Settings, client: Mapping[str, Any]) -> Partiti
         transaction_timeout_ms=settings.kafka.transaction_timeout_ms,
         session_timeout_ms=settings.kafka.session_timeout_ms,
         layout=layout_of(_state_limits(settings)),
+        limits=limits,
         restores_max=settings.checkpoint.restores_max,
     )
 

@@ -27,7 +27,9 @@ class Health:
         silence_max_s = self._watchdog_timeout_ms / 1000 + REBALANCE_TIMEOUT_S
         self._membership = Membership(app.settings.worker.instance_id, silence_max_s)
         self._ticked_at = time.monotonic()
+        self._unready_after_s = app.settings.output.unready_after_ms / 1000
         self._stalled: str | None = None
+        self._stalled_outputs: str | None = None
 
     def serve(self) -> HealthServer:
         """Start the HTTP server of `/metrics`, `/livez` and `/readyz`; the caller closes it."""
@@ -47,6 +49,7 @@ class Health:
             if self._stalled:
                 app.abort(self._stalled)
             self._set_gauges()
+            self._stalled_outputs = self._describe_stalled_outputs()
 
     def _check_membership(self) -> None:
         self._membership.observe(self._app.faust.consumer._thread._consumer)
@@ -69,10 +72,24 @@ class Health:
             return "the worker has not joined its group yet, or is joining it again"
         if halted := partitions.halted.copy():
             return "; ".join(f"partition {number} is halted: {reason}" for number, reason in sorted(halted.items()))
+        if self._stalled_outputs:
+            return self._stalled_outputs
         restoring = len(partitions.assigned) - len(partitions.ready)
         if restoring:
             return f"{restoring} partitions are being restored"
         return None if self._app.queue.healthy else "the encoder fails or is stuck"
+
+    def _describe_stalled_outputs(self) -> str | None:
+        """Return which partitions' outputs or checkpoints the broker has not taken for too long, and why; or None."""
+        outputs, now_s, found = self._app.outputs, time.monotonic(), []
+        for number, owned in sorted(self._app.partitions.ready.items()):
+            seconds = outputs.unacknowledged_s(number)
+            if seconds > self._unready_after_s:
+                reason = outputs.last_error(number) or "the broker does not answer"
+                found.append(f"outputs of partition {number} are not acknowledged for {seconds:.0f} s: {reason}")
+            if owned.failing_since is not None and now_s - owned.failing_since > self._unready_after_s:
+                found.append(f"checkpoints of partition {number} fail for {now_s - owned.failing_since:.0f} s")
+        return "; ".join(found) or None
 
     def _progress(self) -> dict[str, Progress]:
         goal = UNBOUNDED if self._app.queue.is_busy else 0
@@ -91,6 +108,7 @@ class Health:
         metrics.partitions.set(len(partitions.assigned - ready.keys() - halted.keys()), state="restoring")
         metrics.partitions.set(len(halted), state="halted")
         for number, owned in ready.items():
+            metrics.unacknowledged_seconds.set(self._app.outputs.unacknowledged_s(number), partition=number)
             end = self._app.faust.consumer.highwater(owned.tp) or owned.next_offset
             metrics.processed_offset.set(owned.next_offset, partition=number)
             metrics.consumer_lag.set(max(0, end - owned.next_offset), partition=number)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,17 +20,17 @@ from streams.core.merge import Outcome
 from streams.core.policy import Reason
 from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue
+from streams.engine.dead_letters import weight_of
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
-from streams.errors import StopsWorker
 from streams.storage.reader import read_users
 from streams.storage.store import StoreDamaged
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
-from streams.wire.embeddings import encode_tombstone
+from streams.wire.embeddings import Message, encode_tombstone
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,16 @@ TIMERS_EVERY_S = 0.05
 """Interval at which deadlines are checked: half of the resolution of the deadline wheel."""
 ROOM_EVERY_S = 0.01
 """Interval at which a full queue or a full state is checked for room again."""
+HOLD_AFTER_S = 1.0
+"""Time for which all partitions wait for room in the state of one; then that one is held."""
+
+
+class InFlightLimits(NamedTuple):
+    """Limits of a worker on dead letters and tombstones that are being sent."""
+
+    records: int = 10_000
+    size: int = 32 << 20
+    """Bytes of keys, values and headers."""
 
 
 class Ingest:
@@ -51,10 +63,13 @@ class Ingest:
         limits: DecodeLimits,
         checkpoint_events_max: int,
         now_ms: Callable[[], int],
+        in_flight_max: InFlightLimits | None = None,
     ) -> None:
         self._partitions, self._queue, self._outputs, self._metrics = partitions, queue, outputs, metrics
         self._limits, self._checkpoint_events_max, self._now_ms = limits, checkpoint_events_max, now_ms
+        self._in_flight_max = in_flight_max or InFlightLimits()
         self._jobs: dict[OwnedPartition, PartitionJobs] = {}
+        self._firing: dict[OwnedPartition, asyncio.Task[None]] = {}
 
     def add(self, owned: OwnedPartition, jobs: PartitionJobs) -> None:
         """Start processing a partition that has become ready."""
@@ -69,11 +84,11 @@ class Ingest:
     async def on_batch(self, batch: RecordBatch) -> None:
         """Apply a batch if it continues exactly where the last one of its partition ended; ignore it otherwise."""
         owned = await self._partitions.accept(batch)
-        if owned is None or not await self._has_room(owned):
+        if owned is None or self._holds_back(owned) or not await self._has_room(owned):
             return
         records = [record for record in batch.records if record.offset >= owned.next_offset]
         decoded = decode_actions(records, now_ms=self._now_ms(), limits=self._limits)
-        if not await self._load(owned, decoded.actions.users):
+        if not await self._load(owned, decoded.actions.users, may_hold=True):
             return
         effects = owned.state.apply(decoded.actions, self._now_ms())
         owned.next_offset = batch.end
@@ -85,14 +100,25 @@ class Ingest:
         """Fire the timers of all partitions until cancelled; costs nothing while none is due."""
         while True:
             await asyncio.sleep(TIMERS_EVERY_S)
+            now_ms = self._now_ms()
             for owned in list(self._jobs):
-                try:
-                    await self._fire_timers(owned, self._now_ms())
-                except StopsWorker:
-                    raise
-                except Exception as error:
-                    logger.exception("the timers of %s failed", owned.tp)
-                    await self._partitions.restart(owned.tp.partition, f"its timers failed: {error!r}")
+                deadline_ms = owned.state.next_deadline_ms
+                if owned not in self._firing and deadline_ms is not None and deadline_ms <= now_ms:
+                    task = asyncio.create_task(self._fire_or_restart(owned, now_ms), name=f"timers of {owned.tp}")
+                    self._firing[owned] = task  # of its own: a partition without room does not delay the others
+                    task.add_done_callback(partial(self._note_fired, owned))
+
+    def _note_fired(self, owned: OwnedPartition, done: asyncio.Task[None]) -> None:
+        self._firing.pop(owned, None)
+        if not done.cancelled() and (failure := done.exception()) is not None:
+            logger.error("the timers of %s failed: %r", owned.tp, failure)
+
+    async def _fire_or_restart(self, owned: OwnedPartition, until_ms: int) -> None:
+        try:
+            await self._fire_timers(owned, until_ms)
+        except Exception as error:
+            logger.exception("the timers of %s failed", owned.tp)
+            await self._partitions.restart(owned.tp.partition, f"its timers failed: {error!r}")
 
     async def _fire_timers(self, owned: OwnedPartition, until_ms: int) -> None:
         """Fire the timers due by `until_ms`, in portions; those of cold users fire after the users are loaded."""
@@ -108,6 +134,19 @@ class Ingest:
     def _is_mine(self, owned: OwnedPartition) -> bool:
         return self._partitions.ready.get(owned.tp.partition) is owned
 
+    def _holds_back(self, owned: OwnedPartition) -> bool:
+        """Hold a partition of which too many dead letters are in flight; return whether it is held."""
+        limits = self._dead_letter_limits()
+        if not owned.undelivered.exceeds(*limits):
+            return False
+        self._partitions.hold(owned, owned.undelivered.wait_below(*limits))
+        return True
+
+    def _dead_letter_limits(self) -> tuple[int, int]:
+        """Return how many records and bytes a partition may have in flight: its share of the worker's limits."""
+        shares = max(1, len(self._partitions.assigned))
+        return self._in_flight_max.records // shares, self._in_flight_max.size // shares
+
     async def _has_room(self, owned: OwnedPartition) -> bool:
         """Wait while the encode queue is full; return whether the partition is still owned afterwards.
 
@@ -117,16 +156,23 @@ class Ingest:
             await asyncio.sleep(ROOM_EVERY_S)
         return self._is_mine(owned)
 
-    async def _load(self, owned: OwnedPartition, users: Sequence[bytes]) -> bool:
-        """Load the cold ones of `users` into memory; return False if the partition was lost in the meantime."""
+    async def _load(self, owned: OwnedPartition, users: Sequence[bytes], *, may_hold: bool = False) -> bool:
+        """Load the cold ones of `users` into memory; return False if the partition was lost in the meantime.
+
+        With `may_hold` a partition that gets no room for them soon is held, and False is returned too.
+        """
         state = owned.state
         cold = state.missing(users)
         if not cold:
             return True
         state.evict(len(cold), spare=users)
+        hold_at = time.monotonic() + HOLD_AFTER_S
         while state.room < len(cold):
             # Every user in memory is dirty or in the encode queue: write the dirty ones, let the encoder go on.
-            await self._partitions.checkpoint(owned)
+            if may_hold and time.monotonic() > hold_at:
+                self._partitions.hold(owned, self._wait_room(owned, len(cold)))
+                return False
+            self._partitions.checkpoint_soon(owned)
             await asyncio.sleep(ROOM_EVERY_S)
             if not self._is_mine(owned):
                 return False
@@ -142,6 +188,12 @@ class Ingest:
             return False
         state.load(cold, read.stored)
         return True
+
+    async def _wait_room(self, owned: OwnedPartition, users: int) -> None:
+        while self._is_mine(owned) and owned.state.room < users:
+            self._partitions.checkpoint_soon(owned)
+            await asyncio.sleep(ROOM_EVERY_S)
+            owned.state.evict(users, spare=())
 
     async def _quarantine(self, owned: OwnedPartition, corrupt: Collection[bytes]) -> bool:
         """Rebuild the store because of corrupt users; after a rebuild, return True: they continue with empty state."""
@@ -169,20 +221,19 @@ class Ingest:
             offsets = effects.forgotten_offsets.tolist()
             forgotten, source_id = zip(effects.forgotten, offsets, strict=True), owned.mark.source_id
             tombstones = [encode_tombstone(user, offset, source_id) for user, offset in forgotten]
-            self._track(owned, self._outputs.publish_tombstones(owned.tp.partition, tombstones))
+            sending = self._outputs.publish_tombstones(owned.tp.partition, tombstones)
+            owned.undelivered.add(sending, len(tombstones), weight_of(tombstones))
 
     def _reject(self, owned: OwnedPartition, records: Sequence[Any], decoded: Decoded) -> None:
         topic, partition = owned.tp
+        letters: list[Message] = []
         for rejected in decoded.rejected:
             record = records[rejected.index]
             headers = dead_letter_headers(rejected, record, topic=topic, partition=partition)
             self._metrics.rejected.inc(1, reason=rejected.reason)
-            self._track(owned, self._outputs.dead_letter(partition, record.key, record.value, headers))
-
-    def _track(self, owned: OwnedPartition, sending: Any) -> None:
-        """Send in the background; the next checkpoint waits for it, and fails with it."""
-        task = asyncio.ensure_future(sending)
-        owned.unacknowledged.add(task)
+            letters.append((record.key, record.value, headers))
+        if letters:
+            owned.undelivered.add(self._outputs.dead_letters(partition, letters), len(letters), weight_of(letters))
 
     def _count(self, owned: OwnedPartition, events: int, effects: Effects) -> None:
         metrics = self._metrics

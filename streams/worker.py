@@ -65,7 +65,7 @@ class Worker:
         return await self._stop()
 
     async def _start(self) -> None:
-        await self._app.outputs.start()
+        await self._app.outputs.start(self._app.largest_records())
         self._server = self._health.serve()
         logger.info("metrics at http://%s:%d/metrics", self._settings.web.host, self._server.port)
         self._spawn(self._app.queue.run(), "encode-queue")

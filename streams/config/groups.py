@@ -229,6 +229,13 @@ class OutputSettings(Group):
     """Encoding of the vectors in record values."""
     request_timeout_ms: Positive = 10_000
     """Time that an embedding may wait for the broker's acknowledgement before its user is encoded again."""
+    unready_after_ms: Positive = 5_000
+    """Time without an acknowledgement of a partition's outputs after which the worker is not ready."""
+    dead_letters_max: Positive = 10_000
+    """Maximum number of dead letters that a worker has in flight, in equal shares per partition. At the limit the
+    partition is not read until some are acknowledged; a fetch that was already read may exceed it."""
+    dead_letter_bytes_max: Positive = 33_554_432
+    """Maximum size of the dead letters that a worker has in flight, likewise."""
 
 
 class WebSettings(Group):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from aiokafka.errors import KafkaError
 
 from encoder.arrays import F32
 from streams.core.jobs import EncodeJob
@@ -16,7 +16,7 @@ from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
 from streams.wire.dead_letters import error_headers
-from streams.wire.embeddings import EmbeddingBatch
+from streams.wire.embeddings import EmbeddingBatch, Message
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,12 @@ REVISION_BITS = 32
 """Low bits of a job's revision, which hold the state's own; the partition's incarnation is in the bits above."""
 PUBLISH_RETRY_MS = 500
 """Delay after which users are due again whose embeddings could not be published."""
+SLOW_S = 0.5
+"""Time after which the encode queue no longer waits for an acknowledgement."""
+PUBLISHING_MAX = 8
+"""Unacknowledged jobs of a partition at which no further one is begun."""
+REJECT_S = 2.0
+"""Time that the dead letters of users that the encoder rejected may take; the next rejection repeats them."""
 SHED_RETRY_MS = 1_000
 """Delay after which users are due again for whom the queue had no room."""
 REJECTED_RETRY_MAX_MS = 3_600_000
@@ -53,19 +59,40 @@ class PartitionJobs:
         self._encoder_version, self._now_ms = encoder_version, now_ms
         self._failures: dict[bytes, int] = {}
         """Failures in a row of users that the encoder could not embed, oldest user first."""
+        self._publishing: set[asyncio.Task[None]] = set()
 
     def begin_job(self, users: Sequence[bytes]) -> EncodeJob:
         """Begin a job for those of `users` that are still due.
 
+        While the output topic takes no embeddings of this partition, none is computed: the users are due again later.
         The incarnation becomes part of every revision, so that nothing an encoder has cached under another
         incarnation of the partition is used.
         """
-        job = self._owned.state.begin_job(users)
+        state = self._owned.state
+        if self._is_blocked():
+            state.requeue(users, self._now_ms(), PUBLISH_RETRY_MS)
+            users = ()
+        job = state.begin_job(users)
         job.sequences.revisions[:] += self._incarnation << REVISION_BITS
         return job
 
+    def _is_blocked(self) -> bool:
+        return len(self._publishing) >= PUBLISHING_MAX or self._outputs.is_busy(self._owned.tp.partition)
+
     async def publish(self, job: EncodeJob, embeddings: F32) -> None:
-        """Publish the embeddings that are not outdated; after a failure their users are due again later."""
+        """Publish the embeddings that are not outdated; after a failure their users are due again later.
+
+        Returns after `SLOW_S` at the latest, while the job goes on: the encode queue waits for the jobs of all
+        partitions, and one that the broker does not acknowledge must not delay the others.
+        """
+        task = asyncio.create_task(self._publish(job, embeddings))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+        done, _ = await asyncio.wait({task}, timeout=SLOW_S)
+        for each in done:
+            each.result()
+
+    async def _publish(self, job: EncodeJob, embeddings: F32) -> None:
         state = self._owned.state
         rows = state.drop_outdated(job)
         if len(rows) < len(job):
@@ -100,15 +127,17 @@ class PartitionJobs:
         """
         tp = self._owned.tp
         self._metrics.unencodable.inc(len(job))
+        letters: list[Message] = []
         for user, offset in zip(job.sequences.users, job.offsets.tolist(), strict=True):
             headers = error_headers(
                 [], reason="encoder-failed", detail=detail, topic=tp.topic, partition=tp.partition, offset=offset
             )
-            value = msgspec.json.encode({"user_id": user.decode(errors="replace")})
-            try:
-                await self._outputs.dead_letter(tp.partition, user, value, headers)
-            except KafkaError as error:
-                logger.warning("the dead letter of a user that the encoder rejected could not be sent: %r", error)
+            letters.append((user, msgspec.json.encode({"user_id": user.decode(errors="replace")}), headers))
+        try:
+            async with asyncio.timeout(REJECT_S):
+                await self._outputs.dead_letters(tp.partition, letters)
+        except TimeoutError:
+            logger.warning("the dead letters of %d users that the encoder rejected are not acknowledged", len(letters))
         by_delay: dict[int, list[bytes]] = {}
         for user in job.sequences.users:
             by_delay.setdefault(self._rejected_delay_ms(user), []).append(user)

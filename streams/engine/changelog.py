@@ -14,9 +14,10 @@ The code below avoids three traps of aiokafka's transactions:
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from aiokafka.structs import TopicPartition
 
 from streams.engine.compat import as_parsed
 from streams.engine.packing import BATCH_BYTES_MAX, send_packed
+from streams.engine.producers import stop_producer
 from streams.engine.proof import COMMITTED_BY
 from streams.errors import LosesPartition
 from streams.storage.store import Record
@@ -33,6 +35,8 @@ from streams.wire.embeddings import Message
 
 logger = logging.getLogger(__name__)
 
+RECORDS_MAX = 1 << 30
+"""Records by one producer, half of what aiokafka can count."""
 POLL_MS = 20
 """Interval at which a reader checks its position, which markers at the end of a log advance without a record."""
 
@@ -59,11 +63,20 @@ class ChangelogProducer:
     """Writes the changelog and the committed offset of one source partition in transactions.
 
     Implements `storage.checkpoint.ChangelogTransaction`. Every step raises `Fenced` when the partition has a new owner,
-    and `KafkaError` when the step failed or its outcome is unknown; the caller then stops and replaces this producer.
+    and `KafkaError` or `TimeoutError` when the step failed or its outcome is unknown; the caller then stops and
+    replaces this producer.
     """
 
-    def __init__(self, names: ChangelogNames, client: Mapping[str, Any], *, transaction_timeout_ms: int) -> None:
-        self._names = names
+    def __init__(
+        self,
+        names: ChangelogNames,
+        client: Mapping[str, Any],
+        *,
+        transaction_timeout_ms: int,
+        batch_bytes: int = BATCH_BYTES_MAX,
+    ) -> None:
+        self._names, self._batch_bytes = names, batch_bytes
+        self._step_s = transaction_timeout_ms / 2_000
         self._producer = aiokafka.AIOKafkaProducer(
             **client,
             acks="all",
@@ -72,45 +85,59 @@ class ChangelogProducer:
             max_batch_size=BATCH_BYTES_MAX,
             linger_ms=0,
         )
+        self._records = 0
         self.bytes_written = 0
         """Bytes of keys and values appended so far, committed or not."""
+
+    @property
+    def is_worn(self) -> bool:
+        """True once it has written so many records that it must be replaced before its count of them overflows."""
+        return self._records >= RECORDS_MAX
 
     async def start(self) -> None:
         """Fence every predecessor; return when its transactions have ended."""
         await self._producer.start()
 
     async def stop(self) -> None:
-        """Close the connection; an open transaction stays open until the successor's start aborts it."""
-        await self._producer.stop()
+        """Close the connection within bounded time.
+
+        An open transaction stays open until the start of the successor aborts it.
+        """
+        await stop_producer(self._producer)
 
     async def begin(self) -> None:
         """Begin a transaction."""
-        with self._fenced():
+        async with self._step():
             await self._producer.begin_transaction()
 
     async def append(self, records: Sequence[Record]) -> int:
         """Write `records` (at least one), wait until the broker has all of them, and return the offset of the last."""
         messages: list[Message] = [(key, value, []) for key, value in records]
-        with self._fenced():
-            end = await (await send_packed(self._producer, self._names.changelog, messages))
+        async with self._step():
+            end = await (
+                await send_packed(self._producer, self._names.changelog, messages, batch_bytes=self._batch_bytes)
+            )
+        self._records += len(messages)
         self.bytes_written += sum(len(key) + len(value or b"") for key, value in records)
         return end - 1
 
     async def send_source_offset(self, source_offset: int) -> None:
         """Add the committed offset of the source partition to the transaction."""
-        with self._fenced():
+        async with self._step():
             committed = {self._names.source: (source_offset, COMMITTED_BY)}
             await self._producer.send_offsets_to_transaction(committed, self._names.group_id)
 
     async def commit(self) -> None:
         """Commit records and offset together."""
-        with self._fenced():
+        async with self._step():
             await self._producer.commit_transaction()
 
-    @contextmanager
-    def _fenced(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _step(self) -> AsyncIterator[None]:
+        """Bound one step: a partition without a leader would hold up its checkpoint for as long as that lasts."""
         try:
-            yield
+            async with asyncio.timeout(self._step_s):
+                yield
         except ProducerFenced as error:
             raise Fenced(f"partition {self._names.source.partition} has a new owner") from error
 

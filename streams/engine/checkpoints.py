@@ -6,18 +6,19 @@ halted and acquired again. Anything else that fails is repeated with a new produ
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection
 from typing import Any
 
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 from mode import Service
 
 from streams.engine.changelog import ChangelogNames, ChangelogProducer
 from streams.engine.halts import Halts
-from streams.engine.ownership import OwnedPartition, PendingOutputs
+from streams.engine.ownership import NotAcknowledged, OwnedPartition, PendingOutputs
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.errors import HaltsPartition, LosesPartition, StopsWorker
 from streams.storage.checkpoint import checkpoint
@@ -36,8 +37,14 @@ class CheckpointedPartitions(Service):
         self._fenced_at: dict[int, float] = {}
         self.ready: dict[int, OwnedPartition] = {}
         """Partitions whose state is in memory, by number; a halted one may be among them."""
+        self.held: dict[int, asyncio.Task[None]] = {}
+        """Partitions that are paused for a while as backpressure, by number."""
         self.halted = Halts()
         """Reason of each partition that cannot go on while others can, by number."""
+
+    async def _is_member(self) -> bool:
+        """Return whether the group still counts this worker as a member."""
+        raise NotImplementedError
 
     async def restart(self, number: int, reason: str) -> None:
         """Halt a partition whose state in memory cannot be used any more; acquire it again from its last checkpoint."""
@@ -65,15 +72,23 @@ class CheckpointedPartitions(Service):
             if self.ready.get(owned.tp.partition) is not owned:
                 return
             try:
-                if owned.producer_failed:
+                if owned.producer_failed or owned.producer.is_worn:
+                    if not await self._is_member():
+                        return  # the partition may have a new owner, which a new producer would fence
                     await self._renew_producer(owned)
                 await self._write_checkpoint(owned)
             except LosesPartition:
                 await self._drop_fenced(owned)
+            except NotAcknowledged as waiting:
+                self._metrics.checkpoints_put_off.inc()
+                logger.warning("the checkpoint of %s is put off: %s", owned.tp, waiting)
             except HaltsPartition as error:
                 await self.restart(owned.tp.partition, f"its checkpoint cannot be completed: {error}")
             except (KafkaError, OSError) as error:
                 owned.producer_failed = True
+                owned.failing_since = owned.failing_since or time.monotonic()
+                if isinstance(error, MessageSizeTooLargeError):
+                    await self._config.limits.refresh()
                 self._metrics.checkpoint_failures.inc()
                 logger.warning("checkpoint of %s failed and will be repeated: %r", owned.tp, error)
 
@@ -89,7 +104,8 @@ class CheckpointedPartitions(Service):
             self._host.abort(f"checkpoint of {owned.tp} cannot be completed: {error}")
         if mark.source_offset > owned.committed_offset:
             self.halted.note_progress(owned.tp.partition)
-        owned.committed_offset, owned.mark_is_outdated = mark.source_offset, False
+        owned.committed_offset, owned.failing_since = mark.source_offset, None
+        owned.mark_is_outdated = False
         self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
         self._metrics.changelog_records.inc(records)
         self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)
@@ -124,12 +140,20 @@ class CheckpointedPartitions(Service):
             source=TopicPartition(config.source_topic, number),
             changelog=TopicPartition(config.changelog_topic, number),
         )
-        return ChangelogProducer(names, config.client, transaction_timeout_ms=config.transaction_timeout_ms)
+        return ChangelogProducer(
+            names,
+            config.client,
+            transaction_timeout_ms=config.transaction_timeout_ms,
+            batch_bytes=config.limits.batch_bytes(config.changelog_topic),
+        )
 
     async def _close(self, owned: Collection[OwnedPartition]) -> None:
         for each in owned:
             if self.ready.get(each.tp.partition) is each:
                 del self.ready[each.tp.partition]
+                each.undelivered.cancel()
+                if (holding := self.held.pop(each.tp.partition, None)) is not None:
+                    holding.cancel()
                 await self._release(each.store, each.producer)
 
     @staticmethod

@@ -52,7 +52,7 @@ class Halts(Mapping[int, str]):
     def next_retry_s(self, number: int) -> float:
         """Count a failure of the partition; return the time to wait before the next attempt."""
         self._failures[number] += 1
-        return min(RETRY_FIRST_S * 2.0 ** (self._failures[number] - 1), RETRY_MAX_S)
+        return min(RETRY_FIRST_S * 2.0 ** min(self._failures[number] - 1, 10), RETRY_MAX_S)
 
     def note_progress(self, number: int) -> None:
         """Record that the partition has moved, so that its next failure counts as the first."""

@@ -1,15 +1,15 @@
 """Records that leave the worker outside of transactions: embeddings, tombstones and dead letters.
 
-One ordinary idempotent producer sends them, because they must be visible within milliseconds. A caller that depends on
-their arrival awaits the acknowledgement. Embeddings of a partition are appended in the order of the calls of `publish`.
+They must be visible within milliseconds, so idempotent producers send them, over one *lane* per topic and partition
+(see `streams.engine.lanes`): nothing that the broker refuses stops a lane for longer than the refusal lasts, and no
+lane stops another. Embeddings of a partition are appended in the order of the calls of `publish`. Dead letters have
+producers of their own, because a request that is too large costs the connection it is sent over.
 Source and output topic have the same number of partitions, so a user has the same partition in both.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,13 @@ from aiokafka.structs import TopicPartition
 
 from encoder.arrays import I64
 from streams.engine.changelog import LogReader
-from streams.engine.packing import BATCH_BYTES_MAX, send_packed
+from streams.engine.dead_letters import DeadLetters
+from streams.engine.lanes import RECORDS_MAX, Lane
+from streams.engine.packing import BATCH_BYTES_MAX
+from streams.engine.producers import ProducerPool
+from streams.engine.topic_limits import TopicLimits
+from streams.errors import CannotStart
+from streams.telemetry.metrics import Metrics
 from streams.wire.embeddings import (
     EmbeddingBatch,
     EmbeddingCodec,
@@ -35,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 RECORD_BYTES_MAX = 64 << 20
 """Limit of the client, far above aiokafka's default of 1 MB: a rejected action may be large, and the broker decides."""
-VALUE_OMITTED = "error-value-omitted-bytes"
-"""Header of a dead letter whose value the topic did not accept: its size. The value stays in the source topic."""
+
+
+class RecordTooLarge(CannotStart):
+    """A topic accepts no record of the size that the worker will have to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +70,115 @@ class OutputsConfig:
     client: Mapping[str, Any]
     """Connection options of aiokafka: servers and security."""
     request_timeout_ms: int
-    """Time that an embedding may wait for the broker before its user is encoded again."""
+    records_per_producer_max: int = RECORDS_MAX
+    """Records of one partition after which a producer is replaced."""
 
 
 class Outputs:
-    """The producer of embeddings, tombstones and dead letters."""
+    """Sends embeddings, tombstones and dead letters."""
 
-    def __init__(self, config: OutputsConfig) -> None:
-        self._config = config
-        self._producer: aiokafka.AIOKafkaProducer | None = None
-        self._turns: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """Locks by partition, which make callers append in the order of their calls."""
+    def __init__(
+        self, config: OutputsConfig, metrics: Metrics | None = None, limits: TopicLimits | None = None
+    ) -> None:
+        self._config, self._metrics = config, metrics or Metrics()
+        topics = config.embeddings_topic, config.dead_letter_topic
+        self.limits = limits or TopicLimits(config.client, topics)
+        self._pools = {topic: ProducerPool(self._new_producer) for topic in topics}
+        self._lanes: dict[TopicPartition, Lane] = {}
+        self._dead_letters: dict[int, DeadLetters] = {}
 
-    async def start(self) -> None:
-        """Connect the producer."""
-        self._producer = aiokafka.AIOKafkaProducer(
+    async def start(self, largest: Mapping[str, int] | None = None) -> None:
+        """Read the topics' size limits and connect to the broker.
+
+        `largest` holds the size of the largest record of each topic; raises `RecordTooLarge` where one is not accepted.
+        """
+        await self.limits.read()
+        for topic, size in (largest or {}).items():
+            limit = self.limits.record_bytes(topic)
+            if limit is not None and size > limit:
+                raise RecordTooLarge(
+                    f"{topic} accepts records of at most {limit} bytes",
+                    f"one written by this worker may have {size}",
+                    "raise the topic's max.message.bytes (and the broker's socket.request.max.bytes)",
+                )
+        pool = self._pools[self._config.embeddings_topic]
+        pool.give_back(await pool.lease())
+
+    async def stop(self) -> None:
+        """Flush and close the producers, within bounded time."""
+        for pool in self._pools.values():
+            await pool.stop()
+
+    async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
+        """Append embeddings to the output topic; return the offset after them once they are acknowledged."""
+        messages = list(encode_embeddings(batch, self._config.codec))
+        lane = self._lane(self._config.embeddings_topic, partition)
+        try:
+            return await lane.append(messages)
+        except MessageSizeTooLargeError:
+            await self.limits.refresh()
+            raise
+
+    async def publish_tombstones(self, partition: int, messages: Iterable[Message]) -> int:
+        """Append tombstones of forgotten users before anything that is published later, however long that takes."""
+        return await self._lane(self._config.embeddings_topic, partition).deliver(list(messages))
+
+    async def dead_letter(
+        self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+    ) -> None:
+        """Send one record to the dead-letter topic; return once it is acknowledged."""
+        await self.dead_letters(partition, [(key, value, list(headers))])
+
+    async def dead_letters(self, partition: int, letters: Sequence[Message]) -> None:
+        """Send records to the dead-letter topic; return once all are acknowledged, however long that takes.
+
+        A record that the topic rejects as too large is sent without its value and with a header that holds its size,
+        because no record may stop a worker.
+        """
+        sender = self._dead_letters.get(partition)
+        if sender is None:
+            lane = self._lane(self._config.dead_letter_topic, partition)
+            timeout_s = self._config.request_timeout_ms / 1000
+            sender = DeadLetters(lane, self.limits, self._metrics, timeout_s=timeout_s)
+            self._dead_letters[partition] = sender
+        await sender.deliver(letters)
+
+    def is_busy(self, partition: int) -> bool:
+        """Return whether embeddings of the partition would only wait, because the topic takes none at present."""
+        return self._lane(self._config.embeddings_topic, partition).is_busy
+
+    def unacknowledged_s(self, partition: int) -> float:
+        """Return for how long the oldest output of the partition has not been acknowledged."""
+        return max((lane.unacknowledged_s() for lane in self._lanes_of(partition)), default=0.0)
+
+    def last_error(self, partition: int) -> str | None:
+        """Return the last failure of the partition's outputs; None if the last attempt was acknowledged."""
+        return next((lane.last_error for lane in self._lanes_of(partition) if lane.last_error), None)
+
+    def reset(self, partition: int) -> None:
+        """Forget failures of a partition that is given back: its new owner publishes what is left."""
+        for lane in self._lanes_of(partition):
+            lane.reset()
+
+    def _lanes_of(self, partition: int) -> list[Lane]:
+        tps = (TopicPartition(topic, partition) for topic in self._pools)
+        return [self._lanes[tp] for tp in tps if tp in self._lanes]
+
+    def _lane(self, topic: str, partition: int) -> Lane:
+        tp = TopicPartition(topic, partition)
+        lane = self._lanes.get(tp)
+        if lane is None:
+            lane = self._lanes[tp] = Lane(
+                tp,
+                self._pools[topic],
+                batch_bytes=lambda: self.limits.batch_bytes(topic),
+                records_max=self._config.records_per_producer_max,
+            )
+        return lane
+
+    def _new_producer(self) -> Any:
+        self._metrics.output_producers.inc()
+        return aiokafka.AIOKafkaProducer(
             **self._config.client,
             acks="all",
             enable_idempotence=True,
@@ -85,53 +187,6 @@ class Outputs:
             request_timeout_ms=self._config.request_timeout_ms,
             linger_ms=0,
         )
-        await self._producer.start()
-
-    async def stop(self) -> None:
-        """Flush and close the producer, if it was started."""
-        if self._producer is not None:
-            await self._producer.stop()
-
-    async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
-        """Append embeddings to the output topic; return the offset after them once they are acknowledged."""
-        return await self._append(partition, encode_embeddings(batch, self._config.codec))
-
-    async def publish_tombstones(self, partition: int, messages: Iterable[Message]) -> int:
-        """Append tombstones of forgotten users; return the offset after them once they are acknowledged."""
-        return await self._append(partition, messages)
-
-    async def dead_letter(
-        self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
-    ) -> None:
-        """Send one record to the dead-letter topic; return once it is acknowledged.
-
-        When the topic rejects the value as too large, the record is sent without it and with a header that holds its
-        size, because no record may stop a worker.
-        """
-        try:
-            await self._dead_letter(partition, key, value, headers)
-        except MessageSizeTooLargeError:
-            logger.warning(
-                "a dead letter of %d bytes is too large for its topic; it is sent without the value", len(value or b"")
-            )
-            omitted = (VALUE_OMITTED, b"%d" % len(value or b""))
-            await self._dead_letter(partition, key, None, [*headers, omitted])
-
-    async def _dead_letter(
-        self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
-    ) -> None:
-        assert self._producer is not None
-        await self._producer.send_and_wait(
-            self._config.dead_letter_topic, key=key, value=value, headers=list(headers), partition=partition
-        )
-
-    async def _append(self, partition: int, messages: Iterable[Message]) -> int:
-        assert self._producer is not None
-        async with self._turns[partition]:
-            acknowledged = await send_packed(
-                self._producer, TopicPartition(self._config.embeddings_topic, partition), messages
-            )
-        return await acknowledged
 
     async def published_since(
         self, partition: int, offset: int, encoder_version: str, source_id: str = ""

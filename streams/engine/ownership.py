@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -16,6 +18,11 @@ from streams.errors import HaltsPartition
 from streams.storage.codec import CheckpointMark
 from streams.storage.store import PartitionStore
 
+logger = logging.getLogger(__name__)
+
+ACKNOWLEDGED_S = 2.0
+"""Time for which a checkpoint waits for dead letters and tombstones before it is put off."""
+
 
 class Continuity(Enum):
     """Relation of a batch to the offset that its partition expects next."""
@@ -26,6 +33,51 @@ class Continuity(Enum):
     """All of its records were processed, or it was fetched before the last seek: ignore it."""
     GAP = "gap"
     """It begins above the expected offset: records in between were not delivered."""
+
+
+@dataclass(slots=True, eq=False)
+class Undelivered:
+    """Dead letters and tombstones of a partition that are being sent, and how much of them is in memory."""
+
+    sending: set[asyncio.Task[Any]] = field(default_factory=set)
+    records: int = 0
+    size: int = 0
+    """Bytes of keys, values and headers."""
+    has_failed: bool = False
+    """True once one was given up, so that its event must be read again."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever something has been acknowledged."""
+
+    def add(self, sending: Coroutine[Any, Any, Any], records: int, size: int) -> None:
+        """Send in the background; checkpoints wait for it."""
+        task = asyncio.ensure_future(sending)
+        self.sending.add(task)
+        self.records, self.size = self.records + records, self.size + size
+        task.add_done_callback(lambda done: self._end(done, records, size))
+
+    def exceeds(self, records_max: int, size_max: int) -> bool:
+        """Return whether more is being sent than the limits allow."""
+        return self.records > records_max or self.size > size_max
+
+    async def wait_below(self, records_max: int, size_max: int) -> None:
+        """Return once no more is being sent than the limits allow."""
+        while self.exceeds(records_max, size_max):
+            self.changed.clear()
+            await self.changed.wait()
+
+    def cancel(self) -> None:
+        """Give everything up: the next owner of the partition reads the events again."""
+        for task in list(self.sending):
+            task.cancel()
+
+    def _end(self, done: asyncio.Task[Any], records: int, size: int) -> None:
+        self.sending.discard(done)
+        self.records, self.size = self.records - records, self.size - size
+        self.changed.set()
+        self.has_failed |= done.cancelled()
+        if not done.cancelled() and (failure := done.exception()) is not None:
+            self.has_failed = True
+            logger.error("a dead letter or tombstone could not be sent: %r", failure)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,13 +98,15 @@ class OwnedPartition:
     """Mark that checkpoints write, with the identity of the logs; only its offsets advance."""
     mark_is_outdated: bool = False
     """True until a checkpoint has written a mark that was found in an older format or with another identity."""
+    failing_since: float | None = None
+    """Monotonic time since which every checkpoint has failed, None after one that succeeded."""
     producer_failed: bool = False
     """True after a failed checkpoint: the producer must be replaced before the next one."""
     rebuilt: bool = False
     """True after a rebuild of the local store: a value that is corrupt now is corrupt in the changelog too."""
     epoch: int = 0
     """Number of seeks so far; batches fetched before the last one are ignored."""
-    unacknowledged: set[asyncio.Future[Any]] = field(default_factory=set)
+    undelivered: Undelivered = field(default_factory=Undelivered)
     """Dead letters and tombstones that must be acknowledged before a checkpoint commits the offsets of their events."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -68,18 +122,28 @@ class OwnedPartition:
 
 
 class SendFailed(HaltsPartition):
-    """A dead letter or tombstone could not be delivered; only a replay of its event can send it again."""
+    """A dead letter or tombstone was given up; only a replay of its event can send it again."""
+
+
+class NotAcknowledged(HaltsPartition):
+    """Dead letters or tombstones are not acknowledged yet, so the checkpoint has to wait; nothing is lost."""
 
 
 class PendingOutputs:
     """Dead letters and tombstones of a partition sent up to now; implements `streams.storage.checkpoint.Outputs`."""
 
     def __init__(self, owned: OwnedPartition) -> None:
-        self._owned, self._pending = owned, list(owned.unacknowledged)
+        self._undelivered, self._pending = owned.undelivered, set(owned.undelivered.sending)
 
     async def acknowledged(self) -> None:
-        """Wait until all of them are acknowledged; raise `SendFailed` if one was not."""
-        for failure in await asyncio.gather(*self._pending, return_exceptions=True):
-            if isinstance(failure, BaseException):
-                raise SendFailed(f"a dead letter or tombstone could not be delivered: {failure!r}")
-        self._owned.unacknowledged.difference_update(self._pending)
+        """Return once all of them are acknowledged.
+
+        Raises `NotAcknowledged` where that takes long, and `SendFailed` where one was given up.
+        """
+        waiting: set[Any] = set()
+        if self._pending:
+            _, waiting = await asyncio.wait(self._pending, timeout=ACKNOWLEDGED_S)
+        if self._undelivered.has_failed:
+            raise SendFailed("a dead letter or tombstone was given up; see the log")
+        if waiting:
+            raise NotAcknowledged(f"{len(waiting)} sends of dead letters or tombstones are not acknowledged yet")

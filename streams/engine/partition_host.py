@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from streams.core.partition_state import PartitionState
 from streams.engine.outputs import Published
 from streams.engine.ownership import OwnedPartition
+from streams.engine.topic_limits import TopicLimits
 from streams.storage.store import PartitionStore
 
 
@@ -28,6 +29,8 @@ class PartitionsConfig:
     session_timeout_ms: int
     layout: str = ""
     """Sizes of the stored sequences, by `streams.storage.identity.layout_of`."""
+    limits: TopicLimits = field(default_factory=lambda: TopicLimits({}, ()))
+    """Sizes that the topics accept."""
     restores_max: int = 2
     """Maximum number of partitions restored at the same time."""
 

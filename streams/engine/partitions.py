@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from streams.telemetry.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 
+MEMBER_S = 3.0
+"""Time that the group may take to answer whether this worker is a member."""
 RESTORE_STALL_S = 15.0
 """Time without a record after which a restore is given up and tried again, because its partition may have no leader."""
 
@@ -88,6 +91,21 @@ class Partitions(ProvenPartitions):
         await self._close([owned])
         self._start_acquiring(number, generation, delay_s=self.halted.next_retry_s(number))
 
+    def hold(self, owned: OwnedPartition, until: Coroutine[Any, Any, None]) -> None:
+        """Pause a partition until `until` returns, as backpressure; what arrives before that is fetched again."""
+        number = owned.tp.partition
+        self._metrics.holds.inc()
+        self.app.consumer.pause_partitions({owned.tp})
+        self.held[number] = asyncio.create_task(self._continue_after(owned, until), name=f"hold-{number}")
+
+    async def _continue_after(self, owned: OwnedPartition, until: Coroutine[Any, Any, None]) -> None:
+        await until
+        number = owned.tp.partition
+        self.held.pop(number, None)
+        if self.ready.get(number) is owned and number not in self.halted:
+            await self._seek(owned)
+            self.app.consumer.resume_partitions({owned.tp})
+
     # -- acquiring
 
     async def on_assigned(self, changelogs: frozenset[TP], generation: int) -> None:
@@ -134,8 +152,9 @@ class Partitions(ProvenPartitions):
         """Ask the group whether this worker is still a member: a worker that is not would fence the rightful owner."""
         thread = self.app.consumer._thread
         try:
-            return bool(await thread.call_thread(thread._ensure_consumer()._coordinator._do_heartbeat))
-        except KafkaError:
+            async with asyncio.timeout(MEMBER_S):
+                return bool(await thread.call_thread(thread._ensure_consumer()._coordinator._do_heartbeat))
+        except (KafkaError, TimeoutError):
             return False
 
     async def _acquire_until_ready(
@@ -251,7 +270,7 @@ class Partitions(ProvenPartitions):
     async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
         """Return the partition that `batch` continues; None if the batch is stale, or after a seek because of a gap."""
         owned = self.ready.get(batch.tp.partition)
-        if batch.tp.partition in self.halted:
+        if batch.tp.partition in self.halted or batch.tp.partition in self.held:
             return None
         if owned is None or (continuity := owned.continuity(batch)) is Continuity.STALE:
             return None
@@ -285,11 +304,13 @@ class Partitions(ProvenPartitions):
         for number, owned in self.ready.items():
             if number in self.halted:
                 continue  # it is reported as halted, and ending the worker would stop the others too
-            fetched, delivered = thread.positions(owned.tp)
-            end = self.app.consumer.highwater(owned.tp) or 0
-            progress[f"fetching of partition {number}"] = Progress(fetched, end)
-            progress[f"processing of partition {number}"] = Progress(owned.next_offset, delivered)
-            progress[f"checkpoints of partition {number}"] = Progress(owned.committed_offset, owned.next_offset)
+            if number not in self.held:
+                fetched, delivered = thread.positions(owned.tp)
+                end = self.app.consumer.highwater(owned.tp) or 0
+                progress[f"fetching of partition {number}"] = Progress(fetched, end)
+                progress[f"processing of partition {number}"] = Progress(owned.next_offset, delivered)
+            if not owned.undelivered.sending and owned.failing_since is None:  # else the reason is known and reported
+                progress[f"checkpoints of partition {number}"] = Progress(owned.committed_offset, owned.next_offset)
         return progress
 
     # -- giving back
@@ -302,6 +323,20 @@ class Partitions(ProvenPartitions):
         await asyncio.gather(*self._acquiring.values(), return_exceptions=True)
         owned = list(self.ready.values())
         await self._host.on_revoking(owned)
-        await asyncio.gather(*(self.checkpoint(each) for each in owned))
+        await self._last_checkpoints(owned)
         await self._close(owned)
         self.halted.clear()
+
+    async def _last_checkpoints(self, owned: Collection[OwnedPartition]) -> None:
+        """Checkpoint partitions within half a session; the next owner reads the events of those left over again."""
+        tasks = {asyncio.create_task(self.checkpoint(each)) for each in owned}
+        if not tasks:
+            return
+        done, left = await asyncio.wait(tasks, timeout=self._config.session_timeout_ms / 2_000)
+        for task in left:
+            task.cancel()
+        if left:
+            logger.warning("the last checkpoints of %d partitions were given up: they took too long", len(left))
+            await asyncio.wait(left)
+        for task in done:
+            task.result()

@@ -110,6 +110,11 @@ def encode(snapshot: Snapshot, limits: StateLimits) -> Records:
     return [*_encode_chunks(snapshot, limits), *_encode_heads(snapshot)]
 
 
+def largest_value(limits: StateLimits) -> int:
+    """Return the size of the largest value: a head with a full tail."""
+    return HEAD_BYTES + ACTION_BYTES * limits.chunk_length + _CHECKSUM_BYTES
+
+
 def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
     """Return the record that ends a checkpoint."""
     details: dict[str, Any] = {"identity": mark.identity.as_json()} if mark.identity else {}

@@ -247,6 +247,21 @@ class Metrics:
             "streamformer_publish_failures_total",
             "Embeddings that were not acknowledged; their users are encoded again.",
         )
+        self.unacknowledged_seconds = Gauge(
+            "streamformer_output_unacknowledged_seconds",
+            "Age of the oldest output of a partition that the broker has not acknowledged; failures count as one wait.",
+            "partition",
+        )
+        self.output_producers = Counter(
+            "streamformer_output_producers_total", "Producers started for outputs; after the first ones, replacements."
+        )
+        self.dead_letters_shortened = Counter(
+            "streamformer_dead_letters_shortened_total", "Dead letters sent without a value that was too large."
+        )
+        self.holds = Counter(
+            "streamformer_holds_total",
+            "Times that a partition was not read for a while: its dead letters or users in memory were at a limit.",
+        )
         self.freshness_seconds = Histogram(
             "streamformer_freshness_seconds",
             "Publish time minus event time of the newest action in the embedding.",
@@ -261,6 +276,10 @@ class Metrics:
         )
         self.checkpoint_failures = Counter(
             "streamformer_checkpoint_failures_total", "Checkpoints that were aborted and will be repeated."
+        )
+        self.checkpoints_put_off = Counter(
+            "streamformer_checkpoints_put_off_total",
+            "Checkpoints put off because dead letters or tombstones were not acknowledged in time.",
         )
         self.changelog_records = Counter("streamformer_changelog_records_total", "Records written to the changelog.")
         self.changelog_bytes = Counter(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from streams.wire.actions import Headers, Record, Rejected
 
 DETAIL_CHARS_MAX = 500
+ERROR_HEADERS = "error-reason", "error-detail", "source-topic", "source-partition", "source-offset"
+"""Names of the added headers."""
 
 
 def dead_letter_headers(rejected: Rejected, record: Record, *, topic: str, partition: int) -> list[tuple[str, bytes]]:

@@ -21,7 +21,7 @@ from encoder.arrays import F32, I64
 from streams.errors import StreamformerError
 
 Headers = Sequence[tuple[str, bytes]]
-Message = tuple[bytes, bytes | None, list[tuple[str, bytes]]]
+Message = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
 """Key, value and headers of a record to be produced."""
 Vector = F32
 
@@ -137,6 +137,24 @@ def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[
         )
         for user, value, event_time_ms, length, reason, source_offset in columns
     )
+
+
+def largest_embedding(id_bytes: int, dim: int, encoder_version: str, codec: EmbeddingCodec) -> Message:
+    """Return the largest message that an embedding can have, so that topics can be checked before work begins."""
+    longest = np.full((1, dim), -1.1754944e-38, np.float32)  # as long as any number in JSON
+    number = np.array([2**62])
+    batch = EmbeddingBatch(
+        users=[bytes(id_bytes)],
+        vectors=longest,
+        event_times_ms=number,
+        sequence_lengths=number,
+        reasons=["max_staleness"],
+        source_offsets=number,
+        encoder_version=encoder_version,
+        encoded_at_ms=2**62,
+    )
+    (message,) = encode_embeddings(batch, codec)
+    return message
 
 
 def encode_tombstone(user: bytes, source_offset: int, source_id: str = "") -> Message:

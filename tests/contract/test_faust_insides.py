@@ -16,6 +16,8 @@ import aiokafka
 import pytest
 from aiokafka.consumer.group_coordinator import CoordinatorGroupRebalance, GroupCoordinator
 from aiokafka.consumer.subscription_state import TopicPartitionState
+from aiokafka.producer.message_accumulator import MessageAccumulator
+from aiokafka.producer.sender import Sender
 from faust import App
 from faust.assignor.partition_assignor import PartitionAssignor
 from faust.tables.manager import TableManager
@@ -65,6 +67,8 @@ INSIDES: dict[Any, dict[str, str]] = {
     },
     TopicPartitionState: {"consumed_to": "c7b8f0f99ce9", "seek": "c20b56d7ba7b", "await_reset": "7b5a780dd629"},
     aiokafka.consumer.fetcher.Fetcher: {"fetched_records": "be4348896b9b", "end_offsets": "d03333ff4f87"},
+    Sender: {"close": "f60b3d023d25", "_fail_all": "5a67e3b6f87b"},
+    MessageAccumulator: {"fail_all": "f1e12e8100bf", "_pop_batch": "41cc98a298ef", "add_batch": "5ed1c5b1367a"},
     PARTITION_RECORDS: {
         "__init__": "8ec1c2ae6ea1",
         "__iter__": "b411eeeaeb7c",

@@ -1,4 +1,4 @@
-"""The jobs of one owned partition: revisions per incarnation, and users that were shed."""
+"""The jobs of one owned partition: revisions per incarnation, users that were shed, and a topic that refuses."""
 
 from __future__ import annotations
 
@@ -13,15 +13,32 @@ from faust.types import TP
 from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
 from streams.core.policy import TriggerPolicy
-from streams.encoding.partition_jobs import REVISION_BITS, SHED_RETRY_MS, PartitionJobs
+from streams.encoding.partition_jobs import PUBLISH_RETRY_MS, REVISION_BITS, SHED_RETRY_MS, PartitionJobs
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
-from streams.wire.embeddings import EmbeddingBatch
+from streams.wire.embeddings import EmbeddingBatch, Message
 from tests.unit.core.build import batch, state_of
 
 NOW_MS = 1_000_000
 NONE: Any = None
+
+
+class Outputs:
+    """Outputs that publish nothing; `busy` says that the topic takes nothing at present."""
+
+    busy = False
+
+    def is_busy(self, partition: int) -> bool:
+        """Return whether embeddings would only wait."""
+        return self.busy
+
+
+def jobs_of(owned: OwnedPartition, incarnation: int = 1) -> tuple[PartitionJobs, Outputs]:
+    """Return the jobs of a partition, and the outputs that they publish to."""
+    outputs: Any = Outputs()
+    jobs = PartitionJobs(owned, outputs, Metrics(), encoder_version="v", incarnation=incarnation, now_ms=lambda: NOW_MS)
+    return jobs, outputs
 
 
 def test_a_cache_of_another_incarnation_is_not_used() -> None:
@@ -31,9 +48,7 @@ def test_a_cache_of_another_incarnation_is_not_used() -> None:
 
     def revisions(incarnation: int) -> list[int]:
         state.apply(batch([b"a"], [incarnation], offset=incarnation), NOW_MS)
-        jobs = PartitionJobs(
-            owned, NONE, Metrics(), encoder_version="v", incarnation=incarnation, now_ms=lambda: NOW_MS
-        )
+        jobs, _ = jobs_of(owned, incarnation)
         job = jobs.begin_job([b"a"])
         state.finish_job(job.sequences.users, job.offsets, NOW_MS)
         return job.sequences.revisions.tolist()
@@ -47,7 +62,7 @@ def test_shed_users_are_handed_over_again_after_the_delay() -> None:
     """A shed user stays due, is handed over again after the delay and not before, and its job is complete."""
     state = state_of(TriggerPolicy(), [b"a", b"b"])
     owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
-    jobs = PartitionJobs(owned, NONE, Metrics(), encoder_version="v", incarnation=1, now_ms=lambda: NOW_MS)
+    jobs, _ = jobs_of(owned)
     assert state.apply(batch([b"a", b"b"], [1, 2]), NOW_MS).due == [b"a", b"b"]
     jobs.requeue([b"a"])
     assert state.fire_timers(NOW_MS + SHED_RETRY_MS - 1).due == []
@@ -80,6 +95,10 @@ class Gated:
 
 class Accepting:
     """Outputs that acknowledge everything at once."""
+
+    def is_busy(self, partition: int) -> bool:
+        """Return that the topic takes embeddings."""
+        return False
 
     async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
         """Return an offset."""
@@ -129,9 +148,13 @@ class DeadLetters:
 
     sent = 0
 
-    async def dead_letter(self, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]) -> None:
-        """Count one dead letter."""
-        self.sent += 1
+    def is_busy(self, partition: int) -> bool:
+        """Return that the topic takes embeddings."""
+        return False
+
+    async def dead_letters(self, partition: int, letters: Sequence[Message]) -> None:
+        """Count dead letters."""
+        self.sent += len(letters)
 
     async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
         """Return an offset."""
@@ -162,3 +185,16 @@ def test_a_user_that_keeps_failing_is_tried_less_and_less_often() -> None:
     asyncio.run(jobs.publish(jobs.begin_job([b"a"]), np.zeros((1, 2), np.float32)))
     assert state.apply(batch([b"a"], [now_ms], offset=now_ms), now_ms).due == [b"a"]
     assert delay_s() == 60
+
+
+def test_nothing_is_encoded_for_a_topic_that_takes_nothing() -> None:
+    """While the outputs of a partition are busy its users get no job; they stay due, and are handed over again."""
+    state = state_of(TriggerPolicy(), [b"a"])
+    owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
+    jobs, outputs = jobs_of(owned)
+    assert state.apply(batch([b"a"], [1]), NOW_MS).due == [b"a"]
+    outputs.busy = True
+    assert len(jobs.begin_job([b"a"])) == 0
+    outputs.busy = False
+    assert state.fire_timers(NOW_MS + PUBLISH_RETRY_MS).due == [b"a"]
+    assert len(jobs.begin_job([b"a"])) == 1

@@ -26,6 +26,8 @@ GENERATION = 7
 class Producer:
     """A transactional producer that records what is done with it."""
 
+    is_worn = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.events: list[str] = STARTED
 
@@ -232,5 +234,23 @@ def test_a_restart_drops_the_state_without_a_write(tmp_path: Path, fenced: list[
         assert len(partitions._acquiring) == 1
         await partitions.revoke_all()
         assert not partitions._acquiring
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_checkpoint_fences_nobody_once_the_worker_has_left_its_group(
+    tmp_path: Path, fenced: list[str]
+) -> None:
+    """A frozen worker whose checkpoint failed starts no new producer before the group has confirmed its membership."""
+
+    async def scenario() -> None:
+        partitions, app, _ = partitions_in(tmp_path)
+        owned = owned_by(partitions)
+        owned.producer_failed, app.is_member = True, False
+        await partitions.checkpoint(owned)
+        assert fenced == []
+        app.is_member = True
+        await partitions.checkpoint(owned)
+        assert fenced == ["fenced"]
 
     asyncio.run(scenario())
