@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ACLResourcePatternType, ResourcePattern, ResourceType
+
 from infra.field_cases.case import Numbers, case, expect
 from infra.field_cases.field import Field
-from infra.field_cases.records import good
+from infra.field_cases.records import Record, good
+from infra.field_cases.site import Site
+from infra.kafka.node import BrokerOptions
 from infra.kafka.topics import delete_topics
 
 KUBERNETES = {
@@ -111,6 +115,60 @@ def durable_topics(field: Field) -> Numbers:
     plain = site.command("topics", "verify")
     expect(plain.code == 0 and "min.insync.replicas" in plain.output, "verify without --strict does not warn")
     return {"replicas": 3}
+
+
+RIGHTS = (
+    ("TOPIC", "actions", "READ"),
+    ("TOPIC", "embeddings", "READ"),
+    ("TOPIC", "embeddings", "WRITE"),
+    ("TOPIC", "changelog", "READ"),
+    ("TOPIC", "changelog", "WRITE"),
+    ("TOPIC", "dead_letter", "WRITE"),
+    ("GROUP", "app", "READ"),
+    ("TRANSACTIONAL_ID", "app", "WRITE"),
+)
+"""Rights that the guide for deployment lists; none of them is the one to describe configs."""
+
+
+@case(28, "no right to describe configs", quick=True)
+def least_rights(field: Field) -> Numbers:
+    """One line names the right that is missing, and the worker runs on without it."""
+    broker = field.own_broker(BrokerOptions(users={"pod": "secret"}))
+    site = field.site(
+        servers=broker.bootstrap_servers,
+        environment={
+            "KAFKA_BOOTSTRAP_SERVERS": broker.secured_servers,
+            "STREAMFORMER_KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+            "STREAMFORMER_KAFKA_SASL_MECHANISM": "PLAIN",
+            "STREAMFORMER_KAFKA_SASL_USERNAME": "pod",
+            "STREAMFORMER_KAFKA_SASL_PASSWORD": "secret",
+        },
+    )
+    _grant(site)
+    site.send([good("ann"), Record(b"bob", b"{")])
+    site.start()
+    seconds = site.wait_lengths({"ann": 1})
+    site.wait(lambda: len(site.dead_letters()) == 1, "the dead letter")
+    site.expect_no_exit()
+    lines = [line for line in site.supervisor.log(0).splitlines() if "DESCRIBE_CONFIGS" in line]
+    expect(lines, "no line names the right")
+    expect("Traceback" not in site.supervisor.log(0), "the log has a traceback")
+    return {"rights": len(RIGHTS), "seconds": seconds, "lines": len(lines)}
+
+
+def _grant(site: Site) -> None:
+    """Grant `RIGHTS` to the user; a transactional id stands for all that begin with it."""
+    settings = site.settings
+    names = {**settings.topics.model_dump(), "changelog": settings.changelog_topic, "app": settings.app_id}
+    acls = []
+    for kind, name, operation in RIGHTS:
+        prefixed = kind == "TRANSACTIONAL_ID"
+        pattern = ACLResourcePatternType.PREFIXED if prefixed else ACLResourcePatternType.LITERAL
+        resource = ResourcePattern(ResourceType[kind], names[name], pattern)
+        acls.append(ACL("User:pod", "*", ACLOperation[operation], ACLPermissionType.ALLOW, resource))
+    with site.admin() as admin:
+        admin.create_acls(acls)
+        site.wait(lambda: all(admin.describe_acls(acl)[0] for acl in acls), "the rights are granted")
 
 
 @case(29, "state shorter than the release looks back", quick=True)

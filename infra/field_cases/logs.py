@@ -80,7 +80,7 @@ def foreign_log(field: Field) -> Numbers:
 @case(12, "a disk from before the changelog was created again")
 def foreign_disk(field: Field) -> Numbers:
     """Users of the new life keep all their actions, and those of the old life do not come back."""
-    site, old, new = field.site(ONE), users(20, "old"), users(20, "new")
+    site, old, quiet, late = field.site(ONE), users(20, "old"), users(10, "quiet"), users(20, "late")
     _rounds(site, old, 1, 14)
     site.start()
     site.wait_lengths(dict.fromkeys(old, 14))
@@ -90,16 +90,17 @@ def foreign_disk(field: Field) -> Numbers:
         admin.delete_groups([site.settings.app_id])
     topics = site.settings.topics
     site.recreate(topics.actions, topics.embeddings, site.settings.changelog_topic)
-    _rounds(site, new, 1, 14)
+    _rounds(site, quiet, 1, 14)
     site.start(1)
-    for number in range(15, 21):  # more records than in the old life, so that the old disk looks like a part of them
-        _rounds(site, new, number, number)
-        site.wait_lengths(dict.fromkeys(new, number))
+    site.wait_lengths(dict.fromkeys(quiet, 14))
+    for number in range(1, 7):  # more records than in the old life, so that the old disk looks like a part of them
+        _rounds(site, late, number, number)
+        site.wait_lengths(dict.fromkeys(late, number))
         site.watch(0.7)
     site.stop(1)
     site.start(0)
-    _rounds(site, [*old, *new], 21, 21)
-    wanted = {**dict.fromkeys(old, 1), **dict.fromkeys(new, 21)}
+    _rounds(site, [*old, *quiet, *late], 21, 21)
+    wanted = {**dict.fromkeys(old, 1), **dict.fromkeys(quiet, 15), **dict.fromkeys(late, 7)}
     return {"users": len(wanted), "seconds": site.wait_lengths(wanted, 15)}
 
 
