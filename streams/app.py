@@ -90,6 +90,7 @@ class WorkerApp:
             self.outputs,
             self.metrics,
             limits=DecodeLimits(**settings.decode.model_dump()),
+            source_partitions=settings.topics.partitions,
             checkpoint_events_max=settings.checkpoint.events_max,
             now_ms=now_ms,
             in_flight_max=InFlightLimits(settings.output.dead_letters_max, settings.output.dead_letter_bytes_max),
@@ -124,6 +125,7 @@ class WorkerApp:
             app,
             batched_topics=frozenset({settings.topics.actions}),
             fetch_max_wait_ms=settings.kafka.fetch_max_wait_ms,
+            skip_corrupt_batches=settings.kafka.skip_corrupt_batches,
         )
         app.partitions = self.partitions
         self.partitions.app = app

@@ -109,6 +109,7 @@ class Health:
         metrics.partitions.set(len(halted), state="halted")
         for number, owned in ready.items():
             metrics.unacknowledged_seconds.set(self._app.outputs.unacknowledged_s(number), partition=number)
-            end = self._app.faust.consumer.highwater(owned.tp) or owned.next_offset
+            end, high = partitions.ends(owned)
+            metrics.open_transaction_records.set(high - end, partition=number)
             metrics.processed_offset.set(owned.next_offset, partition=number)
             metrics.consumer_lag.set(max(0, end - owned.next_offset), partition=number)

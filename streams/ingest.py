@@ -30,7 +30,9 @@ from streams.storage.store import StoreDamaged
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
+from streams.wire.deletions import Placement
 from streams.wire.embeddings import Message, encode_tombstone
+from streams.wire.placement import misplaced, reject_misplaced
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Ingest:
         metrics: Metrics,
         *,
         limits: DecodeLimits,
+        source_partitions: int,
         checkpoint_events_max: int,
         now_ms: Callable[[], int],
         in_flight_max: InFlightLimits | None = None,
@@ -68,6 +71,7 @@ class Ingest:
         self._partitions, self._queue, self._outputs, self._metrics = partitions, queue, outputs, metrics
         self._limits, self._checkpoint_events_max, self._now_ms = limits, checkpoint_events_max, now_ms
         self._in_flight_max = in_flight_max or InFlightLimits()
+        self._source_partitions = source_partitions
         self._jobs: dict[OwnedPartition, PartitionJobs] = {}
         self._firing: dict[OwnedPartition, asyncio.Task[None]] = {}
 
@@ -86,15 +90,45 @@ class Ingest:
         owned = await self._partitions.accept(batch)
         if owned is None or self._holds_back(owned) or not await self._has_room(owned):
             return
+        if not batch.records:  # transaction markers and aborted records only
+            owned.next_offset = max(batch.end, owned.next_offset)
+            self._note_damage(owned, batch)
+            return
         records = [record for record in batch.records if record.offset >= owned.next_offset]
-        decoded = decode_actions(records, now_ms=self._now_ms(), limits=self._limits)
+        decoded = self._decode(owned, records)
         if not await self._load(owned, decoded.actions.users, may_hold=True):
             return
+        self._count_unmatched(owned, decoded)
         effects = owned.state.apply(decoded.actions, self._now_ms())
         owned.next_offset = batch.end
+        self._note_damage(owned, batch)
         self._reject(owned, records, decoded)
         self._perform(owned, effects)
         self._count(owned, len(records), effects)
+
+    def _decode(self, owned: OwnedPartition, records: Sequence[Any]) -> Decoded:
+        """Decode the records, and reject those of users that belong to another partition.
+
+        A user in memory was checked when it came in by an event; `misplaced` holds those that came in by a timer.
+        """
+        number, count = owned.tp.partition, self._source_partitions
+        placement = Placement(number, count)
+        decoded = decode_actions(records, now_ms=self._now_ms(), limits=self._limits, placement=placement)
+        if not self._limits.check_partition:
+            return decoded
+        wrong = misplaced(owned.state.missing(decoded.actions.users), number, count)
+        if owned.misplaced:
+            wrong |= owned.misplaced.intersection(decoded.actions.users)
+        return reject_misplaced(decoded, wrong, records, number, count) if wrong else decoded
+
+    def _count_unmatched(self, owned: OwnedPartition, decoded: Decoded) -> None:
+        """Count deletions of users that have no actions: their key may not be what the producer thinks."""
+        batch = decoded.actions
+        if batch.is_tombstone.any():
+            forgotten = [batch.users[row] for row in batch.is_tombstone.nonzero()[0].tolist()]
+            acting = {batch.users[row] for row in (~batch.is_tombstone).nonzero()[0].tolist()}
+            unmatched = owned.state.without_actions([user for user in forgotten if user not in acting])
+            self._metrics.tombstones_unmatched.inc(unmatched)
 
     async def run_timers(self) -> None:
         """Fire the timers of all partitions until cancelled; costs nothing while none is due."""
@@ -127,6 +161,8 @@ class Ingest:
             self._perform(owned, effects)
             if not await self._load(owned, effects.to_load):
                 return
+            if self._limits.check_partition:
+                owned.misplaced |= misplaced(effects.to_load, owned.tp.partition, self._source_partitions)
             await asyncio.sleep(0)
             if not self._is_mine(owned):
                 return
@@ -234,6 +270,14 @@ class Ingest:
             letters.append((record.key, record.value, headers))
         if letters:
             owned.undelivered.add(self._outputs.dead_letters(partition, letters), len(letters), weight_of(letters))
+
+    def _note_damage(self, owned: OwnedPartition, batch: RecordBatch) -> None:
+        """Count damaged batches that were skipped, and halt a partition that cannot go on after this batch."""
+        for skipped in batch.skipped:
+            logger.error("skipped, because kafka.skip_corrupt_batches is set: %s", skipped)
+            self._metrics.corrupt_records_skipped.inc(skipped.last - skipped.first + 1)
+        if batch.fault is not None:
+            self._partitions.halt(owned.tp.partition, str(batch.fault), refused=True)
 
     def _count(self, owned: OwnedPartition, events: int, effects: Effects) -> None:
         metrics = self._metrics

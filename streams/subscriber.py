@@ -23,9 +23,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import CorruptRecordError, KafkaError
 
-from streams.errors import BrokerUnreachable, CannotStart
+from streams.errors import BrokerUnreachable, CannotStart, StreamformerError
+from streams.kafka_records import tolerate_header_names
 from streams.wire.embeddings import Embedding, MalformedEmbedding, Tombstone, decode_embedding
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ Change = Embedding | Tombstone
 ANSWER_MS = 5_000
 """Time that the broker has to respond at the start."""
 CHECK_ADDRESS = "check the address and that the broker is up"
+
+
+class DamagedTopic(StreamformerError):
+    """A record batch of the topic is damaged, so what follows in its partition cannot be read."""
 
 
 class EmbeddingSubscriber:
@@ -76,6 +81,7 @@ class EmbeddingSubscriber:
                 bootstrap_timeout_ms=ANSWER_MS,
                 **options,
             )
+            tolerate_header_names(self._consumer)
             self._assign(topic, partitions)
         except KafkaError as error:
             raise BrokerUnreachable(f"no broker answers at {bootstrap_servers}", str(error), CHECK_ADDRESS) from None
@@ -96,8 +102,15 @@ class EmbeddingSubscriber:
             yield from self.poll(1_000)
 
     def poll(self, timeout_ms: int, records_max: int = 500) -> list[Change]:
-        """Return the changes in at most `records_max` records; an empty list if none arrives in `timeout_ms`."""
-        fetched = self._consumer.poll(timeout_ms=timeout_ms, max_records=records_max)
+        """Return the changes in at most `records_max` records; an empty list if none arrives in `timeout_ms`.
+
+        Raises `DamagedTopic` at a record batch whose checksum or content is damaged; no call can pass it.
+        """
+        try:
+            fetched = self._consumer.poll(timeout_ms=timeout_ms, max_records=records_max)
+        except CorruptRecordError as error:
+            remedy = "publish the users again (a worker does after a new app_id), or restore the batch from a replica"
+            raise DamagedTopic("the topic holds a record batch that cannot be read", str(error), remedy) from None
         return [change for records in fetched.values() for change in self._changes(records)]
 
     def table(self) -> dict[str, Embedding]:

@@ -11,6 +11,7 @@ from kafka.errors import KafkaError
 
 from infra.harness.history import History, LogRecord
 from streams.config.settings import Settings
+from streams.kafka_records import tolerate_header_names
 
 POLL_MS = 200
 PARTITION_FETCH_BYTES_MAX = 4 << 20
@@ -77,12 +78,14 @@ class HistoryReader:
         return self._settings.kafka.bootstrap_servers
 
     def _connected(self) -> Any:
-        self._consumer = self._consumer or kafka.KafkaConsumer(
-            bootstrap_servers=self._servers,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            max_partition_fetch_bytes=PARTITION_FETCH_BYTES_MAX,
+        self._consumer = self._consumer or tolerate_header_names(
+            kafka.KafkaConsumer(
+                bootstrap_servers=self._servers,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                isolation_level="read_committed",
+                max_partition_fetch_bytes=PARTITION_FETCH_BYTES_MAX,
+            )
         )
         return self._consumer
 

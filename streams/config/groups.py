@@ -60,6 +60,9 @@ class KafkaSettings(Group):
     fetch_max_wait_ms: Positive = 20
     """Time that the broker may delay the response to a fetch while there is nothing to read. A partition that was still
     being processed when the fetch was sent waits for the next one, so this delay adds to freshness."""
+    skip_corrupt_batches: bool = False
+    """Skip record batches of the action topic that are damaged (checksum, length, compressed content), and count their
+    offsets as lost. By default the partition halts at such a batch."""
     session_timeout_ms: Positive = 10_000
     """Time without a heartbeat after which the group assigns this worker's partitions to others."""
     heartbeat_interval_ms: Positive = 2_000
@@ -176,6 +179,11 @@ class DecodeSettings(Group):
     timestamp_min_ms: Annotated[int, Field(ge=0)] = 315_532_800_000
     """Oldest accepted event time (the year 1980). It is above any current time in seconds, so a producer that sends
     seconds instead of milliseconds is noticed."""
+    check_partition: bool = True
+    """Reject records whose key belongs to another partition by murmur2, since their user would have two histories."""
+    deletion_ce_type: str = ""
+    """The `ce_type` of CloudEvents without data that forget their user. Every other CloudEvent without data becomes a
+    dead letter."""
 
 
 class TriggersSettings(Group):

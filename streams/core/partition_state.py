@@ -93,6 +93,10 @@ class PartitionState:
         cold = set(users).difference(self._sequences.row_of)
         return [user for user in dict.fromkeys(users) if user in cold] if cold else []
 
+    def without_actions(self, users: Sequence[bytes]) -> int:
+        """Return how many of `users`, who are in memory, have no action."""
+        return int((self._sequences.headers["count"][self._sequences.rows_of(users)] == 0).sum())
+
     def load(self, users: Sequence[bytes], stored: StoredSequences) -> None:
         """Take cold users into memory, `stored` being aligned with `users`; raise `StateFull` beyond `room`."""
         if not users:

@@ -25,10 +25,10 @@ import aiokafka
 from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
-from streams.engine.compat import as_parsed
 from streams.engine.packing import BATCH_BYTES_MAX, send_packed
 from streams.engine.producers import stop_producer
 from streams.engine.proof import COMMITTED_BY
+from streams.engine.records import Parsing
 from streams.errors import LosesPartition
 from streams.storage.store import Record
 from streams.wire.embeddings import Message
@@ -152,7 +152,7 @@ class LogReader:
             enable_auto_commit=False,
             auto_offset_reset="none",
             isolation_level="read_committed",
-            key_deserializer=as_parsed,
+            key_deserializer=Parsing(),  # a damaged batch raises
             max_partition_fetch_bytes=4 << 20,
             fetch_max_wait_ms=100,
         )

@@ -17,7 +17,7 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py:
 `faust.transport.drivers.aiokafka.AIOKafkaConsumerThread`: `_fetch_records`, `_seek_wait`, `_create_worker_consumer`;
 `aiokafka.AIOKafkaConsumer`: `_fetch_max_wait_ms`, `_isolation_level`, `_key_deserializer`, `_auto_offset_reset`,
 `_fetcher._subscriptions`, `_fetcher._prefetch_backoff`;
-`aiokafka.consumer.subscription_state.TopicPartitionState._position`.
+`aiokafka.consumer.subscription_state.TopicPartitionState`: `_position`, `lso`, `highwater`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
-from streams.engine.compat import as_parsed
+from streams.engine.records import CorruptBatch, Parsing
 
 PREFETCH_BACKOFF_S = 0.002
 MORE_S = 0.005
@@ -42,6 +42,8 @@ MORE_S = 0.005
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
     """Consecutive records of one source partition: everything visible in the log from `begin` up to `end`.
+
+    A batch without records advances the position over an aborted transaction, for instance.
 
     log   ... r r m | m r r m r m | r r ...     r: record, m: transaction marker
                     begin         end
@@ -53,9 +55,13 @@ class RecordBatch:
     end: int
     """Position after the fetch: after the last record and the transaction markers that follow it."""
     records: list[Any]
-    """At least one record, as parsed (see `streams.engine.compat`)."""
+    """Records as parsed (see `streams.engine.records`); none if the range holds markers and aborted records only."""
     epoch: int
     """Number of seeks of the partition before the fetch; it distinguishes batches from before a seek."""
+    skipped: tuple[CorruptBatch, ...] = ()
+    """Damaged batches in the range that were skipped, because the settings allow it."""
+    fault: CorruptBatch | None = None
+    """Damaged batch at `end`, at which the partition cannot go on."""
 
 
 class BatchConsumerThread(driver.AIOKafkaConsumerThread):
@@ -68,6 +74,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._epochs: dict[TP, int] = {}
         self._out_of_range: dict[TP, int] = {}
         """Position that the log does not have, by partition; fetching is paused until a seek."""
+        self._parsing = Parsing(report=True, skip_corrupt=self.transport.skip_corrupt_batches)
 
     async def on_start(self) -> None:
         """Start the consumer, and let it fetch the next records early."""
@@ -88,11 +95,13 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             return {}
         generation = self.app.consumer_generation_id
         before = {tp: self._joined_at.get(tp, self._position(consumer, tp)) for tp in wanted}
+        epochs = {tp: self.epoch(tp) for tp in wanted}
         fetched = await self._fetch(consumer, wanted, 0, max_records)
         if fetched:
             await self._fetch_more(consumer, before, fetched, max_records)
         else:
             fetched = await self._fetch(consumer, wanted, timeout, max_records)
+        fetched |= {tp: [] for tp in wanted if tp not in fetched and self._has_news(tp, before[tp], epochs[tp])}
         if not fetched:
             return {}
         if self.app.consumer_generation_id != generation or not self.consumer.flow_active:
@@ -157,11 +166,27 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         """Return how often the partition has been sought."""
         return self._epochs.get(tp, 0)
 
+    def _has_news(self, tp: TP, before: int | None, epoch: int) -> bool:
+        """Return whether something other than records was found: markers, aborted records or a damaged batch."""
+        if before is None or self.epoch(tp) != epoch:
+            return False
+        parsing = self._parsing
+        return parsing.reached.get(tp, before) > before or tp in parsing.faults or tp in parsing.jumps
+
     def _join(self, consumer: aiokafka.AIOKafkaConsumer, tp: TP, begin: int | None, records: list[Any]) -> RecordBatch:
-        first, last = records[0].offset, records[-1].offset
-        end = max(self._position(consumer, tp) or 0, last + 1)
+        """Return the batch; if the position was reset inside the fetch, it begins there, so that the gap is noticed."""
+        parsing = self._parsing
+        jump = parsing.jumps.pop(tp, None)
+        if jump is not None:
+            records = [record for record in records if record.offset >= jump]
+            begin = jump
+        if records:
+            begin = records[0].offset if begin is None else min(begin, records[0].offset)
+        assert begin is not None  # without records only a partition whose position is known has news
+        end = max(parsing.reached.get(tp, 0), records[-1].offset + 1 if records else 0, begin)
         self._joined_at[tp] = end
-        return RecordBatch(tp, first if begin is None else min(begin, first), end, records, self.epoch(tp))
+        skipped = tuple(parsing.skipped.pop(tp, ()))
+        return RecordBatch(tp, begin, end, records, self.epoch(tp), skipped, parsing.faults.pop(tp, None))
 
     def _hand_back(
         self, consumer: aiokafka.AIOKafkaConsumer, before: Mapping[TP, int | None], fetched: Mapping[TP, list[Any]]
@@ -169,21 +194,39 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         """Seek back to the records that are not delivered; a partition that was revoked needs no seek."""
         for tp, records in fetched.items():
             self._joined_at.pop(tp, None)
-            if tp in consumer.assignment():
-                begin = before[tp]
-                consumer.seek(tp, records[0].offset if begin is None else begin)
+            self._parsing.forget(tp)
+            begin = records[0].offset if before[tp] is None and records else before[tp]
+            if tp in consumer.assignment() and begin is not None:
+                consumer.seek(tp, begin)
+
+    def end(self, tp: TP) -> tuple[int, int]:
+        """Return the last stable offset of the partition and its high watermark, as of the last fetch; 0 if unknown.
+
+        Records from the last stable offset on belong to transactions that are still open, so nobody can read them yet.
+        """
+        state = self._state(self._ensure_consumer(), tp)
+        if state is None:
+            return 0, 0
+        high = state.highwater or 0
+        return high if state.lso is None or state.lso < 0 else state.lso, high
+
+    @classmethod
+    def _position(cls, consumer: aiokafka.AIOKafkaConsumer, tp: TP) -> int | None:
+        state = cls._state(consumer, tp)
+        position: int | None = state and state._position
+        return position
 
     @staticmethod
-    def _position(consumer: aiokafka.AIOKafkaConsumer, tp: TP) -> int | None:
+    def _state(consumer: aiokafka.AIOKafkaConsumer, tp: TP) -> Any:
         subscription = consumer._fetcher._subscriptions.subscription
         if subscription is None or subscription.assignment is None or tp not in subscription.assignment.tps:
             return None
-        position: int | None = subscription.assignment.state_value(tp)._position
-        return position
+        return subscription.assignment.state_value(tp)
 
     async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
         for tp in partitions:
             self._joined_at.pop(tp, None)
+            self._parsing.forget(tp)
             self._epochs[tp] = self.epoch(tp) + 1
             if self._out_of_range.pop(tp, None) is not None and tp in consumer.assignment():
                 consumer.resume(aiokafka.TopicPartition(*tp))
@@ -195,7 +238,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms
         consumer._isolation_level = "read_committed"
         consumer._auto_offset_reset = "none"  # a reset would skip events without a trace: see `out_of_range`
-        consumer._key_deserializer = as_parsed
+        consumer._key_deserializer = self._parsing
         return consumer
 
 
@@ -238,14 +281,15 @@ class BatchConsumer(driver.Consumer):
 
     @staticmethod
     def _whole_message(batches: tuple[RecordBatch, ...], generation: int) -> ConsumerMessage:
-        """Return one message; to Faust it comes from the first partition and ends at that one's last record."""
-        tp, last = batches[0].tp, batches[0].records[-1]
+        """Return one message; to Faust it comes from the first partition and ends where that one's batch ends."""
+        tp, last = batches[0].tp, batches[0].end - 1
+        record = batches[0].records[-1] if batches[0].records else None
         return ConsumerMessage(
             tp.topic,
             tp.partition,
-            last.offset,
-            last.timestamp / 1000.0,
-            last.timestamp_type,
+            last,
+            record.timestamp / 1000.0 if record else 0.0,
+            record.timestamp_type if record else 0,
             (),
             None,
             batches,
@@ -296,8 +340,10 @@ class BatchTransport(driver.Transport):
         *args: Any,
         batched_topics: frozenset[str],
         fetch_max_wait_ms: int,
+        skip_corrupt_batches: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.batched_topics = batched_topics
         self.fetch_max_wait_ms = fetch_max_wait_ms
+        self.skip_corrupt_batches = skip_corrupt_batches

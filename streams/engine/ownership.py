@@ -106,6 +106,8 @@ class OwnedPartition:
     """True after a rebuild of the local store: a value that is corrupt now is corrupt in the changelog too."""
     epoch: int = 0
     """Number of seeks so far; batches fetched before the last one are ignored."""
+    misplaced: set[bytes] = field(default_factory=set)
+    """Users with state here who belong to another partition, from before that was checked: no more events for them."""
     undelivered: Undelivered = field(default_factory=Undelivered)
     """Dead letters and tombstones that must be acknowledged before a checkpoint commits the offsets of their events."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -116,7 +118,8 @@ class OwnedPartition:
 
     def continuity(self, batch: RecordBatch) -> Continuity:
         """Return how the batch continues the partition; every record must be processed exactly once."""
-        if batch.epoch < self.epoch or batch.end <= self.next_offset:
+        is_over = batch.end <= self.next_offset and (batch.fault is None or batch.end < self.next_offset)
+        if batch.epoch < self.epoch or is_over:
             return Continuity.STALE
         return Continuity.CONTIGUOUS if batch.begin <= self.next_offset else Continuity.GAP
 

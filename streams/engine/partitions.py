@@ -298,6 +298,15 @@ class Partitions(ProvenPartitions):
         owned.epoch = self.app.consumer._thread.epoch(owned.tp) + 1
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})
 
+    def ends(self, owned: OwnedPartition) -> tuple[int, int]:
+        """Return the last stable offset and the high watermark of the source partition, as far as they are known.
+
+        Nothing from the last stable offset on can be read yet, so lag and progress are measured against it.
+        """
+        end, high = self.app.consumer._thread.end(owned.tp)
+        end = max(end, owned.next_offset)
+        return end, max(high, end)
+
     def progress(self) -> dict[str, Progress]:
         """Return the positions of fetching, processing and checkpoints of each ready partition, for the watchdog."""
         thread, progress = self.app.consumer._thread, {}
@@ -306,7 +315,7 @@ class Partitions(ProvenPartitions):
                 continue  # it is reported as halted, and ending the worker would stop the others too
             if number not in self.held:
                 fetched, delivered = thread.positions(owned.tp)
-                end = self.app.consumer.highwater(owned.tp) or 0
+                end, _ = thread.end(owned.tp)
                 progress[f"fetching of partition {number}"] = Progress(fetched, end)
                 progress[f"processing of partition {number}"] = Progress(owned.next_offset, delivered)
             if not owned.undelivered.sending and owned.failing_since is None:  # else the reason is known and reported

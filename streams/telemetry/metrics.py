@@ -180,6 +180,9 @@ class Metrics:
             "Events dropped because their user was forgotten after they had happened.",
         )
         self.tombstones = Counter("streamformer_tombstones_total", "Requests to forget a user that were carried out.")
+        self.tombstones_unmatched = Counter(
+            "streamformer_tombstones_unmatched_total", "Requests to forget a user of whom no action was known."
+        )
         self.position_gaps = Counter(
             "streamformer_position_holes_total",
             "Batches read again after a seek because records before them were missing.",
@@ -191,8 +194,19 @@ class Metrics:
             "streamformer_offsets_rewound_total",
             "Partitions whose committed offset was before their state; they continue at the state.",
         )
+        self.corrupt_records_skipped = Counter(
+            "streamformer_corrupt_records_skipped_total",
+            "Offsets of damaged record batches that were skipped, because kafka.skip_corrupt_batches is set.",
+        )
         self.consumer_lag = Gauge(
-            "streamformer_consumer_lag_records", "Records of the action topic that are not yet processed.", "partition"
+            "streamformer_consumer_lag_records",
+            "Offsets of the action topic up to the last stable one that are not yet processed.",
+            "partition",
+        )
+        self.open_transaction_records = Gauge(
+            "streamformer_open_transaction_records",
+            "Offsets of the action topic that cannot be read yet, because a producer's transaction is open.",
+            "partition",
         )
         self.processed_offset = Gauge(
             "streamformer_processed_offset", "Offset after the last processed record.", "partition"

@@ -25,6 +25,7 @@ from xxhash import xxh3_64_digest
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, item_key, name_code
 from encoder.arrays import U64
+from streams.wire.deletions import Placement, UnclearDeletion, check_event_type, plain_user
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -63,6 +64,8 @@ class RejectReason(StrEnum):
     KEY_MISSING = "key-missing"
     KEY_INVALID = "key-invalid"
     KEY_MISMATCH = "key-mismatch"
+    WRONG_PARTITION = "wrong-partition"
+    DELETION_UNCLEAR = "deletion-unclear"
     VALUE_TOO_LARGE = "value-too-large"
     NOT_UTF8 = "not-utf8"
     NOT_JSON = "not-json"
@@ -86,6 +89,10 @@ class DecodeLimits:
     """Time by which an event time may be ahead of processing time."""
     timestamp_min_ms: int = 315_532_800_000
     """Oldest event time accepted, 1980 by default, which is later than every current time in seconds read as ms."""
+    check_partition: bool = True
+    """Whether records are rejected whose key belongs to another partition; see `streams.wire.placement`."""
+    deletion_ce_type: str = ""
+    """The `ce_type` of CloudEvents without data that forget their user; others without data are rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +112,13 @@ class Decoded:
     rejected: list[Rejected]
 
 
-def decode_actions(records: Sequence[Record], *, now_ms: int, limits: DecodeLimits) -> Decoded:
+def decode_actions(
+    records: Sequence[Record], *, now_ms: int, limits: DecodeLimits, placement: Placement | None = None
+) -> Decoded:
     """Decode the records of one partition; every record becomes a row of the result or is rejected, never both.
 
-    `now_ms` is processing time. No content of a record makes this raise.
+    `now_ms` is processing time; `placement` is needed to understand deletions whose key is not the plain user id. No
+    content of a record makes this raise.
     """
     decoder = _decoder(limits)
     try:
@@ -120,23 +130,29 @@ def decode_actions(records: Sequence[Record], *, now_ms: int, limits: DecodeLimi
                 return _within_time(_batch(keys, events, records), range(len(records)), [], now_ms, limits)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
         pass
-    return _decode_one_by_one(records, decoder, now_ms, limits)
+    return _decode_one_by_one(records, decoder, now_ms, limits, placement)
 
 
 def _decode_one_by_one(
-    records: Sequence[Record], decoder: msgspec.json.Decoder[Any], now_ms: int, limits: DecodeLimits
+    records: Sequence[Record],
+    decoder: msgspec.json.Decoder[Any],
+    now_ms: int,
+    limits: DecodeLimits,
+    placement: Placement | None,
 ) -> Decoded:
     kept: list[int] = []
+    keys: list[bytes] = []
     events: list[Any] = []
     rejected: list[Rejected] = []
     for index, record in enumerate(records):
         try:
-            events.append(_read(record, decoder, limits))
+            user, event = _read(record, decoder, limits, placement)
+            keys.append(user)
+            events.append(event)
             kept.append(index)
         except _RejectedError as error:
             rejected.append(Rejected(index, error.reason, error.detail))
     good = [records[index] for index in kept]
-    keys: list[Any] = [record.key for record in good]
     batch = _batch(keys, events, good)
     for row, event in enumerate(events):
         if event is _FORGOTTEN:
@@ -232,20 +248,21 @@ class _RejectedError(Exception):
         self.detail = detail
 
 
-def _read(record: Record, decoder: msgspec.json.Decoder[Any], limits: DecodeLimits) -> Any:
-    """Return the event of one record, `_FORGOTTEN` for a tombstone; raise `_RejectedError`."""
+def _read(
+    record: Record, decoder: msgspec.json.Decoder[Any], limits: DecodeLimits, placement: Placement | None
+) -> tuple[bytes, Any]:
+    """Return the user and the event of one record, `_FORGOTTEN` for a tombstone; raise `_RejectedError`."""
     if record.key is None:
         raise _RejectedError(RejectReason.KEY_MISSING, "the record has no key; the key is the user id")
     if record.value is None:
-        _check_tombstone_key(record.key, limits)
-        return _FORGOTTEN
+        return _forgotten_user(record.key, record.headers, limits, placement), _FORGOTTEN
     if len(record.value) > limits.value_bytes_max:
         detail = f"the value has {len(record.value)} bytes, the limit is {limits.value_bytes_max}"
         raise _RejectedError(RejectReason.VALUE_TOO_LARGE, detail)
     event = _decode(_unframed(record.value), decoder)
     if event.user_id.encode() != record.key:
         raise _RejectedError(RejectReason.KEY_MISMATCH, "the key of the record is not its user_id in UTF-8")
-    return event
+    return record.key, event
 
 
 def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
@@ -272,15 +289,21 @@ def _reason_of(message: str) -> RejectReason:
     return RejectReason.FIELD_TYPE
 
 
-def _check_tombstone_key(key: bytes, limits: DecodeLimits) -> None:
+def _forgotten_user(key: bytes, headers: Headers, limits: DecodeLimits, placement: Placement | None) -> bytes:
     try:
-        is_user = 0 < len(key.decode()) <= limits.id_chars_max
+        check_event_type(headers, limits.deletion_ce_type)
+        user = plain_user(key, placement)
+    except UnclearDeletion as error:
+        raise _RejectedError(RejectReason.DELETION_UNCLEAR, str(error)) from None
+    try:
+        is_user = 0 < len(user.decode()) <= limits.id_chars_max
     except UnicodeDecodeError:
         is_user = False
     if not is_user:
         raise _RejectedError(
             RejectReason.KEY_INVALID, f"the key must be UTF-8 text of 1 to {limits.id_chars_max} characters"
         )
+    return user
 
 
 def _tombstone_time_ms(timestamp_ms: int, now_ms: int) -> int:

@@ -10,11 +10,11 @@ import pytest
 from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
-from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from faust import stores
 
-from streams.engine.compat import STORE_CLASS, STORE_SCHEME, ParsedRecords, as_parsed, install_overrides
+from streams.engine.compat import STORE_CLASS, STORE_SCHEME, install_overrides
+from streams.engine.records import ParsedRecords, Parsing, ResponseRecords
 from streams.engine.table import SequenceStore
 
 TP = TopicPartition("actions", 3)
@@ -53,12 +53,13 @@ def _partition_records(key_deserializer: Any) -> ParsedRecords:
     builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 20)
     for offset, (key, value, headers) in enumerate(RECORDS):
         assert builder.append(offset, 1_000 + offset, key, value, headers)
-    return ParsedRecords(TP, MemoryRecords(bytes(builder.build())), [], 0, key_deserializer, None, True, READ_COMMITTED)
+    response = ResponseRecords(bytes(builder.build()))
+    return ParsedRecords(TP, response, [], 0, key_deserializer, None, True, READ_COMMITTED)
 
 
 def test_parsed_records_hold_what_wrapped_ones_hold() -> None:
     """Key, value, headers, offset and time equal those of aiokafka's own records, for missing and empty parts too."""
-    wrapped, parsed = list(_partition_records(None)), list(_partition_records(as_parsed))
+    wrapped, parsed = list(_partition_records(None)), list(_partition_records(Parsing()))
     assert [[getattr(record, name) for name in SEEN] for record in parsed] == [
         [getattr(record, name) for name in SEEN] for record in wrapped
     ]
@@ -67,7 +68,7 @@ def test_parsed_records_hold_what_wrapped_ones_hold() -> None:
 
 
 def test_other_consumers_get_consumer_records() -> None:
-    """Without `as_parsed` a consumer in this process gets complete consumer records, with topic and partition."""
+    """Without `Parsing` a consumer in this process gets complete consumer records, with topic and partition."""
     records = list(_partition_records(None))
     assert all(type(record) is ConsumerRecord for record in records)
     assert {(record.topic, record.partition) for record in records} == {TP}
@@ -77,7 +78,7 @@ def test_other_consumers_get_consumer_records() -> None:
 def test_reading_in_pieces_loses_and_repeats_nothing(records_max: int) -> None:
     """The pieces are contiguous for any limit per read, and the position is after the last record read."""
     assignment = _Assignment()
-    result = FetchResult(TP, assignment=assignment, partition_records=_partition_records(as_parsed), backoff=0)
+    result = FetchResult(TP, assignment=assignment, partition_records=_partition_records(Parsing()), backoff=0)
     offsets: list[int] = []
     while result.has_more():
         offsets += [record.offset for record in result.getall(records_max)]
@@ -92,10 +93,11 @@ def test_importing_the_worker_overrides_nothing() -> None:
 
 
 def test_overrides_are_installed_by_one_call_and_once() -> None:
-    """`install_overrides` sets both names, and a second call sets them to the same values."""
+    """`install_overrides` sets all names, and a second call sets them to the same values."""
     for _ in range(2):
         install_overrides()
         assert fetcher.PartitionRecords is ParsedRecords
+        assert fetcher.MemoryRecords is ResponseRecords
         assert ParsedRecords.__mro__[1].__module__ == "aiokafka.consumer.fetcher"
         assert stores.STORES.by_name(STORE_SCHEME) is SequenceStore
         assert stores.STORES.aliases[STORE_SCHEME] == STORE_CLASS

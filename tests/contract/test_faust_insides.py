@@ -24,8 +24,10 @@ from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
 from faust.transport.consumer import Consumer
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
+from kafka.consumer import fetcher as kafka_fetcher
+from kafka.record.default_records import DefaultRecordBatch
 
-from streams.engine.compat import ParsedRecords
+from streams.engine.records import ParsedRecords
 
 PARTITION_RECORDS = ParsedRecords.__mro__[1]
 """aiokafka's own class, whose name in its module is ours."""
@@ -66,7 +68,11 @@ INSIDES: dict[Any, dict[str, str]] = {
         "_stop_consumer": "55854a5de12c",
     },
     TopicPartitionState: {"consumed_to": "c7b8f0f99ce9", "seek": "c20b56d7ba7b", "await_reset": "7b5a780dd629"},
-    aiokafka.consumer.fetcher.Fetcher: {"fetched_records": "be4348896b9b", "end_offsets": "d03333ff4f87"},
+    aiokafka.consumer.fetcher.Fetcher: {
+        "fetched_records": "be4348896b9b",
+        "end_offsets": "d03333ff4f87",
+        "_proc_fetch_request": "59bf948fff47",
+    },
     Sender: {"close": "f60b3d023d25", "_fail_all": "5a67e3b6f87b"},
     MessageAccumulator: {"fail_all": "f1e12e8100bf", "_pop_batch": "41cc98a298ef", "add_batch": "5ed1c5b1367a"},
     PARTITION_RECORDS: {
@@ -75,6 +81,8 @@ INSIDES: dict[Any, dict[str, str]] = {
         "__next__": "63ac34a08c30",
         "_unpack_records": "b803e6d46480",
         "_consumer_record": "e668541600b0",
+        "_consume_aborted_up_to": "56876530cd64",
+        "_contains_abort_marker": "17e9ad2322ef",
     },
     GroupCoordinator: {
         "_send_req": "fa4b12e914ce",
@@ -86,6 +94,10 @@ INSIDES: dict[Any, dict[str, str]] = {
     },
     CoordinatorGroupRebalance: {"perform_group_join": "ff2c2109b2e9", "_send_sync_group_request": "7429ca078ddf"},
     PartitionAssignor: {"on_assignment": "72f34bf053d6", "_url": "a1c9e893ba7e", "_metadata": "966368ad7e0c"},
+    aiokafka.record.default_records._DefaultRecordBatchPy: {"_read_msg": "0997ab7a5850", "__next__": "d05784bae3cb"},
+    kafka_fetcher.Fetcher: {"_parse_fetched_data": "3cd93b6d3b7b"},
+    kafka_fetcher.Fetcher.PartitionRecords: {"_unpack_records": "d91ccce28d83"},
+    DefaultRecordBatch: {"_read_msg": "b203a6ee5e4f"},
     aiokafka.consumer.fetcher.FetchResult: {"getall": "3e717e30de50"},
 }
 

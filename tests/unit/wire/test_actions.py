@@ -177,7 +177,8 @@ def test_a_wrong_event_time_is_found_after_another_invalid_record() -> None:
 def test_every_reason_is_reached() -> None:
     """Every reason of the closed set is produced by a case above."""
     reached = {reason for _, reason, _ in BAD_EVENTS.values()} | {reason for _, reason in BAD_RECORDS.values()}
-    assert reached == set(RejectReason)
+    elsewhere = {RejectReason.WRONG_PARTITION, RejectReason.DELETION_UNCLEAR}  # test_placement, test_deletions
+    assert reached == set(RejectReason) - elsewhere
 
 
 @pytest.mark.parametrize(
