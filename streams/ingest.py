@@ -55,7 +55,7 @@ class InFlightLimits(NamedTuple):
 class Ingest:
     """Runs record batches and timers of the owned partitions through the core."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the parts of the worker, and the limits that bind them)
         self,
         partitions: Partitions,
         queue: EncodeQueue,

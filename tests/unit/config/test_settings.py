@@ -66,8 +66,8 @@ def other_than(line: str) -> str:
     named |= {"log_level": "DEBUG", "encoder.runtime": "full", "encoder.dtype": "bf16", "output.codec": "json"}
     if key in named:
         return named[key]
-    if value == "True":
-        return "false"
+    if value in ("True", "False"):
+        return "false" if value == "True" else "true"
     if value == "None":
         return __file__
     return "x" if value.startswith("'") else str(float(value) + 1).removesuffix(".0")
