@@ -90,7 +90,6 @@ class WorkerApp:
             self.outputs,
             self.metrics,
             limits=DecodeLimits(**settings.decode.model_dump()),
-            source_partitions=settings.topics.partitions,
             checkpoint_events_max=settings.checkpoint.events_max,
             now_ms=now_ms,
             in_flight_max=InFlightLimits(settings.output.dead_letters_max, settings.output.dead_letter_bytes_max),
@@ -282,6 +281,7 @@ def _partitions_config(settings: Settings, client: Mapping[str, Any], limits: To
     return PartitionsConfig(
         app_id=settings.app_id,
         source_topic=settings.topics.actions,
+        source_partitions=settings.topics.partitions,
         changelog_topic=settings.changelog_topic,
         client=client,
         data_dir=settings.data_dir,

@@ -55,7 +55,7 @@ class InFlightLimits(NamedTuple):
 class Ingest:
     """Runs record batches and timers of the owned partitions through the core."""
 
-    def __init__(  # noqa: PLR0913 (the parts of the worker, and the limits that bind them)
+    def __init__(
         self,
         partitions: Partitions,
         queue: EncodeQueue,
@@ -63,7 +63,6 @@ class Ingest:
         metrics: Metrics,
         *,
         limits: DecodeLimits,
-        source_partitions: int,
         checkpoint_events_max: int,
         now_ms: Callable[[], int],
         in_flight_max: InFlightLimits | None = None,
@@ -71,7 +70,6 @@ class Ingest:
         self._partitions, self._queue, self._outputs, self._metrics = partitions, queue, outputs, metrics
         self._limits, self._checkpoint_events_max, self._now_ms = limits, checkpoint_events_max, now_ms
         self._in_flight_max = in_flight_max or InFlightLimits()
-        self._source_partitions = source_partitions
         self._jobs: dict[OwnedPartition, PartitionJobs] = {}
         self._firing: dict[OwnedPartition, asyncio.Task[None]] = {}
 
@@ -111,10 +109,10 @@ class Ingest:
 
         A user in memory was checked when it came in by an event; `misplaced` holds those that came in by a timer.
         """
-        number, count = owned.tp.partition, self._source_partitions
-        placement = Placement(number, count)
+        number, count = owned.tp.partition, self._partitions.source_partitions
+        placement = Placement(number, count) if count else None
         decoded = decode_actions(records, now_ms=self._now_ms(), limits=self._limits, placement=placement)
-        if not self._limits.check_partition:
+        if placement is None or not self._limits.check_partition:
             return decoded
         wrong = misplaced(owned.state.missing(decoded.actions.users), number, count)
         if owned.misplaced:
@@ -161,8 +159,8 @@ class Ingest:
             self._perform(owned, effects)
             if not await self._load(owned, effects.to_load):
                 return
-            if self._limits.check_partition:
-                owned.misplaced |= misplaced(effects.to_load, owned.tp.partition, self._source_partitions)
+            if self._limits.check_partition and (count := self._partitions.source_partitions):
+                owned.misplaced |= misplaced(effects.to_load, owned.tp.partition, count)
             await asyncio.sleep(0)
             if not self._is_mine(owned):
                 return

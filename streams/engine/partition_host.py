@@ -27,6 +27,8 @@ class PartitionsConfig:
     checkpoint_interval_ms: int
     transaction_timeout_ms: int
     session_timeout_ms: int
+    source_partitions: int = 0
+    """Number of partitions of the source topic, against which the placement of users is checked; 0 checks nothing."""
     layout: str = ""
     """Sizes of the stored sequences, by `streams.storage.identity.layout_of`."""
     limits: TopicLimits = field(default_factory=lambda: TopicLimits({}, ()))

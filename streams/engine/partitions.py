@@ -60,6 +60,11 @@ class Partitions(ProvenPartitions):
         self.has_joined = False
         """Whether this worker has an assignment, which may be empty: there can be more workers than partitions."""
 
+    @property
+    def source_partitions(self) -> int:
+        """Number of partitions of the source topic; 0 if the placement of users is not checked."""
+        return self._config.source_partitions
+
     # -- halting
 
     def halt(self, number: int, reason: str, *, refused: bool = False) -> None:

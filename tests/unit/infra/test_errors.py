@@ -15,8 +15,10 @@ from streams.errors import CannotStart, HaltsPartition, LosesPartition, Rebuilds
 ROOT = Path(__file__).parents[3]
 INTERNAL = {
     "streams.wire.actions": "the decoder's own signal for a rejected record; it becomes a dead letter",
+    "streams.wire.deletions": "the decoder's own signal for a deletion that is unclear; it becomes a dead letter",
     "streams.config.settings": "collected into the one SettingsError that lists every problem",
     "infra.harness.model": "the oracle's own signal for a rejected record, which shares no code with the worker",
+    "infra.field_cases.case": "a failed case, which the report of the field cases names",
     "infra.harness.run": "a failed assertion of the test that runs a deployment; it shows the worker's log",
     "infra.harness.simulation.worker": "a violation found, or a simulated process that died: caught by the simulator",
     "infra.harness.simulation.broker": "the simulated broker's fencing, caught by the simulated worker",
