@@ -34,7 +34,7 @@ def counts() -> dict[str, int]:
         "kinds of trouble that a real worker must survive": len(broken_worker.TROUBLE),
         "regressions kept as histories": len(REGRESSIONS),
         "faults of the chaos runs": len(CATALOGUE),
-        "pairs of faults of the chaos runs": len(pairs()),
+        "pairs of faults of the chaos runs": len(pairs(brokers=3)),
         "cases from the field": len(ROWS),
         "kinds of violations that the checker reports": len(Kind),
         "cold starts over all shapes of changelog": test_cold_starts.STARTS * len(SHAPES),

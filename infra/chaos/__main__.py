@@ -1,4 +1,4 @@
-"""`python -m infra.chaos --seed N --minutes M`: real workers on a real broker under seeded faults, judged at rest.
+"""`python -m infra.chaos --seed N --minutes M`: real workers on three brokers, or one, under seeded faults, judged.
 
 Progress goes to standard error. The last line on standard output is `{"bench":"chaos",...}`. The exit code is 1 if
 there were violations. The run stops at the first round with a violation, unless `--keep-going` is given.
@@ -15,7 +15,7 @@ import typer
 
 from infra.chaos import report
 from infra.chaos.faults.catalogue import BY_NAME, PAIRED
-from infra.chaos.schedule import Outcome, Plan, run_schedule
+from infra.chaos.schedule import RESTARTS_PER_HOUR, Outcome, Plan, run_schedule
 from infra.harness.reporting import console, print_result, run_command
 from infra.signals import interrupt_on_sigterm
 
@@ -28,17 +28,18 @@ def chaos(
     faults: Annotated[str, typer.Option(help="Faults to run, separated by commas; a+b is a pair. Default: all.")] = "",
     keep_going: Annotated[bool, typer.Option(help="Continue after a violation.")] = False,
     rate: Annotated[float, typer.Option(min=1, max=5_000, help="Actions per second.")] = 500.0,
+    brokers: Annotated[int, typer.Option(help="Number of brokers: 3, or 1.")] = 3,
     json: Annotated[bool, typer.Option("--json", help="Print only the JSON line.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/chaos"),
 ) -> None:
     """Break brokers, workers, disks, encoders and input on purpose, and check that every invariant holds."""
     names = tuple(name.strip() for name in faults.split(",") if name.strip())
-    _check(names)
+    _check(names, brokers)
     console.quiet = json
     for library in ("kafka", "aiokafka"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate)
-    _progress(f"seed {plan.seed}, {minutes:g} minutes")
+    plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate, brokers)
+    _progress(f"seed {plan.seed}, {minutes:g} minutes, {brokers} broker(s)")
     interrupt_on_sigterm()  # leave no broker and no disk behind
     outcome = run_schedule(plan, _progress, _report_round)
     report.show(outcome)
@@ -48,12 +49,17 @@ def chaos(
         raise typer.Exit(1)
 
 
-def _check(names: tuple[str, ...]) -> None:
+def _check(names: tuple[str, ...], brokers: int) -> None:
+    if brokers not in RESTARTS_PER_HOUR:
+        raise typer.BadParameter(f"--brokers is {brokers}; it can be 1 or 3")
     for name in names:
         parts = name.split("+")
         unknown = [part for part in parts if part not in BY_NAME]
         if unknown:
             raise typer.BadParameter(f"no fault {unknown[0]!r}; choose from {', '.join(BY_NAME)}")
+        needy = [part for part in parts if BY_NAME[part].brokers_min > brokers]
+        if needy:
+            raise typer.BadParameter(f"{needy[0]} needs {BY_NAME[needy[0]].brokers_min} brokers: add --brokers 3")
         if len(parts) > 1 and frozenset(BY_NAME[part].group for part in parts) not in PAIRED:
             raise typer.BadParameter(f"{name}: these faults cannot strike together")
 

@@ -1,4 +1,4 @@
-"""The parts of a run that a fault can reach: broker, workers and their disks, workload, topics, and a seeded generator.
+"""The parts of a run that a fault can reach: brokers, workers, their disks, workload, topics, and a seeded generator.
 
 A fault is a generator over a `FaultContext`: it strikes, yields the seconds until its next step, heals what it broke,
 and ends. `play` runs several at once. A fault that is stopped half-way still heals, in its `finally`.
@@ -10,22 +10,26 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import kafka
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.errors import KafkaError
 
 from infra.chaos.checks.violations import Violation
 from infra.harness.deployment import Deployment
 from infra.harness.run import Run
 from infra.harness.workload import Workload
+from infra.kafka.address import BrokerFailed
 from infra.kafka.broker import Broker
+from infra.kafka.cluster import Cluster
 
 TICK_S = 0.05
 STARTED_S = 1.0
 READY_MAX_S = 40.0
+LOOK_S, IN_SYNC_MAX_S = 0.3, 60.0
 Steps = Iterator[float]
 
 
@@ -33,7 +37,7 @@ Steps = Iterator[float]
 class FaultContext:
     """Everything that a fault can reach."""
 
-    broker: Broker
+    cluster: Cluster
     run: Run
     workload: Workload
     rng: random.Random
@@ -54,6 +58,15 @@ class FaultContext:
         """Deployment of the run."""
         return self.run.deployment
 
+    @property
+    def servers(self) -> str:
+        """Addresses of all brokers."""
+        return self.cluster.bootstrap_servers
+
+    def some_broker(self) -> Broker:
+        """Return a broker at random."""
+        return self.rng.choice(self.cluster.brokers)
+
     def some_worker(self) -> int | None:
         """Return a running worker at random, or None if none runs."""
         running = self.run.supervisor.running()
@@ -66,13 +79,28 @@ class FaultContext:
         while time.monotonic() < until_s and not self.run.supervisor.has_ready_partition(number):
             yield TICK_S
 
-    def restart_broker(self) -> Steps:
-        """Restart the broker in a thread, and wait until it answers."""
-        thread = threading.Thread(target=self.broker.restart, name="broker-restart")
+    def restart(self, broker: Broker) -> Steps:
+        """Restart a broker in a thread, and wait until it answers."""
+        thread = threading.Thread(target=broker.restart, name="broker-restart")
         thread.start()
         while thread.is_alive():
             yield TICK_S
         self.broker_restarts += 1
+
+    def until_in_sync(self) -> Steps:
+        """Wait until every replica of every partition is in sync; a fault that starts earlier strikes two brokers."""
+        yield from self.until(self.cluster.is_in_sync, "the replicas are not in sync")
+
+    def until(self, condition: Callable[[], bool], problem: str) -> Steps:
+        """Wait until a condition holds, which may fail to answer; raise `BrokerFailed` when the time is up."""
+        until_s = time.monotonic() + IN_SYNC_MAX_S
+        while True:
+            with suppress(KafkaError, OSError):
+                if condition():
+                    return
+            if time.monotonic() > until_s:
+                raise BrokerFailed(problem, f"waited for {IN_SYNC_MAX_S:.0f} s", "see the logs of the brokers")
+            yield LOOK_S
 
 
 def play(context: FaultContext, faults: Sequence[Steps]) -> None:

@@ -54,6 +54,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "bench": "chaos",
         "machine": machine(),
         "seed": outcome.plan.seed,
+        "brokers": outcome.plan.brokers,
         "minutes": round(outcome.seconds / 60, 1),
         "episodes": len(outcome.rounds),
         "worker_kills": outcome.worker_kills,
@@ -62,6 +63,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "left_out": list(outcome.left_out),
         "violations": outcome.violations,
         "kinds": dict(sorted(Counter(str(one.kind) for each in outcome.rounds for one in each.violations).items())),
+        "explained_outputs": outcome.explained_outputs,
         "worst_resume_seconds": round(outcome.worst_resume_seconds, 1),
         "start_seconds_median": round(starts[len(starts) // 2], 1) if starts else None,
         "freshness_p50_ms_under_faults": round(outcome.freshness_ms(0.5)),
@@ -76,7 +78,11 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 def show(outcome: Outcome) -> None:
     """Print the table by fault."""
-    print_table(f"chaos, seed {outcome.plan.seed}, {outcome.seconds / 60:.0f} minutes", HEADINGS, rows(outcome))
+    print_table(
+        f"chaos, seed {outcome.plan.seed}, {outcome.plan.brokers} broker(s), {outcome.seconds / 60:.0f} minutes",
+        HEADINGS,
+        rows(outcome),
+    )
 
 
 def write(folder: Path, outcome: Outcome) -> Path:

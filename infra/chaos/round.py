@@ -85,6 +85,7 @@ def _strike(context: FaultContext, faults: Sequence[Fault]) -> float:
     run, begun_ms = context.run, _now_ms()
     if any(fault.explains for fault in faults):
         run.explained.append(Explained(begun_ms, begun_ms + ROUND_MAX_MS))
+    play(context, [context.until_in_sync()])
     run.supervisor.scale(_workers(context, faults))
     run.wait(AFTER_S)
     run.wait_resumed()

@@ -1,7 +1,7 @@
 """Run rounds of faults, drawn from one seed, until the time is over.
 
 Every fault strikes alone once, in a seeded order; pairs strike between those and afterwards. Pairs are drawn so that
-kills of workers and restarts of the broker keep pace with `KILLS_PER_HOUR` and `RESTARTS_PER_HOUR`.
+kills of workers and restarts of brokers keep pace with `KILLS_PER_HOUR` and `RESTARTS_PER_HOUR`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,31 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from infra.chaos.fault_context import FaultContext
-from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, Fault, pairs
+from infra.chaos.faults import broker
+from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, Fault, Group, pairs, usable
 from infra.chaos.faults.disk import can_mount
 from infra.chaos.round import Round, run_round
 from infra.harness.deployment import deploy
 from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
 from infra.harness.workload import Workload, WorkloadOptions
-from infra.kafka.broker import Broker
+from infra.kafka.cluster import Cluster
 from infra.kafka.node import BrokerOptions
 
-KILLS_PER_HOUR, RESTARTS_PER_HOUR = 230, 26
+KILLS_PER_HOUR = 230
+RESTARTS_PER_HOUR = {1: 26, 3: 60}
+"""By number of brokers: while the only one is away, nothing else can be tested."""
 REBALANCES_LONG_RUN, REBALANCES_SHORT_RUN = 100, 6
 LONG_MINUTES = 30
 LARGEST_RECORD_BYTES = 2 << 20
+TOMBSTONES = (0.001, 0.001, 0.0)
+"""Share of deletions among the events, drawn per round: without any, users keep what they had before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Plan:
     keep_going: bool = False
     rate: float = 500.0
     """Actions per second."""
+    brokers: int = 3
 
 
 @dataclass(slots=True)
@@ -78,6 +84,12 @@ class Outcome:
         """Longest time to resume."""
         return max((each.resume_seconds for each in self.rounds), default=0.0)
 
+    @property
+    def explained_outputs(self) -> int:
+        """Number of stale and repeated outputs that a fault explained."""
+        counts = self.rounds[-1].counts if self.rounds else Counter[str]()
+        return sum(count for name, count in counts.items() if name.startswith("explained_"))
+
     def freshness_ms(self, quantile: float) -> float:
         """Return a quantile of the time from an action's arrival in the log to an embedding that contains it."""
         ages = [each.freshness_ms for each in self.rounds if len(each.freshness_ms)]
@@ -86,7 +98,7 @@ class Outcome:
 
 def run_schedule(plan: Plan, progress: Callable[[str], None], on_round: Callable[[Outcome], None]) -> Outcome:
     """Run rounds until the time is over, or until a round finds a violation and `keep_going` is not set."""
-    outcome = Outcome(plan, left_out=() if can_mount() else ("disk-full",))
+    outcome = Outcome(plan, left_out=[fault.name for fault in CATALOGUE if not is_possible(fault, plan.brokers)])
     with _context(plan, progress, outcome) as context, StallMonitor(context.run) as monitor:
         begun_s = time.monotonic()
         draws = _draws(plan, context, lambda: time.monotonic() - begun_s)
@@ -95,6 +107,7 @@ def run_schedule(plan: Plan, progress: Callable[[str], None], on_round: Callable
             faults = next(draws)
             names = " + ".join(fault.name for fault in faults)
             progress(f"{elapsed_s / 60:5.1f} min, round {len(outcome.rounds) + 1}: {names}")
+            options = replace(options, tombstones=context.rng.choice(TOMBSTONES))
             outcome.rounds.append(run_round(context, monitor, len(outcome.rounds) + 1, faults, options))
             outcome.seconds = time.monotonic() - begun_s
             outcome.worker_kills, outcome.broker_restarts = context.run.supervisor.kills, context.broker_restarts
@@ -109,18 +122,18 @@ def run_schedule(plan: Plan, progress: Callable[[str], None], on_round: Callable
 
 @contextmanager
 def _context(plan: Plan, progress: Callable[[str], None], outcome: Outcome) -> Iterator[FaultContext]:
-    """Start a broker, an application and its workload; the folder is kept if there are violations."""
+    """Start the brokers, an application and its workload; the folder is kept if there are violations."""
     folder = Path(tempfile.mkdtemp(prefix="streamformer-chaos-"))
-    progress("starting a broker")
+    progress(f"starting {plan.brokers} broker(s)")
     try:
-        with Broker.start(BrokerOptions(message_bytes_max=LARGEST_RECORD_BYTES)) as broker:
-            deployment = deploy(folder / "chaos", broker.bootstrap_servers, "chaos")
+        with Cluster.start(BrokerOptions(message_bytes_max=LARGEST_RECORD_BYTES), plan.brokers) as cluster:
+            deployment = deploy(folder / "chaos", cluster.bootstrap_servers, "chaos", brokers=plan.brokers)
             workload = Workload(deployment.settings, plan.seed, options=WorkloadOptions(rate=0.0))
             with Run(deployment) as run:
                 workload.start()
                 rebalances = REBALANCES_LONG_RUN if plan.minutes >= LONG_MINUTES else REBALANCES_SHORT_RUN
                 try:
-                    yield FaultContext(broker, run, workload, random.Random(plan.seed), folder, rebalances, progress)
+                    yield FaultContext(cluster, run, workload, random.Random(plan.seed), folder, rebalances, progress)
                 finally:
                     workload.stop()
     finally:
@@ -135,7 +148,7 @@ def _draws(plan: Plan, context: FaultContext, elapsed_s: Callable[[], float]) ->
     if plan.faults:
         while True:
             yield from (tuple(BY_NAME[each] for each in name.split("+")) for name in plan.faults)
-    alone = [fault for fault in CATALOGUE if fault.name != "disk-full" or can_mount()]
+    alone = [fault for fault in CATALOGUE if is_possible(fault, plan.brokers)]
     context.rng.shuffle(alone)
     for fault in alone:
         yield (fault,)
@@ -150,8 +163,16 @@ def _pair(context: FaultContext, elapsed_s: float) -> tuple[Fault, ...]:
     wanted = set()
     if context.run.supervisor.kills < KILLS_PER_HOUR * hours:
         wanted.add("worker-killed")
-    if context.broker_restarts < RESTARTS_PER_HOUR * hours:
-        wanted.add(context.rng.choice(("broker-killed", "broker-bounced")))
-    found = [pair for pair in pairs() if wanted <= {fault.name for fault in pair}]
-    drawable = [pair for pair in found if can_mount() or all(fault.name != "disk-full" for fault in pair)]
-    return context.rng.choice(drawable)
+    brokers = len(context.cluster.brokers)
+    if context.broker_restarts < RESTARTS_PER_HOUR[brokers] * hours:
+        restarting = [
+            each for each in usable(brokers) if each.group is Group.BROKER and each.steps is not broker.frozen
+        ]
+        wanted.add(context.rng.choice(restarting).name)
+    found = [pair for pair in pairs(brokers) if wanted <= {fault.name for fault in pair}]
+    return context.rng.choice([pair for pair in found if all(is_possible(fault, brokers) for fault in pair)])
+
+
+def is_possible(fault: Fault, brokers: int) -> bool:
+    """Return whether this machine and this number of brokers have what a fault needs."""
+    return fault.brokers_min <= brokers and (fault.name != "disk-full" or can_mount())

@@ -49,6 +49,8 @@ class Deployment:
     config: Path
     """File that holds the settings."""
     release_dir: Path
+    brokers: int = 1
+    """Number of brokers, and of replicas of each topic."""
 
     def oracle(self) -> EncoderRuntime:
         """Return an encoder that makes a full pass over each history, to compare published embeddings with."""
@@ -86,7 +88,7 @@ def deploy(
     config.write_text(_toml({"app_id": name}, groups))
     settings = Settings(**tomllib.loads(config.read_text()))
     ensure_topics(settings, replication_factor=brokers)
-    return Deployment(folder, settings, config, release_dir)
+    return Deployment(folder, settings, config, release_dir, brokers)
 
 
 def _toml(top: Mapping[str, Any], groups: Overrides) -> str:

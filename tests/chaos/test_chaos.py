@@ -6,32 +6,37 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from infra.chaos.checks.violations import Kind
 from infra.chaos.fault_context import FaultContext, play
-from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs
+from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs, usable
+from infra.chaos.faults.cluster import internal_partition
 from infra.chaos.faults.workers import rebalances_seen
-from infra.chaos.round import is_permitted
+from infra.chaos.round import Round, is_permitted
+from infra.chaos.schedule import Outcome, Plan
 from infra.harness.deployment import deploy
 from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
 from infra.harness.supervisor import ABORTED
 from infra.harness.workload import Workload, WorkloadOptions
 from infra.kafka.broker import Broker
+from infra.kafka.cluster import Cluster
 
 SEED = 7
 DEADLINE_S = 170.0
 SHORT = "worker-killed+disorder,worker-terminated+poison,broker-killed"
 KEYS = {
-    "bench", "machine", "seed", "minutes", "episodes", "worker_kills", "broker_restarts", "faults", "left_out",
-    "violations", "kinds", "worst_resume_seconds", "start_seconds_median", "freshness_p50_ms_under_faults",
-    "freshness_p99_ms_under_faults", "freshness_worst_ms", "longest_stall_seconds", "rebalances",
-    "memory_mb_first", "memory_mb_last",
+    "bench", "machine", "seed", "brokers", "minutes", "episodes", "worker_kills", "broker_restarts", "faults",
+    "left_out", "violations", "kinds", "explained_outputs", "worst_resume_seconds", "start_seconds_median",
+    "freshness_p50_ms_under_faults", "freshness_p99_ms_under_faults", "freshness_worst_ms", "longest_stall_seconds",
+    "rebalances", "memory_mb_first", "memory_mb_last",
 }  # fmt: skip
 
 
@@ -54,7 +59,8 @@ def test_a_short_run_breaks_no_invariant(tmp_path: Path) -> None:
     The time to resume depends on the machine, so this limit alone is not part of the test.
     """
     print(f"seed {SEED}")
-    ended = command("--seed", str(SEED), "--minutes", "0.8", "--faults", SHORT, "--keep-going", "--out", str(tmp_path))
+    options = ("--brokers", "1", "--minutes", "0.8", "--faults", SHORT, "--keep-going", "--out", str(tmp_path))
+    ended = command("--seed", str(SEED), *options)
     result = json.loads(ended.stdout.splitlines()[-1])
     assert set(result) == KEYS
     assert set(result["kinds"]) <= {Kind.SLOW_RESUME}, ended.stderr
@@ -67,7 +73,12 @@ def test_a_short_run_breaks_no_invariant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reported"),
-    [(("--faults", "worker-tickled"), "worker-tickled"), (("--faults", "poison+disorder"), "cannot strike together")],
+    [
+        (("--faults", "worker-tickled"), "worker-tickled"),
+        (("--faults", "poison+disorder"), "cannot strike together"),
+        (("--faults", "offsets-leader-killed", "--brokers", "1"), "needs 3 brokers"),
+        (("--brokers", "2"), "1 or 3"),
+    ],
 )
 def test_a_fault_that_does_not_exist_is_reported(arguments: tuple[str, ...], reported: str) -> None:
     """An unknown name, or a pair that would undo itself, ends with one clear line and an exit code other than 0."""
@@ -80,7 +91,7 @@ def test_a_fault_that_does_not_exist_is_reported(arguments: tuple[str, ...], rep
 def test_every_fault_has_a_name_of_its_own_and_most_have_partners() -> None:
     """Names are unique, and every fault that may be drawn again is in some pair."""
     assert len(BY_NAME) == len(CATALOGUE)
-    paired = {fault.name for pair in pairs() for fault in pair}
+    paired = {fault.name for pair in pairs(brokers=3) for fault in pair}
     assert {fault.name for fault in CATALOGUE if not fault.once} - paired <= {"rebalance-in-inference"}
 
 
@@ -100,6 +111,34 @@ def test_rebalances_are_counted_by_partitions_that_are_ready_again() -> None:
     assert rebalances_seen("") == 0
     log = "\n".join(f"INFO partition {number} is ready at offset 5 after 0.1 s" for number in (0, 1, 2, 1, 0, 0))
     assert rebalances_seen(log) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "partition"),
+    [("hello", 99_162_322 % 4), ("polygenelubricants", 0), ("Aa", 2_112 % 4), ("chaos", 94_623_616 % 4)],
+)
+def test_the_partition_of_a_group_is_that_of_its_hash_in_java(name: str, partition: int) -> None:
+    """The expected hashes are Java's; the one of `polygenelubricants` is the smallest integer, which counts as 0."""
+    assert internal_partition(name) == partition
+
+
+def test_one_broker_leaves_out_the_faults_of_several() -> None:
+    """No fault or pair that is drawn on one broker needs three, and on three brokers none is left out for it."""
+    assert {fault.brokers_min for pair in pairs(brokers=1) for fault in pair} == {1}
+    needy = {fault.name for fault in CATALOGUE} - {fault.name for fault in usable(brokers=1)}
+    assert "source-leader-killed" in needy
+    assert "broker-killed" not in needy
+    assert usable(brokers=3) == list(CATALOGUE)
+
+
+def test_the_result_counts_the_outputs_that_a_fault_explained() -> None:
+    """Counts run through all rounds, so those of the last round are the totals."""
+    outcome = Outcome(Plan(SEED, 1.0))
+    assert outcome.explained_outputs == 0
+    for stale in (1, 3):
+        counts = Counter(events=100, explained_stale=stale, explained_repeated=2)
+        outcome.rounds.append(Round(1, ("poison",), 1.0, 1.0, np.zeros(0, np.float32), counts, Counter(), ()))
+    assert outcome.explained_outputs == 5
 
 
 class _Idle:
@@ -149,7 +188,7 @@ def test_a_stall_that_no_worker_notices_is_found(broker: Broker, topic_prefix: s
         workload = Workload(deployment.settings, SEED, users=50, options=WorkloadOptions(rate=200))
         with monitor:
             workload.start()
-            context = FaultContext(broker, run, workload, random.Random(SEED), tmp_path, 0)
+            context = FaultContext(Cluster([broker]), run, workload, random.Random(SEED), tmp_path, 0)
             play(context, [iter([6.0])])
             workload.stop()
         found = monitor.take()

@@ -20,7 +20,7 @@ from infra.harness.releases import random_release
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
-from streams.storage.codec import CheckpointMark, encode, encode_mark
+from streams.storage.codec import CheckpointMark, chunk_key, encode, encode_mark
 from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
 from streams.wire.actions import DecodeLimits, decode_actions
@@ -38,9 +38,9 @@ class RecordedRun:
     history: History
     committed: int
 
-    def judge(self, encoder: EncoderRuntime, *explained: Explained) -> Verdict:
+    def judge(self, encoder: EncoderRuntime, *explained: Explained, sample_every: int = 0) -> Verdict:
         """Return the verdict of a new checker."""
-        rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, explained)
+        rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, sample_every, explained)
         checker = Checker(rules, encoder)
         checker.feed(self.history)
         return checker.judge({0: self.committed})
@@ -239,6 +239,33 @@ def test_a_wrong_or_missing_last_embedding_is_named(encoder: EncoderRuntime) -> 
     outputs.insert(at, replace(last, value=vector.tobytes()))
     wrong = replace(run, history=replace(run.history, outputs=outputs))
     assert wrong.judge(encoder).kinds() == {Kind.WRONG_EMBEDDING: 1}
+
+
+def test_every_embedding_of_a_sampled_user_is_recomputed(encoder: EncoderRuntime) -> None:
+    """A wrong vector that a right one follows is named if its user is in the sample, with its source offset."""
+    run = faithful(encoder)
+    whole = run.judge(encoder, sample_every=1)
+    assert not whole.violations
+    assert whole.counts["recomputed_of_sample"] == whole.counts["embeddings"]
+    outputs = list(run.history.outputs)
+    at = next(i for i, record in enumerate(outputs) if record.key == b"ann" and record.value is not None)
+    assert outputs[at].value is not None
+    vector = np.frombuffer(outputs[at].value, "<f4")[::-1]  # type: ignore[arg-type]
+    outputs[at] = replace(outputs[at], value=vector.tobytes())
+    wrong = replace(run, history=replace(run.history, outputs=outputs))
+    assert not wrong.judge(encoder).violations
+    (found,) = wrong.judge(encoder, sample_every=1).violations
+    assert (found.kind, found.user) == (Kind.WRONG_EMBEDDING, b"ann")
+    assert str(found.offset).encode() == dict(outputs[at].headers)["source-offset"]
+
+
+def test_what_is_left_of_a_forgotten_user_is_named(encoder: EncoderRuntime) -> None:
+    """A chunk from before the deletion, left in the changelog, is reported."""
+    run = faithful(encoder)
+    written = [record for record in run.history.changelog if record.key == chunk_key(b"cy", 1, LIMITS) and record.value]
+    left = replace(written[0], offset=len(run.history.changelog))
+    found = replace(run, history=replace(run.history, changelog=[*run.history.changelog, left])).judge(encoder)
+    assert [(one.kind, one.user) for one in found.violations] == [(Kind.LEFTOVER, b"cy")]
 
 
 def test_an_embedding_with_untrue_headers_is_named(encoder: EncoderRuntime) -> None:

@@ -9,7 +9,9 @@ The model recomputes every user from the input topic. Compared with it are:
 - every checkpoint: the state of each user it touched, as of the source offset that its mark names;
 - the final state: no action is lost, doubled or swapped;
 - every output record: its headers must have been true at its source offset;
-- the last embedding of each user: it must equal the one computed from the full history;
+- the last embedding of each user, and every embedding of a sample of users: it must equal the one computed from the
+  full history;
+- forgotten users: no chunk of their actions is left;
 - the dead letters and the committed offsets.
 
 Stale and repeated outputs are violations unless they fall into a time in which a fault explains them; those are only
@@ -38,6 +40,8 @@ class Rules:
     chunk_length: int
     encoder_version: str
     source_topic: str
+    sample_every: int = 0
+    """Every embedding of one user in so many is recomputed; of the others only the last one. 0 means of none."""
     explained: Sequence[Explained] = ()
     """Times in which outputs may be stale or repeated: a frozen worker woke up, or acknowledgements were lost."""
 
@@ -61,7 +65,7 @@ class Checker:
     """Compares topics with the model, as they grow."""
 
     def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
-        self.model = Model(rules.sequence_length)
+        self.model = Model(rules.sequence_length, rules.sample_every)
         self._rules = rules
         self._state = StateChecks(self.model, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
         self._outputs = OutputChecks(self.model, rules.encoder_version, encoder, rules.explained)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from encoder.actions.columns import SequenceBatch
+from encoder.actions.columns import ACTION_DTYPE, Actions, SequenceBatch
 from encoder.arrays import F32
 from encoder.inference import EncoderRuntime
 from infra.chaos.checks.violations import Explained, Kind, Violation, is_explained
 from infra.harness.history import LogRecord
-from infra.harness.model import Model
+from infra.harness.model import Model, UserVersion
 
 COSINE_MIN = 0.9999
 USERS_AT_ONCE = 64
@@ -31,6 +31,17 @@ class _Published:
     """Source offset and publish time of each record that was not stale, ascending in both."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """An embedding of a sampled user, to be recomputed."""
+
+    name: bytes
+    partition: int
+    offset: int
+    version: UserVersion
+    vector: F32
+
+
 class OutputChecks:
     """Follows the output topic; `encoder` recomputes embeddings, and without one vectors are not checked."""
 
@@ -40,6 +51,7 @@ class OutputChecks:
         self._model, self._version, self._encoder, self._explained = model, encoder_version, encoder, explained
         self._users: dict[bytes, _Published] = defaultdict(_Published)
         self.counts: Counter[str] = Counter()
+        self._sample: list[_Sampled] = []
 
     def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
         """Check output records, in order."""
@@ -55,6 +67,9 @@ class OutputChecks:
             yield Violation(Kind.WRONG_OUTPUT, name, record.partition, offset, problem)
             return
         self.counts["tombstones" if record.value is None else "embeddings"] += 1
+        if record.value is not None and self._model.is_sampled(name):
+            version = self._model.users[name].versions[offset]
+            self._sample.append(_Sampled(name, record.partition, offset, version, np.frombuffer(record.value, "<f4")))
         published = self._users[name]
         if offset <= published.source_offset:
             yield from self._again(record, name, offset, published.source_offset)
@@ -105,31 +120,36 @@ class OutputChecks:
         current = [name for name, user in self._model.users.items() if user.rows and name not in late]
         for begin in range(0, len(current), USERS_AT_ONCE):
             yield from self._recompute(current[begin : begin + USERS_AT_ONCE])
+        for begin in range(0, len(self._sample), USERS_AT_ONCE):
+            yield from self._recompute_sample(self._sample[begin : begin + USERS_AT_ONCE])
 
     def _recompute(self, names: Sequence[bytes]) -> Iterator[Violation]:
         if self._encoder is None:
             return
-        expected = self._encoder.embed(self._sequences(names))
+        users = [self._model.users[name] for name in names]
+        expected = self._encoder.embed(_sequences([(user.actions(), user.count) for user in users]))
         for name, vector in zip(names, expected, strict=True):
             user, found = self._model.users[name], self._users[name].vector
-            cosine = 0.0 if found is None or found.shape != vector.shape else _cosine(found, vector)
+            cosine = _cosine(found, vector)
             self.counts["recomputed"] += 1
             if not cosine >= COSINE_MIN:
                 detail = f"cosine {cosine:.6f} to the embedding of the full history"
                 yield Violation(Kind.WRONG_EMBEDDING, name, user.partition, user.applied_offset, detail)
 
-    def _sequences(self, names: Sequence[bytes]) -> SequenceBatch:
-        users = [self._model.users[name] for name in names]
-        return SequenceBatch(
-            users=names,
-            actions=np.concatenate([user.actions() for user in users]),
-            starts=np.cumsum([0, *(len(user.rows) for user in users)]).astype(np.int64),
-            counts=np.array([user.count for user in users], np.int64),
-            revisions=np.zeros(len(users), np.int64),
-        )
+    def _recompute_sample(self, sample: Sequence[_Sampled]) -> Iterator[Violation]:
+        if self._encoder is None:
+            return
+        rows = [(np.array([*one.version.rows], ACTION_DTYPE), one.version.count) for one in sample]
+        for one, vector in zip(sample, self._encoder.embed(_sequences(rows)), strict=True):
+            cosine = _cosine(one.vector, vector)
+            self.counts["recomputed_of_sample"] += 1
+            if not cosine >= COSINE_MIN:
+                detail = f"cosine {cosine:.6f} to the embedding of the history at its source offset"
+                yield Violation(Kind.WRONG_EMBEDDING, one.name, one.partition, one.offset, detail)
 
     def settle(self) -> None:
         """Drop every output but each user's last."""
+        self._sample.clear()
         for published in self._users.values():
             del published.firsts[:-1]
 
@@ -147,5 +167,18 @@ class OutputChecks:
         return ages
 
 
-def _cosine(a: F32, b: F32) -> float:
+def _sequences(histories: Sequence[tuple[Actions, int]]) -> SequenceBatch:
+    """Return kept actions and counts as a batch; its users are numbered, because a user may be in it twice."""
+    return SequenceBatch(
+        users=[b"%d" % number for number in range(len(histories))],
+        actions=np.concatenate([actions for actions, _ in histories]),
+        starts=np.cumsum([0, *(len(actions) for actions, _ in histories)]).astype(np.int64),
+        counts=np.array([count for _, count in histories], np.int64),
+        revisions=np.zeros(len(histories), np.int64),
+    )
+
+
+def _cosine(a: F32 | None, b: F32) -> float:
+    if a is None or a.shape != b.shape:
+        return 0.0
     return float(a @ b) / max(float(np.linalg.norm(a)) * float(np.linalg.norm(b)), 1e-12)

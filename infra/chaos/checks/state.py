@@ -13,7 +13,16 @@ from infra.chaos.checks.violations import Kind, Violation
 from infra.harness.history import LogRecord
 from infra.harness.model import Model, ModelUser
 from streams.core.layout import StateLimits
-from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CorruptValue, chunk_key, decode_chunk, decode_head, decode_mark
+from streams.storage.codec import (
+    CHUNK_PREFIX,
+    HEAD_PREFIX,
+    MARK_KEY,
+    CorruptValue,
+    chunk_key,
+    decode_chunk,
+    decode_head,
+    decode_mark,
+)
 
 
 @dataclass(slots=True)
@@ -92,6 +101,7 @@ class StateChecks:
             if user.applied_offset >= 0:
                 yield from self._user_at_rest(name, user)
         yield from self._unknown_users()
+        yield from self._leftovers()
 
     def settle(self) -> None:
         """Start to count changes at 0 again, because the model is about to drop them."""
@@ -134,6 +144,21 @@ class StateChecks:
             for key in part.values:
                 if key[:1] == HEAD_PREFIX and key[1:] not in self._model.users:
                     yield Violation(Kind.FOREIGN, key[1:], number, -1, "the input has no action of this user")
+
+    def _leftovers(self) -> Iterator[Violation]:
+        """A chunk that the user, as counted since the last deletion, has not written is one of before."""
+        for number, part in self._partitions.items():
+            for key in part.values:
+                if key[:1] != CHUNK_PREFIX:
+                    continue
+                name, index = key[1:-1], key[-1]
+                if _is_leftover(self._model.users.get(name), index, self._limits.chunk_length):
+                    yield Violation(Kind.LEFTOVER, name, number, -1, f"chunk {index} is of before the deletion")
+
+
+def _is_leftover(user: ModelUser | None, index: int, chunk_length: int) -> bool:
+    """Chunks are written in turn, so a user with fewer of them than `index` wrote this one before a deletion."""
+    return user is None or index >= user.count // chunk_length
 
 
 def compare(name: bytes, partition: int, offset: int, found: Actions, expected: Actions) -> Iterator[Violation]:

@@ -40,6 +40,8 @@ class Kind(StrEnum):
     """The last embedding does not contain the last action."""
     RESURRECTED = "resurrected"
     """A forgotten user still has an embedding."""
+    LEFTOVER = "leftover"
+    """The changelog keeps actions of a forgotten user."""
     DEAD_LETTER_MISSING = "dead-letter-missing"
     """A rejected record has no dead letter."""
     DEAD_LETTER_WRONG = "dead-letter-wrong"

@@ -1,4 +1,4 @@
-"""Faults of the broker and of the output topic."""
+"""Faults of any one broker, and of the output topic."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from infra.kafka.topics import ensure_topics
 
 
 def killed(context: FaultContext) -> Steps:
-    """Kill the broker with SIGKILL, and restart it on the same data after a moment."""
-    context.broker.kill()
+    """Kill a broker with SIGKILL, and restart it on the same data after a moment."""
+    broker = context.some_broker()
+    broker.kill()
     yield context.rng.uniform(0.2, 4.0)
-    yield from context.restart_broker()
+    yield from context.restart(broker)
 
 
 def bounced(context: FaultContext) -> Steps:
-    """Restart the broker in order."""
-    yield from context.restart_broker()
+    """Restart a broker in order."""
+    yield from context.restart(context.some_broker())
 
 
 def frozen(context: FaultContext) -> Steps:
-    """Freeze the broker with SIGSTOP for 30 s: connections stay open and nothing answers."""
-    os.kill(context.broker.pid, signal.SIGSTOP)
+    """Freeze a broker with SIGSTOP for 30 s: connections stay open and nothing answers."""
+    broker = context.some_broker()
+    os.kill(broker.pid, signal.SIGSTOP)
     try:
         yield 30.0
     finally:
-        os.kill(context.broker.pid, signal.SIGCONT)
+        os.kill(broker.pid, signal.SIGCONT)
 
 
 def output_rejected(context: FaultContext) -> Steps:
     """Make the output topic reject every record for some seconds, by a size limit below that of any record."""
-    servers, topic = context.broker.bootstrap_servers, context.deployment.settings.topics.embeddings
+    servers, topic = context.servers, context.deployment.settings.topics.embeddings
     set_topic_config(servers, topic, {"max.message.bytes": "20"})
     try:
         yield context.rng.uniform(6.0, 12.0)
@@ -42,7 +44,7 @@ def output_rejected(context: FaultContext) -> Steps:
 
 def output_recreated(context: FaultContext) -> Steps:
     """Delete the output topic at rest, and create it again some seconds later, empty."""
-    servers, topic = context.broker.bootstrap_servers, context.deployment.settings.topics.embeddings
+    servers, topic = context.servers, context.deployment.settings.topics.embeddings
     options = context.workload.options
     context.workload.calm(20)
     context.run.rest(30)
@@ -52,4 +54,4 @@ def output_recreated(context: FaultContext) -> Steps:
     try:
         yield context.rng.uniform(4.0, 8.0)
     finally:
-        ensure_topics(context.deployment.settings)
+        ensure_topics(context.deployment.settings, replication_factor=context.deployment.brokers)

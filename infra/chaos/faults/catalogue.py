@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from infra.chaos.fault_context import FaultContext, Steps
-from infra.chaos.faults import broker, changelog, disk, encoder, input, workers
+from infra.chaos.faults import broker, changelog, cluster, disk, encoder, input, workers
 from infra.harness.supervisor import ABORTED, CANNOT_START
 
 
@@ -39,6 +39,8 @@ class Fault:
     """True for a long fault, which is not drawn again after its turn."""
     rest_s: float = 60.0
     """Time that the workers may take to come to rest after it."""
+    brokers_min: int = 1
+    """Number of brokers that it needs."""
 
 
 _ABORTED = frozenset({ABORTED})
@@ -55,6 +57,13 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("transactional-upstream", Group.INPUT, input.transactional),
     Fault("broker-bounced", Group.BROKER, broker.bounced, _EITHER, explains=True),
     Fault("broker-frozen-30s", Group.BROKER, broker.frozen, _EITHER, explains=True),
+    Fault("source-leader-killed", Group.BROKER, cluster.source_leader_killed, explains=True, brokers_min=3),
+    Fault("changelog-leader-killed", Group.BROKER, cluster.changelog_leader_killed, explains=True, brokers_min=3),
+    Fault("output-leader-killed", Group.BROKER, cluster.output_leader_killed, explains=True, brokers_min=3),
+    Fault("dead-letter-leader-killed", Group.BROKER, cluster.dead_letter_leader_killed, explains=True, brokers_min=3),
+    Fault("offsets-leader-killed", Group.BROKER, cluster.offsets_leader_killed, explains=True, brokers_min=3),
+    Fault("transactions-leader-killed", Group.BROKER, cluster.transactions_leader_killed, explains=True, brokers_min=3),
+    Fault("brokers-rolled", Group.BROKER, cluster.rolled, explains=True, brokers_min=3),
     Fault("sst-truncated", Group.DISK, disk.sst_truncated),
     Fault("sst-altered", Group.DISK, disk.sst_altered, _ABORTED),
     Fault("manifest-deleted", Group.DISK, disk.manifest_deleted),
@@ -98,9 +107,14 @@ PAIRED: frozenset[frozenset[Group]] = frozenset(
 )
 
 
-def pairs() -> list[tuple[Fault, Fault]]:
-    """Return every pair of faults that may strike together."""
-    drawn = [fault for fault in CATALOGUE if not fault.once]
+def usable(brokers: int) -> list[Fault]:
+    """Return the faults for which this number of brokers suffices."""
+    return [fault for fault in CATALOGUE if fault.brokers_min <= brokers]
+
+
+def pairs(brokers: int) -> list[tuple[Fault, Fault]]:
+    """Return every pair of faults that may strike together on this number of brokers."""
+    drawn = [fault for fault in usable(brokers) if not fault.once]
     return [
         (one, other)
         for index, one in enumerate(drawn)

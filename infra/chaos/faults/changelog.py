@@ -47,7 +47,7 @@ def recreated(context: FaultContext) -> Steps:
 def _try(context: FaultContext, name: str, harm: Harm) -> Steps:
     for disk in DISKS:
         app = f"{context.deployment.settings.app_id}-{name}-{disk}-{context.rng.randrange(10**6)}"
-        deployment = deploy(context.folder / app, context.broker.bootstrap_servers, app)
+        deployment = deploy(context.folder / app, context.servers, app, brokers=context.deployment.brokers)
         workload = Workload(
             deployment.settings, context.rng.randrange(2**31), users=USERS, options=WorkloadOptions(rate=200)
         )
@@ -124,5 +124,5 @@ def _recreate(run: Run) -> None:
     topic, servers = run.deployment.settings.changelog_topic, run.deployment.settings.kafka.bootstrap_servers
     delete_topic(servers, topic)
     time.sleep(1.0)
-    ensure_topics(run.deployment.settings)
+    ensure_topics(run.deployment.settings, replication_factor=run.deployment.brokers)
     run.reader.restart(topic)

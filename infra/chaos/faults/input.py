@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from infra.chaos.fault_context import FaultContext, Steps
@@ -31,9 +30,5 @@ def transactional(context: FaultContext) -> Steps:
 
 
 def _with(context: FaultContext, **options: Any) -> Steps:
-    before = context.workload.options
-    context.workload.options = replace(before, **options)
-    try:
+    with context.workload.changed(**options):
         yield context.rng.uniform(*SECONDS)
-    finally:
-        context.workload.options = before
