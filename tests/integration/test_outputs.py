@@ -18,6 +18,7 @@ from infra.harness.run import Run
 from infra.harness.supervisor import CANNOT_START
 from infra.harness.worker_process import sample
 from infra.kafka.cluster import SIZE, Cluster
+from infra.kafka.topics import TopicMismatch
 from streams.engine.dead_letters import VALUE_OMITTED
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -153,7 +154,7 @@ def test_partitions_without_a_leader_wait_and_the_others_go_on(topic_prefix: str
     """Output and dead-letter partitions lose their only replica for 25 s: their users wait, all others do not."""
     with Cluster.start() as cluster:
         _create_unreplicated(cluster, topic_prefix)
-        with Run(deploy(tmp_path, cluster.bootstrap_servers, topic_prefix, brokers=SIZE)) as run:
+        with Run(_deploy(tmp_path, cluster, topic_prefix)) as run:
             settings = run.deployment.settings
             topics = settings.topics
             send(settings, [action(user, 1) for user in USERS])
@@ -175,6 +176,15 @@ def test_partitions_without_a_leader_wait_and_the_others_go_on(topic_prefix: str
             run.wait_until(lambda: are_published(run, USERS, 2), 20)
             run.wait_until(run.supervisor.is_ready, 20)
             assert not run.supervisor.exits
+
+
+def _deploy(folder: Path, cluster: Cluster, prefix: str) -> Deployment:
+    """Deploy on three brokers; new topics take a moment to be known to all of them."""
+    try:
+        return deploy(folder, cluster.bootstrap_servers, prefix, brokers=SIZE)
+    except TopicMismatch:
+        time.sleep(3)
+        return deploy(folder, cluster.bootstrap_servers, prefix, brokers=SIZE)
 
 
 def _create_unreplicated(cluster: Cluster, prefix: str) -> None:
