@@ -205,11 +205,14 @@ REJECTED: dict[RejectReason, Event] = {
     RejectReason.TIMESTAMP_PAST: action("dan", 1, timestamp_ms=1),
     RejectReason.TIMESTAMP_FUTURE: action("dan", 1, timestamp_ms=1 << 53),
 }
+OF_A_PLACE = {RejectReason.WRONG_PARTITION, RejectReason.DELETION_UNCLEAR}
+"""Reasons that depend on the partition of a record, which the model of a run does not judge; the cases from the field
+5 and 6 hold a real worker to them."""
 
 
 def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:
     """Each rejected record, up to the broker's limit in size, becomes an unchanged dead letter; the rest is applied."""
-    assert set(REJECTED) == set(RejectReason)
+    assert set(REJECTED) | OF_A_PLACE == set(RejectReason)
     poison = [record for number, bad in enumerate(REJECTED.values(), 2) for record in (bad, action("dan", number))]
     send(run.deployment.settings, [action("dan", 1), *poison])
     run.supervisor.scale(1)
