@@ -40,7 +40,7 @@ def kubernetes_environment(field: Field) -> Numbers:
     return {"variables": len(KUBERNETES), "seconds to apply": seconds}
 
 
-@case(24, "more workers than partitions", quick=True, workers=2)
+@case(24, "more workers than partitions", workers=2)
 def spare_worker(field: Field) -> Numbers:
     """A worker without a partition is ready once it has joined."""
     site = field.site({"topics": {"partitions": 1}})
@@ -53,7 +53,7 @@ def spare_worker(field: Field) -> Numbers:
     return {"seconds to ready": seconds}
 
 
-@case(25, "the same instance id on another host", quick=True)
+@case(25, "the same instance id on another host")
 def another_host(field: Field) -> Numbers:
     """A worker that is created again under its instance id with another host name is ready within seconds."""
     site = field.site(
@@ -72,7 +72,7 @@ def another_host(field: Field) -> Numbers:
     return {"seconds to ready": seconds}
 
 
-@case(26, "two workers with one instance id", quick=True, workers=2)
+@case(26, "two workers with one instance id", workers=2)
 def two_owners(field: Field) -> Numbers:
     """One of the two ends with a line that names worker.instance_id; the other one works on."""
     site = field.site()
@@ -130,7 +130,7 @@ RIGHTS = (
 """Rights that the guide for deployment lists; none of them is the one to describe configs."""
 
 
-@case(28, "no right to describe configs", quick=True)
+@case(28, "no right to describe configs")
 def least_rights(field: Field) -> Numbers:
     """One line names the right that is missing, and the worker runs on without it."""
     broker = field.own_broker(BrokerOptions(users={"pod": "secret"}))

@@ -27,7 +27,7 @@ def _policy(field: Field, **keys: Any) -> dict[str, Any]:
     return {"triggers": {"policy_file": str(path)}}
 
 
-@case(32, "a waiting user makes a strong action", quick=True)
+@case(32, "a waiting user makes a strong action")
 def promotion(field: Field) -> Numbers:
     """The user overtakes those that wait for a weaker reason, and its embedding names the stronger one."""
     settings = {**ONE, "queue": {"batch_users_max": 1}, **_policy(field, every_n=1, strong='["save"]')}
@@ -46,7 +46,7 @@ def promotion(field: Field) -> Numbers:
     return {"waiting": len(names), "place": place}
 
 
-@case(33, "more hot users than the queue holds", quick=True)
+@case(33, "more hot users than the queue holds")
 def shed_users(field: Field) -> Numbers:
     """Shed users write nothing to the changelog until they are encoded."""
     settings = {**ONE, "queue": {"batch_users_max": 1, "users_max": 20}, "kafka": {"poll_records_max": 1_000}}
@@ -128,7 +128,7 @@ def _stores(site: Site, number: int) -> int:
     return len(list(site.deployment.data_dir(number).rglob("CURRENT")))
 
 
-@case(37, "a new application id beside a large output topic", quick=True)
+@case(37, "a new application id beside a large output topic")
 def large_output_topic(field: Field) -> Numbers:
     """The worker starts in bounded memory and writes nothing about users that it has never seen."""
     site, count = field.site(), 30_000

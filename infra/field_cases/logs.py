@@ -25,7 +25,7 @@ def _expect_ways(line: str) -> None:
     expect("app_id" in line, f"the refusal does not name a new app_id: {line}")
 
 
-@case(10, "the source topic is created again", quick=True)
+@case(10, "the source topic is created again")
 def source_recreated(field: Field) -> Numbers:
     """The worker refuses and names the ways on; after `adopt` every sequence goes on in the new topic."""
     site, names = field.site(), users(40)
@@ -104,7 +104,7 @@ def foreign_disk(field: Field) -> Numbers:
     return {"users": len(wanted), "seconds": site.wait_lengths(wanted, 15)}
 
 
-@case(13, "records are deleted before they are read", quick=True)
+@case(13, "records are deleted before they are read")
 def expired_records(field: Field) -> Numbers:
     """Events that retention deleted are counted exactly, while a worker is frozen and while it is down."""
     site = field.site(ONE)

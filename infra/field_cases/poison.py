@@ -19,7 +19,7 @@ CODECS = ("gzip", "snappy", "lz4", "zstd")
 CLOUD_EVENT = (("ce_specversion", b"1.0"), ("ce_id", b"7"), ("ce_source", b"/shop"), ("ce_type", b"session.started"))
 
 
-@case(1, "compressed topics", quick=True)
+@case(1, "compressed topics")
 def compressed_topics(field: Field) -> Numbers:
     """Records of topics with each codec are applied, restored on an empty disk, and printed by `tail`."""
     site = field.site({"topics": {"partitions": 1}})
@@ -78,7 +78,7 @@ def unreadable_records(field: Field) -> Numbers:
     return {"seconds to go on": seconds, "lines about the damage": len(lines)}
 
 
-@case(3, "an upstream transaction stays open", quick=True)
+@case(3, "an upstream transaction stays open")
 def open_transaction(field: Field) -> Numbers:
     """A transaction that is open for three times the watchdog's time leaves the worker live and ready."""
     site = field.site({"worker": {"watchdog_timeout_ms": 5_000, "shutdown_timeout_ms": 4_000}})
@@ -198,7 +198,7 @@ def event_without_data(field: Field) -> Numbers:
     return {"seconds": seconds, "reason": site.reasons()[0]}
 
 
-@case(9, "producers' clocks 5 minutes ahead", quick=True)
+@case(9, "producers' clocks 5 minutes ahead")
 def clocks_ahead(field: Field) -> Numbers:
     """Freshness is never negative; skew and the time from arrival to publishing have metrics of their own."""
     site = field.site()
