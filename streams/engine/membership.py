@@ -20,6 +20,7 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py: `aiokaf
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Any
 
@@ -118,6 +119,8 @@ class Membership:
 
     def _problem(self, coordinator: WatchedCoordinator) -> str | None:
         if coordinator._coordination_task.done():
+            if (foreign := _foreign_topic(coordinator)) is not None:
+                return foreign
             return f"the task that keeps the group membership has ended: {_end_of(coordinator._coordination_task)}"
         if (error := coordinator._pending_exception) is not None:
             return f"the group membership is lost: {_text(error)}"
@@ -126,6 +129,24 @@ class Membership:
         if self._silent_looks < SILENT_LOOKS:
             return None
         return f"the group's coordinator has not answered for {silent_s:.0f} s, though it can be reached"
+
+
+def _foreign_topic(coordinator: WatchedCoordinator) -> str | None:
+    """Return the ways on if the group gave this member a topic that its settings do not name; None otherwise.
+
+    A static member gets its former assignment back, and aiokafka ends its task over a topic that is not subscribed.
+    """
+    task = coordinator._coordination_task
+    error = None if task.cancelled() else task.exception()
+    found = re.search(r"unsubscribed topic.*topic=\\*'([^'\\]+)", str(error))
+    if found is None:
+        return None
+    names = ", ".join(sorted(name for name in coordinator._subscription.topics if not name.endswith("-changelog")))
+    return (
+        f"the state of this application belongs to another log: source topic {names} instead of {found[1]}; "
+        "`streamformer state adopt` keeps every sequence and begins at a chosen place of this topic, and a new app_id "
+        "begins with empty state"
+    )
 
 
 def _end_of(task: Any) -> str:
