@@ -88,10 +88,12 @@ async def _start(store: PartitionStore, reader: LogReader, log_id: str) -> int:
 async def _check_unnamed(store: PartitionStore, reader: LogReader, local: int) -> None:
     """Take over a database that names no log, written by an earlier version, if the log has what it read last.
 
-    When compaction has removed that record, only a rebuild is certain; without the log's head it is not possible.
+    That is the mark of a checkpoint and the record before it. When compaction has removed one of them, only a rebuild
+    is certain; without the log's head it is not possible.
     """
-    record = await reader.record_at(local)
-    if record is not None and store.get_many([record.key]) == [record.value]:
+    record, before = await reader.record_at(local), await reader.record_at(local - 1)
+    both = [each for each in (record, before) if each is not None]  # a mark alone may be the same in another life
+    if len(both) == 2 and store.get_many([each.key for each in both]) == [each.value for each in both]:
         logger.info("a local database of an earlier version, at changelog offset %d, is taken over", local)
     elif reader.begin == 0:
         raise StoreOfAnotherLog(f"it names no changelog, and its last record, {local}, is not in the one at hand")

@@ -46,6 +46,7 @@ KEYS = {
     "freshness_p99_ms", "events_per_second", "recall10_fresh", "recall10_daily", "recall10_once", "seconds",
 }  # fmt: skip
 DEADLINE_S = 90.0
+DELETION_S = 10.0
 
 
 @pytest.fixture
@@ -73,13 +74,20 @@ def demo(broker: Broker | ExternalBroker, tmp_path: Path) -> Iterator[subprocess
 
 
 def _assert_nothing_is_left(broker: Broker | ExternalBroker, tmp_path: Path) -> None:
+    """Fail unless topics, temporary files and processes are gone; the broker deletes topics after it has answered."""
+    deadline_s = time.monotonic() + DELETION_S
+    while (left := _left(broker, tmp_path)) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert left == []
+
+
+def _left(broker: Broker | ExternalBroker, tmp_path: Path) -> list[str]:
     admin = kafka.KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
     topics = [topic for topic in admin.list_topics() if topic.startswith("streamformer-demo-")]
     admin.close()
-    assert topics == []
-    assert list((tmp_path / "tmp").glob("streamformer*")) == []
-    running = [process for process in psutil.process_iter() if _is_of(process, str(tmp_path / "tmp"))]
-    assert running == []
+    files = [path.name for path in (tmp_path / "tmp").glob("streamformer*")]
+    running = [str(process) for process in psutil.process_iter() if _is_of(process, str(tmp_path / "tmp"))]
+    return [*topics, *files, *running]
 
 
 def _is_of(process: psutil.Process, folder: str) -> bool:
