@@ -6,6 +6,7 @@ survives. A topic with the wrong ones is therefore rejected, and never changed i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from streams.config.settings import Settings
 from streams.engine.cluster import partition_count_problem
 
 ADMIN_TIMEOUT_MS = 30_000
+KNOWN_LOOKS = 3
+"""Successive looks at which new topics must be known: each look may be answered by another broker."""
 BROKERS_DEFAULT = -1
 """Replication factor that makes the broker apply its own `default.replication.factor`."""
 TOPIC_AUTHORIZATION_FAILED = 29
@@ -96,8 +99,19 @@ def ensure_topics(settings: Settings, *, replication_factor: int = BROKERS_DEFAU
         missing = [topic for topic in topics if topic.name not in existing]
         if missing:
             _create(admin, missing, replication_factor)
+            _wait_known(admin, [topic.name for topic in missing])
         _verify(admin, topics)
     return [topic.name for topic in missing]
+
+
+def _wait_known(admin: kafka.KafkaAdminClient, names: Sequence[str]) -> None:
+    """Wait, within limits, until every broker that answers knows these topics: in a cluster they learn in turn."""
+    deadline_s, known_looks = time.monotonic() + ADMIN_TIMEOUT_MS / 1000, 0
+    while known_looks < KNOWN_LOOKS and time.monotonic() < deadline_s:
+        described = _described(admin, names)
+        is_known = all(described.get(name, {}).get("partitions") for name in names)
+        known_looks = known_looks + 1 if is_known else 0
+        time.sleep(0.05)
 
 
 def verify_topics(settings: Settings, *, for_worker: bool = False) -> Findings:
