@@ -149,6 +149,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._ingestion()
+        self._positions()
+        self._users()
         self._encoding()
         self._publishing()
         self._partitions()
@@ -183,6 +185,8 @@ class Metrics:
         self.tombstones_unmatched = Counter(
             "streamformer_tombstones_unmatched_total", "Requests to forget a user of whom no action was known."
         )
+
+    def _positions(self) -> None:
         self.position_gaps = Counter(
             "streamformer_position_holes_total",
             "Batches read again after a seek because records before them were missing.",
@@ -214,6 +218,8 @@ class Metrics:
         self.committed_offset = Gauge(
             "streamformer_committed_offset", "Offset committed by the last checkpoint.", "partition"
         )
+
+    def _users(self) -> None:
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
         self.deadline_entries = Gauge(
             "streamformer_deadline_entries", "Entries of pending deadlines in memory: at most two per user, hot or not."
