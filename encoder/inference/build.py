@@ -104,7 +104,7 @@ def compile_to(path: Path, command: list[str]) -> None:
             text=True,
             timeout=BUILD_TIMEOUT_S,
         )
-        beside.chmod(0o700)  # whatever the umask is
+        beside.chmod(0o700)  # regardless of the umask
         beside.replace(path)
 
 

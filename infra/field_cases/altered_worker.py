@@ -6,7 +6,7 @@ host NAME      the machine has this host name
 sequence N     idempotent producers begin with this sequence number
 encoder USER   the encoder raises when a batch holds the user whose id begins with this text
 env NAME=VALUE the environment has another variable
-slow MS        the encoder takes so many milliseconds longer per user
+slow MS        the encoder takes MS milliseconds longer per user
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Site:
         return newest
 
     def wait_lengths(self, wanted: Mapping[str, int], within_s: float = SHOWN_S) -> float:
-        """Wait until the newest embedding of each of these users holds so many actions; return the seconds."""
+        """Wait until the newest embedding of each user contains the wanted number of actions; return the seconds."""
         found: dict[str, int] = {}
 
         def reached() -> bool:

@@ -106,7 +106,7 @@ class Deadlines:
         return np.unique(np.concatenate(rows)), users
 
     def _reserve(self, rows: int) -> None:
-        """Make room for the entries of so many rows."""
+        """Make room for the entries of `rows` rows."""
         missing = rows - len(self._bucket_of_row)
         if missing > 0:
             more = np.full(max(missing, len(self._bucket_of_row)), NO_BUCKET, np.int64)

@@ -91,7 +91,7 @@ class ChangelogProducer:
 
     @property
     def is_worn(self) -> bool:
-        """True once it has written so many records that it must be replaced before its count of them overflows."""
+        """Whether its count of records is so close to the overflow that it must be replaced."""
         return self._records >= RECORDS_MAX
 
     async def start(self) -> None:

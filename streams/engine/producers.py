@@ -61,7 +61,7 @@ class ProducerPool:
             self._close(lease)
 
     def discard(self, lease: Lease) -> None:
-        """Close a producer although batches are in flight: they fail, whatever becomes of them at the broker."""
+        """Close a producer although batches are in flight: they fail here, and the broker may have them or not."""
         self._close(lease, timeout_s=0.0)
 
     async def stop(self) -> None:

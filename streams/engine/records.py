@@ -171,7 +171,7 @@ class ParsedRecords(fetcher.PartitionRecords):
                         break
                     except UnicodeDecodeError:
                         batch = self._tolerant(batch)
-        except Exception as error:  # whatever the bytes make a parser raise
+        except Exception as error:  # a parser may raise anything on damaged bytes
             if not has_yielded:  # otherwise the next fetch begins at the damaged batch
                 self._damaged(parsing, error)
         if parsing is not None:

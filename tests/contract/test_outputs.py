@@ -142,7 +142,7 @@ def test_no_producer_counts_further_than_it_may(config: OutputsConfig) -> None:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Broker]:
-    """Yield a broker that closes the connection of a request above 200 kB, whatever its topics allow."""
+    """Yield a broker that closes the connection of a request above 200 kB, even if its topics allow more."""
     with Broker.start() as broker:
         properties = broker.folder / "server.properties"
         properties.write_text(properties.read_text() + "socket.request.max.bytes=200000\n")

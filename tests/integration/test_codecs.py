@@ -26,7 +26,7 @@ USERS = 20
 
 
 def compress(settings: Settings, codec: str) -> None:
-    """Make the broker store everything in all topics of an application with this codec, whatever producers send."""
+    """Make the broker store all topics of an application with this codec, regardless of what producers send."""
     resources = [
         ConfigResource(ConfigResourceType.TOPIC, topic.name, {"compression.type": codec})
         for topic in topics_of(settings)

@@ -340,7 +340,7 @@ Fault = Callable[[Patch], None]
 
 
 async def unproved_start(self: Partitions, source: Any, store: PartitionStore, *unused: Any) -> Proven:
-    """Continue at whatever mark was restored."""
+    """Continue at the mark that was restored, without a proof."""
     return Proven(store.mark() or CheckpointMark(0, 0))
 
 

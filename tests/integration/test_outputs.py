@@ -52,7 +52,7 @@ def newest(run: Run) -> dict[bytes, int]:
 
 
 def are_published(run: Run, users: list[str], length: int) -> bool:
-    """Return whether the last embedding of every user holds so many actions."""
+    """Return whether the last embedding of every user contains that many actions."""
     last = newest(run)
     return all(last.get(user.encode()) == length for user in users)
 

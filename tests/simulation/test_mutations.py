@@ -157,7 +157,7 @@ def cooldown_is_ignored(patch: Patch) -> None:
 
 
 def promotions_are_lost(patch: Patch) -> None:
-    """Hand a user that waits in the queue over only once, whatever it does in the meantime."""
+    """Hand a user that waits in the queue over only once, even if it becomes due for a more valuable reason."""
     hand_over = Triggers._hand_over
 
     def once(self: Triggers, headers: Any, live: Any, due: Any, promoted: Any, now_ms: int) -> Any:

@@ -41,7 +41,7 @@ class Rules:
     encoder_version: str
     source_topic: str
     sample_every: int = 0
-    """Every embedding of one user in so many is recomputed; of the others only the last one. 0 means of none."""
+    """Number N such that every embedding of one user in N is recomputed, and only the last of the others; 0: none."""
     explained: Sequence[Explained] = ()
     """Times in which outputs may be stale or repeated: a frozen worker woke up, or acknowledgements were lost."""
 

@@ -65,7 +65,7 @@ def test_users_that_come_and_go_leave_one_entry_each() -> None:
 @settings(max_examples=100)
 @given(seed=st.integers(0, 2**32))
 def test_deadlines_that_move_in_both_directions_stay_bounded_and_fire(seed: int) -> None:
-    """Entries stay below twice the users, whatever their deadlines do; each is looked at by its earliest deadline."""
+    """Entries stay below twice the users, however often deadlines move; each is looked at by its earliest deadline."""
     rng, wheel, users, now_ms = np.random.default_rng(seed), Deadlines(), 40, 0
     pending = np.full(2 * users, NO_BUCKET)  # earliest deadline since the last look, rows then cold users
     for _ in range(400):
