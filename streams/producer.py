@@ -11,6 +11,7 @@ enough.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections import deque
@@ -20,16 +21,21 @@ from typing import Any, Self
 
 import msgspec
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from streams.errors import BrokerUnreachable, StreamformerError
 from streams.wire.actions import DecodeLimits, Rejected, decode_actions
 
+logger = logging.getLogger(__name__)
+
 ANSWER_MS = 5_000
 """Time that the broker may take to answer the first request."""
 ACKNOWLEDGE_S = 30.0
+"""Further time that the broker may take to acknowledge a record."""
 IN_FLIGHT_MAX = 10_000
 """Records that may be unacknowledged at once; beyond it `send_json` waits for the oldest."""
+NOTICE_S = 2.0
+"""Time without an acknowledgement after which a warning is logged."""
 
 
 class ActionRejected(StreamformerError):
@@ -164,11 +170,22 @@ class ActionProducer:
 
     def _acknowledgement(self, future: Any) -> Any:
         try:
-            stored = future.get(timeout=ACKNOWLEDGE_S)
+            stored = self._stored(future)
         except KafkaError as error:
             raise _send_failed(error) from None
         self.acknowledged += 1
         return stored
+
+    @staticmethod
+    def _stored(future: Any) -> Any:
+        """Return where a record was stored, after a warning if that takes long; raise `KafkaError` if it is not."""
+        try:
+            return future.get(timeout=NOTICE_S)
+        except KafkaTimeoutError:
+            if future.is_done:
+                raise
+        logger.warning("the broker has acknowledged nothing for %g s; waiting %g s", NOTICE_S, ACKNOWLEDGE_S)
+        return future.get(timeout=ACKNOWLEDGE_S)
 
 
 @dataclass(frozen=True, slots=True)

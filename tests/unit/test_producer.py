@@ -14,6 +14,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 
 import streams.producer
 from infra.cli import main
+from streams import producer as producer_module
 from streams.errors import BrokerUnreachable, StreamformerError
 from streams.producer import ActionProducer, ActionRejected, SendFailed
 from streams.wire.actions import DecodeLimits
@@ -149,6 +150,25 @@ def test_an_action_without_acknowledgement_is_an_error(client: FakeClient) -> No
     with pytest.raises(SendFailed, match="request timed out"):
         producer.send_json(VALID)
     assert producer.acknowledged == 2
+
+
+def test_a_slow_acknowledgement_is_announced(client: FakeClient, caplog: pytest.LogCaptureFixture) -> None:
+    """While the broker is silent a warning states how long the producer waits, and then the record counts."""
+
+    class Slow(Acknowledgement):
+        """Not acknowledged within the first wait."""
+
+        def get(self, timeout: float) -> Stored:
+            """Raise for a short wait."""
+            if timeout == producer_module.NOTICE_S:
+                raise KafkaTimeoutError("not yet")
+            return self.stored
+
+    client.send = lambda topic, *, key, value: Slow(Stored(0, 7), is_done=False)  # type: ignore[method-assign]
+    producer = ActionProducer("localhost:9092")
+    assert producer.send("ann", "i", "view").offset == 7
+    assert "acknowledged nothing for 2 s" in caplog.text
+    assert producer.acknowledged == 1
 
 
 def test_a_missing_topic_is_reported(client: FakeClient) -> None:
