@@ -29,6 +29,7 @@ from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.dead_letters import size_of
 from streams.engine.delivery import BatchTransport
+from streams.engine.former_stores import FormerStores
 from streams.engine.membership import Assignor
 from streams.engine.outputs import Outputs, OutputsConfig, Published
 from streams.engine.ownership import OwnedPartition
@@ -83,6 +84,14 @@ class WorkerApp:
         topics = settings.topics
         watched = (topics.actions, settings.changelog_topic, topics.embeddings, topics.dead_letter)
         self.topic_watch = TopicWatch(self.partitions, self.partitions.cluster, watched, topics.partitions)
+        self.former_stores = FormerStores(
+            settings.data_dir,
+            settings.changelog_topic,
+            self.partitions,
+            self.metrics,
+            ttl_ms=settings.state.former_store_ttl_ms,
+            now_ms=now_ms,
+        )
         self.queue = EncodeQueue(self.runtime, EncodeQueuePolicy(**settings.queue.model_dump()), self.metrics)
         self.ingest = Ingest(
             self.partitions,

@@ -150,6 +150,10 @@ class StateSettings(Group):
     """Maximum number of users per partition in memory; the others are on disk."""
     wake_users_max: Positive = 10_000
     """Maximum number of users whose timers fire in one step."""
+    former_store_ttl_ms: Annotated[int, Field(ge=0)] = 604_800_000
+    """Time after which the local database of a partition that has moved to another worker is deleted; until then the
+    partition continues from it if it returns. 0 deletes it as soon as the partition has moved. Databases of another
+    app_id are left alone."""
 
 
 class CheckpointSettings(Group):

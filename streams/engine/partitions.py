@@ -65,6 +65,10 @@ class Partitions(ProvenPartitions):
         """Number of partitions of the source topic; 0 if the placement of users is not checked."""
         return self._config.source_partitions
 
+    def may_use(self, number: int) -> bool:
+        """Return whether the local database of a partition is open here, or may be opened at any moment."""
+        return number in self.assigned or number in self.ready or number in self._acquiring
+
     # -- halting
 
     def halt(self, number: int, reason: str, *, refused: bool = False) -> None:

@@ -318,6 +318,14 @@ class Metrics:
             "streamformer_stores_rebuilt_total",
             "Local databases deleted and rebuilt because they are damaged or belong to another changelog.",
         )
+        self.former_stores = Gauge(
+            "streamformer_former_stores",
+            "Local databases of partitions that other workers have now; deleted after state.former_store_ttl_ms.",
+        )
+        self.former_stores_deleted = Counter(
+            "streamformer_former_stores_deleted_total",
+            "Local databases deleted because their partition moved to another worker long enough ago.",
+        )
         self.restored_records = Counter("streamformer_restored_records_total", "Changelog records read by restores.")
         self.restore_remaining = Gauge(
             "streamformer_restore_remaining_records", "Changelog offsets left to restore.", "partition"

@@ -152,6 +152,25 @@ def test_a_rebuild_that_loses_its_partition_fences_nobody(tmp_path: Path, fenced
     assert fenced == []
 
 
+def test_the_database_of_a_partition_is_in_use_until_it_is_closed(tmp_path: Path) -> None:
+    """It may be used while the partition is assigned, being acquired, or not closed yet after a revocation."""
+
+    async def scenario() -> None:
+        partitions, _, host = partitions_in(tmp_path)
+        owned_by(partitions)
+        seen: list[bool] = []
+
+        async def look() -> None:
+            seen.append(partitions.may_use(0))
+
+        host.while_revoking = look
+        seen.append(partitions.may_use(0))
+        await partitions.revoke_all()
+        assert [*seen, partitions.may_use(0)] == [True, True, False]
+
+    asyncio.run(scenario())
+
+
 def test_a_rebuild_in_an_outdated_generation_fences_nobody(tmp_path: Path, fenced: list[str]) -> None:
     """When the next assignment arrives while the rebuild waits, only that assignment acquires the partition."""
 

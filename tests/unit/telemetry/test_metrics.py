@@ -22,7 +22,7 @@ from streams.errors import StreamformerError
 from streams.telemetry.metrics import Counter, Gauge, Histogram, Kind, Metrics
 from streams.telemetry.prometheus import HealthServer
 
-UNITS = {"seconds", "bytes", "records", "users", "offset", "partitions", "entries", "info"}
+UNITS = {"seconds", "bytes", "records", "users", "offset", "partitions", "entries", "stores", "info"}
 LABELS = {"reason", "partition", "state", "version", "encoder_version", "dtype"}
 
 
