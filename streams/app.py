@@ -21,7 +21,7 @@ from yarl import URL
 
 from encoder.inference import EncoderRuntime, load_runtime
 from streams.config.settings import Settings
-from streams.core.layout import StateLimits
+from streams.core.layout import StateLimits, share
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy, parse_policy
 from streams.encoding.partition_jobs import PartitionJobs
@@ -164,8 +164,12 @@ class WorkerApp:
     # -- PartitionHost: what the partitions need from the worker
 
     def new_state(self) -> PartitionState:
-        """Return an empty state with this worker's policy and limits."""
-        return PartitionState(self._policy, self._limits)
+        """Return an empty state with this worker's policy, and its share of the worker's limits.
+
+        The shares stay the same for as long as the state lives, because every assignment begins with new states.
+        """
+        shares = len(self.partitions.assigned)
+        return PartitionState(self._policy, share(self._limits, self.settings.state.hot_users_worker_max, shares))
 
     def open_store(self, path: Path) -> PartitionStore:
         """Open a local database; all databases of the worker share one block cache."""

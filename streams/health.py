@@ -102,6 +102,7 @@ class Health:
         metrics.keep_partitions(partitions.assigned)
         metrics.queue_users.set(len(self._app.queue))
         metrics.hot_users.set(sum(owned.state.hot_users for owned in ready.values()))
+        metrics.hot_limit_users.set(sum(owned.state.limits.hot_users_max for owned in ready.values()))
         metrics.deadline_entries.set(sum(owned.state.deadline_entries for owned in ready.values()))
         halted = partitions.halted
         metrics.partitions.set(len(ready.keys() - halted), state="ready")

@@ -1,6 +1,7 @@
 """The ingest loop: a record batch comes in, the pure core decides, and its effects are performed here.
 
-A batch is applied on the event loop without an await, so a checkpoint contains either all of it or nothing. Steps that
+A batch is applied in *parts* of bounded size, so that a large one neither holds the event loop nor needs all its users
+in memory at once. A part is applied without an await, so a checkpoint contains either all of it or nothing. Steps that
 take time (waiting for room in the encode queue, reading cold users) come before.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ TIMERS_EVERY_S = 0.05
 """Interval at which deadlines are checked: half of the resolution of the deadline wheel."""
 ROOM_EVERY_S = 0.01
 """Interval at which a full queue or a full state is checked for room again."""
+PART_RECORDS_MAX = 8_192
+"""Records that are applied at a time; a state with fewer hot users takes as many records as it has rows."""
 HOLD_AFTER_S = 1.0
 """Time for which all partitions wait for room in the state of one; then that one is held."""
 
@@ -84,25 +87,46 @@ class Ingest:
             self._queue.drop(jobs)
 
     async def on_batch(self, batch: RecordBatch) -> None:
-        """Apply a batch if it continues exactly where the last one of its partition ended; ignore it otherwise."""
+        """Apply a batch if it continues exactly where the last one of its partition ended; ignore it otherwise.
+
+        Its parts are applied one after the other, and each moves the position. What is left when the partition is lost
+        or held in between is fetched again.
+        """
         owned = await self._partitions.accept(batch)
-        if owned is None or self._holds_back(owned) or not await self._has_room(owned):
-            return
-        if not batch.records:  # transaction markers and aborted records only
-            owned.next_offset = max(batch.end, owned.next_offset)
-            self._note_damage(owned, batch)
+        if owned is None:
             return
         records = [record for record in batch.records if record.offset >= owned.next_offset]
+        for begin, end in _parts(len(records), min(PART_RECORDS_MAX, owned.state.limits.hot_users_max)):
+            if begin:
+                await asyncio.sleep(0)
+            if not self._continues(owned, batch) or self._holds_back(owned) or not await self._has_room(owned):
+                return
+            part = records[begin:end]
+            if not await self._apply(owned, part, batch.end if end == len(records) else part[-1].offset + 1):
+                return
+        self._note_damage(owned, batch)
+
+    def _continues(self, owned: OwnedPartition, batch: RecordBatch) -> bool:
+        """Return whether the rest of the batch may be applied; others may have acted since the last part."""
+        number, partitions = owned.tp.partition, self._partitions
+        is_paused = number in partitions.halted or number in partitions.held
+        return self._is_mine(owned) and not is_paused and owned.epoch <= batch.epoch
+
+    async def _apply(self, owned: OwnedPartition, records: Sequence[Any], end: int) -> bool:
+        """Apply consecutive records, after which the position is `end`; return False if that was not possible."""
+        if not records:  # transaction markers and aborted records only
+            owned.next_offset = max(end, owned.next_offset)
+            return True
         decoded = self._decode(owned, records)
         if not await self._load(owned, decoded.actions.users, may_hold=True):
-            return
+            return False
         self._count_unmatched(owned, decoded)
         effects = owned.state.apply(decoded.actions, self._now_ms())
-        owned.next_offset = batch.end
-        self._note_damage(owned, batch)
+        owned.next_offset = end
         self._reject(owned, records, decoded)
         self._perform(owned, effects)
         self._count(owned, len(records), effects)
+        return True
 
     def _decode(self, owned: OwnedPartition, records: Sequence[Any]) -> Decoded:
         """Decode the records, and reject those of users that belong to another partition.
@@ -291,3 +315,9 @@ class Ingest:
                 counter.inc(effects.count(outcome))
         if owned.next_offset - owned.committed_offset >= self._checkpoint_events_max:
             self._partitions.checkpoint_soon(owned)
+
+
+def _parts(records: int, part_max: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each part of so many records; a batch without records is one empty part."""
+    for begin in range(0, max(records, 1), part_max):
+        yield begin, min(begin + part_max, records)

@@ -139,7 +139,7 @@ class WorkerSettings(Group):
 
 
 class StateSettings(Group):
-    """Sequences of one partition's users."""
+    """Sequences of the users, per partition unless stated otherwise."""
 
     sequence_length: Positive = 256
     """Number of actions kept per user; at least what the release looks back, which a start checks. It cannot change
@@ -148,6 +148,9 @@ class StateSettings(Group):
     """Number of actions stored per record; divides `sequence_length` and cannot change while the state exists."""
     hot_users_max: Positive = 65_536
     """Maximum number of users per partition in memory; the others are on disk."""
+    hot_users_worker_max: Positive = 262_144
+    """Maximum number of users per worker in memory, in equal shares per assigned partition: a partition that comes
+    from another worker makes the shares smaller, not the sum larger. `hot_users_max` still bounds each share."""
     wake_users_max: Positive = 10_000
     """Maximum number of users whose timers fire in one step."""
     former_store_ttl_ms: Annotated[int, Field(ge=0)] = 604_800_000

@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     def _check_combinations(self) -> Settings:
         if self.kafka.poll_records_max > self.state.hot_users_max:
             raise ValueError("kafka.poll_records_max must be at most state.hot_users_max: a batch's users are all hot")
+        if self.state.hot_users_worker_max < self.topics.partitions:
+            raise ValueError(
+                "state.hot_users_worker_max must be at least topics.partitions: every partition has a share"
+            )
         if self.checkpoint.interval_ms >= self.worker.watchdog_timeout_ms:
             raise ValueError("checkpoint.interval_ms must be below worker.watchdog_timeout_ms, which watches it")
         return self

@@ -15,7 +15,7 @@ stored with the header. For M = 8, C = 4 and count = 14:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,6 +84,12 @@ class StateLimits:
     def chunk_keys(self) -> int:
         """Chunk records per user: one more than are kept, so that a new chunk never replaces one still needed."""
         return self.sequence_length // self.chunk_length + 1
+
+
+def share(limits: StateLimits, worker_max: int, partitions: int) -> StateLimits:
+    """Return the limits of one of `partitions` partitions that together hold at most `worker_max` users in memory."""
+    hot_users = max(1, min(limits.hot_users_max, worker_max // max(partitions, 1)))
+    return replace(limits, hot_users_max=hot_users, wake_users_max=min(limits.wake_users_max, hot_users))
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,6 +221,10 @@ class Metrics:
 
     def _users(self) -> None:
         self.hot_users = Gauge("streamformer_hot_users", "Users whose sequences are in memory.")
+        self.hot_limit_users = Gauge(
+            "streamformer_hot_limit_users",
+            "Maximum of streamformer_hot_users: the sum of the partitions' shares of state.hot_users_worker_max.",
+        )
         self.deadline_entries = Gauge(
             "streamformer_deadline_entries", "Entries of pending deadlines in memory: at most two per user, hot or not."
         )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from encoder.model import EncoderConfig
-from streams.app import load_encoder
+from streams.app import WorkerApp, load_encoder
 from streams.config.groups import EncoderSettings, StateSettings
 from streams.config.settings import Settings
+from streams.core.layout import StateLimits
+from streams.core.policy import TriggerPolicy
 from streams.errors import SettingsError
 from tests.unit.inference.histories import random_release
 
@@ -49,3 +53,16 @@ def test_a_state_shorter_than_the_release_looks_back_is_refused(
         with pytest.raises(SettingsError, match=rf"keeps {kept} actions .* looks back {needed}.* at least {needed}"):
             load_encoder(settings(tmp_path, config, kept))
     assert load_encoder(settings(tmp_path, config, needed)).actions_needed == needed
+
+
+@pytest.mark.parametrize(("assigned", "each"), [(2, 300), (4, 150)])
+def test_partitions_share_the_users_that_a_worker_may_have_in_memory(assigned: int, each: int) -> None:
+    """With four partitions instead of two, each state holds half as many users, so the worker holds no more."""
+    bounds = Settings(state=StateSettings(hot_users_worker_max=600, hot_users_max=300), kafka={"poll_records_max": 100})
+    worker: Any = SimpleNamespace(
+        settings=bounds,
+        partitions=SimpleNamespace(assigned=frozenset(range(assigned))),
+        _policy=TriggerPolicy(),
+        _limits=StateLimits(hot_users_max=300),
+    )
+    assert WorkerApp.new_state(worker).room == each

@@ -205,6 +205,11 @@ def test_settings_that_contradict_each_other_are_rejected(monkeypatch: pytest.Mo
     ]
     monkeypatch.setenv("STREAMFORMER_KAFKA_POLL_RECORDS_MAX", "100")
     assert load_settings().state.hot_users_max == 100
+    monkeypatch.setenv("STREAMFORMER_STATE_HOT_USERS_WORKER_MAX", "3")
+    assert [problem.split(":")[0] for problem in problems_of()] == [
+        "state.hot_users_worker_max must be at least topics.partitions"
+    ]
+    monkeypatch.delenv("STREAMFORMER_STATE_HOT_USERS_WORKER_MAX")
     monkeypatch.setenv("STREAMFORMER_CHECKPOINT_INTERVAL_MS", "30000")
     assert [problem.split(" ")[0] for problem in problems_of()] == ["checkpoint.interval_ms"]
 

@@ -95,7 +95,8 @@ def test_a_database_that_another_process_has_open_is_left_alone(site: Site) -> N
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(site.path(2))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        assert other.stdin is not None and other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout is not None
         assert other.stdout.readline() == b"open\n"
         site.now_ms += 10 * TTL_MS
         assert site.sweep() == [0, 1, 2]
@@ -112,7 +113,8 @@ def test_an_owned_database_stays_locked(site: Site) -> None:
     assert site.sweep() == [0, 1]
     code = "import sys\nfrom rocksdict import Rdict\nRdict(sys.argv[1])"
     other = subprocess.run([sys.executable, "-c", code, str(site.path(1))], capture_output=True, check=False)
-    assert other.returncode and b"LOCK" in other.stderr
+    assert other.returncode
+    assert b"LOCK" in other.stderr
     store.close()
 
 
