@@ -21,8 +21,8 @@ help:  ## List the targets
 demo: $(STAMP)  ## Run the whole path on MovieLens-1M and print a report; FOREVER=1 stays up afterwards
 	@$(BIN)/streamformer demo
 
-test: lint  ## Run lint and every test, against a real Apache Kafka
-	$(BIN)/python -m pytest
+test: lint  ## Run lint and every test, against a real Apache Kafka; JOBS=1 runs one test at a time
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal
 
 lint: $(STAMP)  ## Check style, types and import rules
 	$(BIN)/ruff check .

@@ -281,7 +281,7 @@ class EncodeQueue:
             rows = await self._embed_all_but_failing(job, rows, embedded)
             if not len(rows) or attempt == self._policy.attempts_max:
                 break
-            await asyncio.wrap_future(self._thread.submit(self._runtime.clear))
+            await asyncio.wrap_future(self._thread.submit(self._drop_cached, job, rows))
             await asyncio.sleep(self._policy.retry_backoff_ms * attempt / 1000)
         if len(rows) <= SUSPECTS_AT_ONCE:
             self._suspect(job, rows.tolist())
@@ -290,6 +290,13 @@ class EncodeQueue:
         for row in np.flatnonzero(is_suspect):
             await self._try(job, np.array([row]), embedded)
         return embedded
+
+    def _drop_cached(self, job: EncodeJob, rows: I64) -> None:
+        """Drop what is cached of the failing rows before they are tried again; of everybody, if they are many."""
+        if len(rows) <= SUSPECTS_AT_ONCE:
+            self._runtime.forget([job.sequences.users[row] for row in rows.tolist()])
+        else:
+            self._runtime.clear()
 
     async def _embed_all_but_failing(self, job: EncodeJob, rows: I64, embedded: Embedded) -> I64:
         """Embed `rows` of the job; halve a part that fails until the users that cause it are found.

@@ -30,6 +30,7 @@ class Runtime:
     def __init__(self, fail: Callable[[Sequence[bytes]], None] = lambda users: None) -> None:
         self.calls: list[list[bytes]] = []
         self.extensions = self.prefills = self.cleared = 0
+        self.forgotten: list[bytes] = []
         self._fail = fail
 
     def embed(self, batch: SequenceBatch) -> F32:
@@ -42,8 +43,8 @@ class Runtime:
         return np.repeat(np.array(values, np.float32)[:, None], 2, axis=1)
 
     def forget(self, users: Sequence[bytes]) -> None:
-        """Fail, because the queue must not call this."""
-        raise AssertionError("the queue must not forget users")
+        """Record the users."""
+        self.forgotten += users
 
     def clear(self) -> None:
         """Count the calls."""
@@ -279,6 +280,20 @@ def test_only_the_user_that_the_encoder_cannot_embed_pays() -> None:
             assert queue.healthy
         assert sorted(runtime.calls) == [[b"1", b"2"], [b"777"]]
         assert (runtime.cleared, owner.put_off) == (0, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_user_that_comes_alone_costs_the_others_no_cache() -> None:
+    """When the only users of a micro-batch raise, what is cached of them is dropped, and of nobody else."""
+    runtime, owner = Runtime(raises_on({b"777"})), Owner()
+
+    async def scenario() -> None:
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(attempts_max=2, retry_backoff_ms=1), Metrics())
+        put(queue, owner, [777])
+        async with running(queue):
+            await until(lambda: owner.rejected == [b"777"])
+        assert (runtime.cleared, runtime.forgotten) == (0, [b"777"])
 
     asyncio.run(scenario())
 
