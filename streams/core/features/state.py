@@ -1,0 +1,258 @@
+"""The feature state of one partition's hot users: events in, values out. Pure; times are parameters.
+
+    state = FeatureState(feature_set, attributes, rows)
+    state.add(rows, actions, values)        # events that are applied, in order of arrival
+    columns = state.values(rows, as_of_ms)  # of any users, as of a time after their newest event
+
+A *row* is the user's place in the hot table (`streams.core.sequences`). The result does not depend on the order of the
+events, nor on their division into batches, except where a definition says that a value is an estimate.
+
+Shapes: E events, U users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from encoder.actions.columns import Actions, item_key, name_code
+from encoder.arrays import F64, I64, Bool
+from streams.core.features.definitions import FeatureSet, Filter, Kind
+from streams.core.features.lanes import FREE, Distinct
+from streams.core.features.rankings import Affinity, TopK
+from streams.core.features.recent import LastK, SecondsSince, Sessions
+from streams.core.features.tiles import KINDS, NEVER_MS, Events, Ring
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What is known of each item: one value per attribute, and the id behind its key."""
+
+    keys: I64
+    """[I] keys of the items, ascending."""
+    ids: tuple[str, ...]
+    """[I] ids of the items."""
+    codes: Mapping[str, I64]
+    """Per attribute [I]: index of the item's value in `names`, -1 where it has none."""
+    names: Mapping[str, tuple[str, ...]]
+    """Per attribute: its values, sorted."""
+    version: str = ""
+
+    @classmethod
+    def of(cls, table: Mapping[str, Mapping[str, str]], version: str = "") -> Attributes:
+        """Return the attributes of items, given as value by attribute by item."""
+        keys = np.array([item_key(item) for item in table], np.uint64).astype(np.int64)
+        order, items = np.argsort(keys), list(table)
+        ids = [items[place] for place in order.tolist()]
+        names = {
+            attribute: tuple(sorted({values[attribute] for values in table.values() if attribute in values}))
+            for attribute in sorted({attribute for values in table.values() for attribute in values})
+        }
+        codes = {}
+        for attribute, known in names.items():
+            code_of = {name: code for code, name in enumerate(known)}
+            codes[attribute] = np.array([code_of.get(table[item].get(attribute, ""), -1) for item in ids], np.int64)
+        return cls(keys[order], tuple(ids), codes, names, version)
+
+    def places(self, items: I64) -> I64:
+        """Return the index of each item, -1 for one that is not known."""
+        if not len(self.keys):
+            return np.full(len(items), -1)
+        places = np.minimum(np.searchsorted(self.keys, items), len(self.keys) - 1)
+        return np.where(self.keys[places] == items, places, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureColumns:
+    """The values of U users as of their times."""
+
+    values: dict[str, list[Any]]
+    """[U] per feature: a number, None, a list of ids, or a list of [name, number], as JSON has them."""
+    valid_until_ms: I64
+    """[U] when a value changes without an event; `NEVER_MS` if none does. Values that always age are left out."""
+    estimated: dict[str, Bool]
+    """[U] per feature that may be an estimate: whether it is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The states of all features, by what they have in common."""
+
+    rings: list[Ring] = field(default_factory=list)
+    distincts: list[Distinct] = field(default_factory=list)
+    top_ks: list[TopK] = field(default_factory=list)
+    affinities: list[Affinity] = field(default_factory=list)
+    last_ks: list[LastK] = field(default_factory=list)
+    sinces: list[SecondsSince] = field(default_factory=list)
+    sessions: dict[tuple[Filter, int], Sessions] = field(default_factory=dict)
+
+    def by_event(self) -> list[Any]:
+        """Return the parts that take `Events`."""
+        lists: list[Sequence[Any]] = [
+            self.rings,
+            self.distincts,
+            self.top_ks,
+            self.affinities,
+            self.last_ks,
+            self.sinces,
+        ]
+        return [part for parts in lists for part in parts]
+
+
+class FeatureState:
+    """The state of all features for the users of a hot table."""
+
+    def __init__(self, feature_set: FeatureSet, attributes: Attributes, rows: int) -> None:
+        self.feature_set, self._attributes = feature_set, attributes
+        self._filters = list(dict.fromkeys(each.filter for each in feature_set.features))
+        self._codes = {
+            each: (_table(each.actions), _table(each.surfaces), self._wanted(each)) for each in self._filters
+        }
+        self._parts = _Parts()
+        tiled = [each for each in feature_set.features if each.kind in KINDS]
+        for hop_ms in sorted({each.hop_ms for each in tiled}):
+            self._parts.rings.append(Ring(hop_ms, [each for each in tiled if each.hop_ms == hop_ms], rows))
+        for each in feature_set.features:
+            match each.kind:
+                case Kind.DISTINCT:
+                    self._parts.distincts.append(Distinct(each, rows))
+                case Kind.TOP_K:
+                    self._parts.top_ks.append(TopK(each, rows))
+                case Kind.DECAYED_AFFINITY:
+                    self._parts.affinities.append(Affinity(each, rows))
+                case Kind.LAST_K:
+                    self._parts.last_ks.append(LastK(each, rows))
+                case Kind.SECONDS_SINCE:
+                    self._parts.sinces.append(SecondsSince(each, rows))
+                case Kind.SESSION_LENGTH | Kind.SESSION_DEPTH:
+                    self._parts.sessions.setdefault((each.filter, each.gap_ms), Sessions(each.gap_ms, rows))
+                case _:
+                    assert each.kind in KINDS
+        self._groups = sorted({each.group for each in feature_set.features if each.group})
+
+    def add(self, rows: I64, actions: Actions, values: F64) -> None:
+        """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
+        if not len(rows):
+            return
+        items = actions["item"].astype(np.int64)
+        places = self._attributes.places(items)
+        durations = actions["duration_ms"].astype(np.float64)
+        events = Events(
+            rows=rows,
+            timestamp_ms=actions["timestamp_ms"],
+            items=items,
+            passes={each: self._passes(each, actions, places) for each in self._filters},
+            numbers={"duration": np.where(durations > 0, durations, np.nan), "value": values},
+            surfaces=actions["surface"].astype(np.int64),
+            groups={each: _codes(self._attributes.codes[each], places) for each in self._groups},
+        )
+        for part in self._parts.by_event():
+            part.add(events)
+        for (chosen, _), sessions in self._parts.sessions.items():
+            passes = events.passes[chosen]
+            sessions.add(rows[passes], events.timestamp_ms[passes])
+
+    def clear(self, rows: I64) -> None:
+        """Forget everything of the users in these rows."""
+        for part in (*self._parts.by_event(), *self._parts.sessions.values()):
+            part.clear(rows)
+
+    def values(self, rows: I64, as_of_ms: I64) -> FeatureColumns:
+        """Return the values of users in `rows` [U]; `as_of_ms` [U] must be later than each user's newest event."""
+        values: dict[str, list[Any]] = {}
+        estimated: dict[str, Bool] = {}
+        until_ms = np.full(len(rows), NEVER_MS)
+        for ring in self._parts.rings:
+            columns, gone_ms = ring.values(rows, as_of_ms)
+            until_ms = np.minimum(until_ms, gone_ms)
+            for feature in ring.features:
+                counts = feature.kind is Kind.COUNT
+                column = columns[feature.name]
+                values[feature.name] = column.astype(np.int64).tolist() if counts else _none_for_nan(column)
+        for distinct in self._parts.distincts:
+            counted, exact, gone_ms = distinct.values(rows, as_of_ms)
+            values[distinct.feature.name], estimated[distinct.feature.name] = counted.tolist(), ~exact
+            until_ms = np.minimum(until_ms, gone_ms)
+        for top in self._parts.top_ks:
+            codes, totals, gone_ms = top.values(rows, as_of_ms)
+            values[top.feature.name] = self._ranked(top.feature.group, codes, totals.astype(np.int64))
+            estimated[top.feature.name] = top.dropped[rows]
+            until_ms = np.minimum(until_ms, gone_ms)
+        for affinity in self._parts.affinities:
+            codes, sums = affinity.values(rows, as_of_ms)
+            values[affinity.feature.name] = self._ranked(affinity.feature.group, codes, sums)
+            estimated[affinity.feature.name] = affinity.dropped[rows]
+        for last in self._parts.last_ks:
+            values[last.feature.name] = self._ids(last.values(rows))
+        for since in self._parts.sinces:
+            values[since.feature.name] = _none_for_nan(since.values(rows, as_of_ms))
+        for feature in self.feature_set.features:
+            if feature.gap_ms:
+                seconds, depths, gone_ms = self._parts.sessions[feature.filter, feature.gap_ms].values(rows, as_of_ms)
+                is_length = feature.kind is Kind.SESSION_LENGTH
+                values[feature.name] = seconds.tolist() if is_length else depths.tolist()
+                until_ms = np.minimum(until_ms, gone_ms)
+        return FeatureColumns({each.name: values[each.name] for each in self.feature_set.features}, until_ms, estimated)
+
+    def _wanted(self, chosen: Filter) -> list[tuple[str, Bool]]:
+        """Return, per attribute of the filter, whether each of its codes counts."""
+        names = self._attributes.names
+        return [(each, np.isin(np.array(names.get(each, ()), object), values)) for each, values in chosen.where]
+
+    def _passes(self, chosen: Filter, actions: Actions, places: I64) -> Bool:
+        """Return which events pass the filter [E]."""
+        by_action, by_surface, wanted = self._codes[chosen]
+        passes = np.ones(len(actions), np.bool_)
+        if by_action is not None:
+            passes &= by_action[actions["action"]]
+        if by_surface is not None:
+            passes &= by_surface[actions["surface"]]
+        for attribute, counts in wanted:
+            codes = _codes(self._attributes.codes[attribute], places)
+            passes &= (codes >= 0) & counts[np.maximum(codes, 0)] if len(counts) else False
+        return passes
+
+    def _ranked(self, group: str, codes: I64, totals: Any) -> list[Any]:
+        """Return per user a list of [name, number]."""
+        names = self._attributes.names[group]
+        by_user: list[list[int]] = codes.tolist()
+        by_lane: list[list[float]] = totals.tolist()
+        return [
+            [[names[code], number] for code, number in zip(row, numbers, strict=True) if code != FREE]
+            for row, numbers in zip(by_user, by_lane, strict=True)
+        ]
+
+    def _ids(self, items: I64) -> list[Any]:
+        """Return per user a list of item ids; an item without a known id is shown by its key, in hexadecimal."""
+        places = self._attributes.places(items.reshape(-1)).reshape(items.shape)
+        ids = self._attributes.ids
+        return [
+            [
+                ids[place] if place >= 0 else f"{key & (2**64 - 1):016x}"
+                for key, place in zip(row, at, strict=True)
+                if key
+            ]
+            for row, at in zip(items.tolist(), places.tolist(), strict=True)
+        ]
+
+
+def _table(names: tuple[str, ...]) -> Bool | None:
+    """Return whether each code counts [65536], None if all do."""
+    if not names:
+        return None
+    table = np.zeros(65_536, np.bool_)
+    table[[name_code(name) for name in names]] = True
+    return table
+
+
+def _codes(codes: I64, places: I64) -> I64:
+    """Return the code of the item at each place, -1 where the item is not known."""
+    return np.where(places >= 0, codes[np.maximum(places, 0)], -1) if len(codes) else np.full(len(places), -1)
+
+
+def _none_for_nan(column: F64) -> list[float | None]:
+    return [None if math.isnan(each) else each for each in column.tolist()]

@@ -1,0 +1,183 @@
+"""Every kind of feature agrees with the model, whatever the order of the events and their division into batches."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder.actions.columns import ACTION_DTYPE, item_key, name_code
+from infra.harness.feature_model import Event, values
+from streams.core.features.definitions import DAY_MS, HOUR_MS, parse_features
+from streams.core.features.state import Attributes, FeatureState
+
+TOML = """
+[[feature]]
+name = "views"
+kind = "count"
+actions = ["view"]
+window = "1h"
+[[feature]]
+name = "watched"
+kind = "sum"
+of = "duration"
+window = "7d"
+[[feature]]
+name = "price"
+kind = "mean"
+of = "value"
+window = "28d"
+where = { color = ["red", "blue"] }
+[[feature]]
+name = "items"
+kind = "distinct"
+of = "item"
+window = "7d"
+[[feature]]
+name = "surfaces"
+kind = "distinct"
+of = "surface"
+window = "1h"
+[[feature]]
+name = "last"
+kind = "last_k"
+k = 3
+[[feature]]
+name = "last_home"
+kind = "last_k"
+k = 2
+surfaces = ["home"]
+[[feature]]
+name = "since"
+kind = "seconds_since"
+actions = ["buy"]
+[[feature]]
+name = "length"
+kind = "session_length"
+gap = "30m"
+[[feature]]
+name = "depth"
+kind = "session_depth"
+gap = "30m"
+[[feature]]
+name = "top"
+kind = "top_k"
+group = "color"
+window = "28d"
+k = 2
+[[feature]]
+name = "affinity"
+kind = "decayed_affinity"
+group = "color"
+half_life = "3d"
+k = 2
+"""
+TABLES: list[dict[str, Any]] = tomllib.loads(TOML)["feature"]
+COLORS = ["red", "blue", "green", "black"]
+ITEMS = {f"item-{number}": {"color": COLORS[number % 4]} if number % 5 else {} for number in range(12)}
+ATTRIBUTES = Attributes.of(ITEMS)
+FEATURES = parse_features(TOML, ATTRIBUTES.names)
+USERS = 2
+START_MS = 20_000 * DAY_MS
+SPANS_MS = (HOUR_MS, 2 * DAY_MS, 40 * DAY_MS)
+EVENT = st.builds(
+    Event,
+    item=st.sampled_from(list(ITEMS)),
+    action=st.sampled_from(["buy", "view"]),
+    timestamp_ms=st.one_of(
+        *(st.integers(START_MS + SPANS_MS[-1] - span, START_MS + SPANS_MS[-1]) for span in SPANS_MS)
+    ),
+    surface=st.sampled_from(["", "home", "search"]),
+    duration_ms=st.integers(0, 10_000),
+    value=st.one_of(st.none(), st.floats(-1e3, 1e3)),
+)
+
+
+def add(state: FeatureState, batch: list[tuple[int, Event]]) -> None:
+    """Add events, each with its user's row."""
+    actions = np.zeros(len(batch), ACTION_DTYPE)
+    actions["item"] = [item_key(event.item) for _, event in batch]
+    actions["action"] = [name_code(event.action) for _, event in batch]
+    actions["surface"] = [name_code(event.surface) for _, event in batch]
+    actions["timestamp_ms"] = [event.timestamp_ms for _, event in batch]
+    actions["duration_ms"] = [event.duration_ms for _, event in batch]
+    numbers = np.array([math.nan if event.value is None else event.value for _, event in batch], np.float64)
+    state.add(np.array([row for row, _ in batch], np.int64), actions, numbers)
+
+
+def agrees(found: Any, wanted: Any) -> bool:
+    """Return whether a value is that of the model: numbers to 1e-9, anything else exactly."""
+    if isinstance(wanted, float):
+        return found is not None and math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-9)
+    if isinstance(wanted, list) and wanted and isinstance(wanted[0], tuple):
+        pairs = zip(found, wanted, strict=True)
+        return len(found) == len(wanted) and all(f[0] == w[0] and agrees(f[1], w[1]) for f, w in pairs)
+    return bool(found == wanted)
+
+
+def near_tie(value: Any) -> bool:
+    """Return whether a ranking of the model has two equal sums, whose order rounding may change."""
+    numbers = [number for _, number in value]
+    return any(math.isclose(a, b, rel_tol=1e-9) for a, b in pairwise(numbers))
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=40),
+    st.lists(st.integers(0, 40), max_size=4),
+    st.sampled_from([0, 1, 299_999, 30 * 60_000, HOUR_MS, DAY_MS - 1, 7 * DAY_MS, 60 * DAY_MS]),
+)
+def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: list[int], later_ms: int) -> None:
+    """All twelve features of users, after any events, are those of a plain list of these events."""
+    batch = [(row, replace(event, arrival=arrival)) for arrival, (row, event) in enumerate(batch)]
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS)
+    for low, high in pairwise([0, *sorted(min(cut, len(batch)) for cut in cuts), len(batch)]):
+        add(state, batch[low:high])
+    newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
+    as_of_ms = np.full(USERS, newest_ms + 1 + later_ms)
+    columns = state.values(np.arange(USERS), as_of_ms)
+    for user in range(USERS):
+        events = [event for row, event in batch if row == user]
+        wanted = values(TABLES, events, int(as_of_ms[user]), ITEMS)
+        for name, value in wanted.items():
+            found = columns.values[name][user]
+            tie = name == "affinity" and near_tie(
+                values(
+                    [{**table, "k": 9} for table in TABLES if table["name"] == name], events, int(as_of_ms[user]), ITEMS
+                )[name]
+            )
+            assert tie or agrees(found, value), (name, found, value)
+
+
+def test_an_estimate_says_so_and_is_near() -> None:
+    """With 5,000 items in the window and room for 64, the count is an estimate within a few standard errors."""
+    state = FeatureState(FEATURES, ATTRIBUTES, 1)
+    rng = np.random.default_rng(7)
+    for _ in range(10):
+        batch = [
+            (0, Event(f"i{rng.integers(5_000)}", "view", START_MS + int(rng.integers(DAY_MS)))) for _ in range(2_000)
+        ]
+        add(state, batch)
+    columns = state.values(np.zeros(1, np.int64), np.array([START_MS + DAY_MS]))
+    assert columns.estimated["items"].tolist() == [True]
+    assert abs(columns.values["items"][0] / 4_900 - 1) < 4 / math.sqrt(64)
+    later = state.values(np.zeros(1, np.int64), np.array([START_MS + 30 * DAY_MS]))
+    assert later.values["items"] == [0]
+    assert later.estimated["items"].tolist() == [False]
+
+
+def test_a_cleared_user_begins_anew() -> None:
+    """After `clear` a user's values are those of a user without events."""
+    state = FeatureState(FEATURES, ATTRIBUTES, 2)
+    add(state, [(row, Event("item-1", "buy", START_MS + n, "home", 5, 1.0)) for row in range(2) for n in range(5)])
+    state.clear(np.array([0]))
+    found = state.values(np.arange(2), np.full(2, START_MS + 10)).values
+    nothing = values(TABLES, [], START_MS + 10, ITEMS)
+    assert {name: column[0] for name, column in found.items()} == nothing
+    assert all(column[1] != nothing[name] for name, column in found.items() if name != "views")
