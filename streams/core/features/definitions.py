@@ -19,14 +19,14 @@ After the tiles of Chronon (Airbnb), whose windows are rounded in the same way.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import msgspec
 from xxhash import xxh3_64_hexdigest
 
 from streams.errors import CannotStart
@@ -145,7 +145,7 @@ class Feature:
     @property
     def key(self) -> str:
         """Text that is equal for two features exactly if they keep the same state; the name is not part of it."""
-        return msgspec.json.encode({**msgspec.to_builtins(self), "name": ""}, order="sorted").decode()
+        return json.dumps({**asdict(self), "name": ""}, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +159,7 @@ class FeatureSet:
     @property
     def version(self) -> str:
         """Hash of every definition, which records and state carry."""
-        document = {"features": msgspec.to_builtins(self.features), "attributes": self.attributes}
-        return xxh3_64_hexdigest(msgspec.json.encode(document, order="sorted"))
+        return xxh3_64_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
     @property
     def longest_ms(self) -> int:

@@ -120,7 +120,7 @@ class TopK(Ranking):
         begin = (as_of_ms - feature.window_ms) // feature.hop_ms
         hops = self.hops[rows].astype(np.int64)
         inside = hops >= begin[:, None]  # [U, T]
-        counts: I64 = self.counts[rows] * inside[:, None, :]  # [U, L, T]
+        counts = np.where(inside[:, None, :], self.counts[rows].astype(np.int64), 0)  # [U, L, T]
         codes, best = self._first_k(self.lanes.keys[rows], counts.sum(axis=2, dtype=np.float64))
         used = counts.sum(axis=1) > 0  # [U, T]
         oldest = np.where(used, hops, NEVER_MS // feature.hop_ms - feature.tiles).min(axis=1)

@@ -228,16 +228,12 @@ class FeatureState:
 
     def _ids(self, items: I64) -> list[Any]:
         """Return per user a list of item ids; an item without a known id is shown by its key, in hexadecimal."""
-        places = self._attributes.places(items.reshape(-1)).reshape(items.shape)
         ids = self._attributes.ids
-        return [
-            [
-                ids[place] if place >= 0 else f"{key & (2**64 - 1):016x}"
-                for key, place in zip(row, at, strict=True)
-                if key
-            ]
-            for row, at in zip(items.tolist(), places.tolist(), strict=True)
-        ]
+        known: list[int] = self._attributes.places(items.reshape(-1)).tolist()
+        keys: list[int] = items.reshape(-1).tolist()
+        shown = [ids[at] if at >= 0 else f"{key % 2**64:016x}" for key, at in zip(keys, known, strict=True)]
+        counts: list[int] = (items != 0).sum(axis=1).tolist()  # an absent item comes after all others
+        return [shown[items.shape[1] * user : items.shape[1] * user + count] for user, count in enumerate(counts)]
 
 
 def _table(names: tuple[str, ...]) -> Bool | None:
