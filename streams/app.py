@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -187,9 +187,9 @@ class WorkerApp:
             settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._limits)), [])),
         }
 
-    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
-        """Return what this encoder version has published from output offset `offset` on, from the source of that id."""
-        return await self.outputs.published_since(partition, offset, self.runtime.version, source_id)
+    def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
+        """Yield what this encoder version has published from output offset `offset` on, from the source of that id."""
+        return self.outputs.published_since(partition, offset, self.runtime.version, source_id)
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Begin to process a partition."""

@@ -27,7 +27,7 @@ from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
 from streams.storage.reader import read_users
-from streams.storage.store import StoreDamaged
+from streams.storage.store import NO_NOTE, StoreDamaged
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
@@ -238,6 +238,7 @@ class Ingest:
             state.evict(len(cold), spare=users)
         try:
             read = read_users(owned.store, cold, state.limits)
+            noted = owned.store.noted(cold) if owned.has_notes else []
         except StoreDamaged as damage:
             logger.error("%s: %s", owned.tp, damage)
             await self._partitions.rebuild(owned)
@@ -245,6 +246,9 @@ class Ingest:
         if read.corrupt and not await self._quarantine(owned, read.corrupt):
             return False
         state.load(cold, read.stored)
+        if noted:
+            rows = [row for row, offset in enumerate(noted) if offset != NO_NOTE]
+            state.seed_published([cold[row] for row in rows], np.array([noted[row] for row in rows], np.int64))
         return True
 
     async def _wait_room(self, owned: OwnedPartition, users: int) -> None:

@@ -103,9 +103,10 @@ class PartitionState:
             return
         rows = self._sequences.load(users, stored, self._phases_ms(users))
         self._enter(rows)
-        for index, user in enumerate(users if self._published else ()):
-            if user in self._published:
-                self._mark_published(rows[index : index + 1], self._published.pop(user))
+        known = [index for index, user in enumerate(users) if user in self._published] if self._published else []
+        if known:
+            offsets = [self._published.pop(users[index]) for index in known]
+            self._mark_published(rows[known], np.array(offsets, np.int64))
 
     def evict(self, room: int, *, spare: Sequence[bytes] = ()) -> int:
         """Make room for at least `room` users, as far as clean, idle users allow; return how many were evicted.
@@ -243,20 +244,20 @@ class PartitionState:
         self._delay(users, "in_job", now_ms + delay_ms)
 
     def seed_published(self, users: Sequence[bytes], offsets: I64) -> None:
-        """Record up to which source offsets the output topic holds embeddings of `users` by this encoder version.
+        """Record up to which source offsets the output topic holds embeddings of distinct `users` by this encoder.
 
         A replay up to there publishes nothing again (invariant 5: monotone). `fire_timers` asks for the cold users
         among them to be loaded, and loading writes the offset into their state. Until then `has_unseen_outputs` is
         true, and a checkpoint's mark must not pass these outputs.
         """
+        hot = self._hot(users)
+        if len(hot):
+            self._mark_published(self._sequences.rows_of([users[index] for index in hot.tolist()]), offsets[hot])
         cold = self.missing(users)
         self._deadlines.add_cold(cold, np.zeros(len(cold), np.int64))
-        for user, offset in zip(users, offsets.tolist(), strict=True):
-            row = self._sequences.row_of.get(user)
-            if row is None:
-                self._published[user] = max(offset, self._published.get(user, -1))
-            else:
-                self._mark_published(np.array([row]), offset)
+        for index in np.delete(np.arange(len(users)), hot).tolist() if cold else ():
+            user = users[index]
+            self._published[user] = max(int(offsets[index]), self._published.get(user, -1))
 
     # -- checkpoints
 
@@ -350,19 +351,17 @@ class PartitionState:
         """Return the indices of those of `users` that are in memory."""
         return np.array([index for index, user in enumerate(users) if user in self._sequences.row_of], np.int64)
 
-    def _mark_published(self, row: I64, offset: int) -> None:
-        """Record in the state of one user, `row` [1], that an embedding up to `offset` is in the output topic."""
-        headers, live = self._sequences.columns(row)
-        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offset)
-        if headers["due_offset"] <= offset:
-            headers["reason"] = 0
-        if headers["applied_offset"] <= offset:
-            headers["unencoded"] = 0
+    def _mark_published(self, rows: I64, offsets: I64) -> None:
+        """Record in the state of distinct users that embeddings up to `offsets` are in the output topic."""
+        headers, live = self._sequences.columns(rows)
+        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
+        headers["reason"] = np.where(headers["due_offset"] <= offsets, 0, headers["reason"])
+        headers["unencoded"] = np.where(headers["applied_offset"] <= offsets, 0, headers["unencoded"])
         # While unencoded actions remain, the deadline stays as it was: it may fire early, never late.
-        if not headers["reason"] and not (headers["unencoded"] and self.policy.has_timers):
-            headers["due_ms"] = NEVER
+        waits = (headers["reason"] != 0) | ((headers["unencoded"] != 0) & self.policy.has_timers)
+        headers["due_ms"] = np.where(waits, headers["due_ms"], NEVER)
         live["dirty"] = True
-        self._sequences.put(row, headers, live)
+        self._sequences.put(rows, headers, live)
 
     def _end_job(self, rows: I64, offsets: I64) -> None:
         """Clear `in_job`, except of users whose latest job is a later one."""

@@ -106,6 +106,9 @@ class CheckpointedPartitions(Service):
             self.halted.note_progress(owned.tp.partition)
         owned.committed_offset, owned.failing_since = mark.source_offset, None
         owned.mark_is_outdated = False
+        if owned.notes_until and not owned.has_notes:
+            owned.store.drop_notes()
+            owned.notes_until = 0
         self._metrics.checkpoint_seconds.observe(time.monotonic() - started)
         self._metrics.changelog_records.inc(records)
         self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)

@@ -10,7 +10,7 @@ Source and output topic have the same number of partitions, so a user has the sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,19 +43,23 @@ RECORD_BYTES_MAX = 64 << 20
 """Limit of the client, far above aiokafka's default of 1 MB: a rejected action may be large, and the broker decides."""
 
 
+PAGE_RECORDS = 1_000
+"""Records of the output topic that are decoded at a time, in about 10 ms."""
+
+
 class RecordTooLarge(CannotStart):
     """A topic accepts no record of the size that the worker will have to write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Outputs of one encoder version in one partition of the output topic, from some offset on."""
+    """A page of what one encoder version has published in one partition of the output topic."""
 
     users: list[bytes]
     source_offsets: I64
     """[U] newest published source offset of each user."""
     end: int
-    """Offset after the last record of the partition."""
+    """Offset in the output topic after the page."""
     foreign: int = 0
     """Records left out because their source offsets belong to another log."""
 
@@ -190,26 +194,22 @@ class Outputs:
 
     async def published_since(
         self, partition: int, offset: int, encoder_version: str, source_id: str = ""
-    ) -> Published:
-        """Read from the output topic what this encoder version has published, from `offset` to the present end.
+    ) -> AsyncGenerator[Published]:
+        """Yield what this encoder version has published, from output offset `offset` to the present end, in pages.
 
-        Records of another source log are left out, because their offsets would hold back every new embedding.
+        The last page ends at the end of the partition. Records of another source log are left out, because their
+        offsets would hold back every new embedding.
         """
         reader = LogReader(TopicPartition(self._config.embeddings_topic, partition), self._config.client)
-        newest: dict[bytes, int] = {}
         foreign = 0
         try:
             await reader.open()
             start = offset if reader.begin <= offset <= reader.end else reader.begin  # else the topic was created again
-            async for records in reader.batches(start, records_max=10_000):
-                for record in records:
-                    source_offset, of = _source(record, encoder_version)
-                    if record.key is None or source_offset is None:
-                        continue
-                    if of and source_id and of != source_id:
-                        foreign += 1
-                    else:
-                        newest[record.key] = max(source_offset, newest.get(record.key, -1))
+            async for records in reader.batches(start, records_max=PAGE_RECORDS):
+                page = _page(records, encoder_version, source_id)
+                foreign += page.foreign
+                yield page
+            yield Published([], np.zeros(0, np.int64), reader.end)
         finally:
             await reader.close()
         if foreign:
@@ -221,7 +221,22 @@ class Outputs:
                 self._config.embeddings_topic,
                 source_id,
             )
-        return Published(list(newest), np.fromiter(newest.values(), np.int64, len(newest)), reader.end, foreign)
+
+
+def _page(records: Sequence[Any], encoder_version: str, source_id: str) -> Published:
+    """Return the newest source offset of each user in consecutive records of the output topic."""
+    newest: dict[bytes, int] = {}
+    foreign = 0
+    for record in records:
+        source_offset, of = _source(record, encoder_version)
+        if record.key is None or source_offset is None:
+            continue
+        if of and source_id and of != source_id:
+            foreign += 1
+        else:
+            newest[record.key] = max(source_offset, newest.get(record.key, -1))
+    offsets = np.fromiter(newest.values(), np.int64, len(newest))
+    return Published(list(newest), offsets, records[-1].offset + 1, foreign)
 
 
 def _source(record: Any, encoder_version: str) -> tuple[int | None, str]:

@@ -98,6 +98,8 @@ class OwnedPartition:
     """Mark that checkpoints write, with the identity of the logs; only its offsets advance."""
     mark_is_outdated: bool = False
     """True until a checkpoint has written a mark that was found in an older format or with another identity."""
+    notes_until: int = 0
+    """Source offset from which on the notes in the store mean nothing; 0 without notes (`streams.engine.published`)."""
     failing_since: float | None = None
     """Monotonic time since which every checkpoint has failed, None after one that succeeded."""
     producer_failed: bool = False
@@ -112,9 +114,18 @@ class OwnedPartition:
     """Dead letters and tombstones that must be acknowledged before a checkpoint commits the offsets of their events."""
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def has_notes(self) -> bool:
+        """True while an event may still come that a published embedding contains and the user's state does not."""
+        return self.next_offset < self.notes_until
+
     def next_mark(self) -> CheckpointMark:
-        """Return the mark of a checkpoint at the present position."""
-        return replace(self.mark, source_offset=self.next_offset, output_offset=self.output_offset)
+        """Return the mark of a checkpoint at the present position.
+
+        While there are notes, its output offset stays before the outputs that were noted, for the next owner.
+        """
+        output_offset = self.mark.output_offset if self.has_notes else self.output_offset
+        return replace(self.mark, source_offset=self.next_offset, output_offset=output_offset)
 
     def continuity(self, batch: RecordBatch) -> Continuity:
         """Return how the batch continues the partition; every record must be processed exactly once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,8 +48,8 @@ class PartitionHost(Protocol):
         """Open or create the local database at `path`."""
         ...
 
-    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
-        """Return what this encoder version has published from output offset `offset` on, from the source of that id."""
+    def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
+        """Yield what this encoder version has published from output offset `offset` on, from the source of that id."""
         ...
 
     def on_ready(self, owned: OwnedPartition) -> None:

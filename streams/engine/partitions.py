@@ -27,14 +27,17 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 from faust.types import TP
 
+from streams.core.partition_state import PartitionState
 from streams.engine.acquisition import ProvenPartitions
 from streams.engine.changelog import ChangelogProducer, Fenced
 from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import Continuity, OwnedPartition
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.engine.proof import Proven
+from streams.engine.published import Noted, note_published
 from streams.engine.restore import restore
 from streams.errors import HaltsPartition, LosesPartition, RebuildsPartition, StopsWorker
+from streams.storage.codec import CheckpointMark
 from streams.storage.identity import Identity
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
@@ -258,13 +261,25 @@ class Partitions(ProvenPartitions):
         self, source: TP, store: PartitionStore, producer: ChangelogProducer, proven: Proven
     ) -> OwnedPartition:
         state, mark = self._host.new_state(), proven.mark
-        published = await self._host.published_since(source.partition, mark.output_offset, mark.source_id)
-        state.seed_published(published.users, published.source_offsets)
+        noted = await self._note_published(state, store, mark, source.partition)
         state.seed_deadlines(store.pending())
         start = mark.source_offset
-        owned = OwnedPartition(source, state, store, producer, start, start - proven.expired, published.end, mark)
-        owned.mark_is_outdated = proven.must_write
+        owned = OwnedPartition(source, state, store, producer, start, start - proven.expired, noted.end, mark)
+        owned.mark_is_outdated, owned.notes_until = proven.must_write, noted.until
         return owned
+
+    async def _note_published(
+        self, state: PartitionState, store: PartitionStore, mark: CheckpointMark, number: int
+    ) -> Noted:
+        """Note what is published beyond the mark; raise `TimeoutError` when nothing arrives, as `_restore` does."""
+        async with self._restores, asyncio.timeout(RESTORE_STALL_S) as limit:
+
+            def on_page(notes: int) -> None:
+                self._metrics.outputs_noted.inc(notes)
+                limit.reschedule(asyncio.get_running_loop().time() + RESTORE_STALL_S)
+
+            pages = self._host.published_since(number, mark.output_offset, mark.source_id)
+            return await note_published(pages, state, store, on_page)
 
     async def _resume(self, owned: OwnedPartition) -> None:
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from streams.storage.codec import HEAD_PREFIX, MARK_KEY, CheckpointMark, decode_mark
-from streams.storage.store import DEADLINE_PREFIX, LOG_KEY, NUMBER, OFFSET_KEY, RECORDS_PER_WRITE, Record, put_record
+from streams.storage.store import (
+    DEADLINE_PREFIX,
+    LOG_KEY,
+    NOTE_PREFIX,
+    NUMBER,
+    OFFSET_KEY,
+    RECORDS_PER_WRITE,
+    Record,
+    note_of,
+    put_record,
+)
 
 
 class MemoryStore:
@@ -62,6 +72,20 @@ class MemoryStore:
         return (
             (key[1:], NUMBER.unpack(self.records[key])[0]) for key in sorted(self.records) if key[:1] == DEADLINE_PREFIX
         )
+
+    def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
+        """Note the newest source offset that the output topic holds of each of these distinct users."""
+        for user, offset, before in zip(users, offsets, self.noted(users), strict=True):
+            self.put(NOTE_PREFIX + user, NUMBER.pack(max(offset, before)))
+
+    def noted(self, users: Sequence[bytes]) -> list[int]:
+        """Return the noted source offset of each user, `NO_NOTE` without one."""
+        return [note_of(self.records.get(NOTE_PREFIX + user)) for user in users]
+
+    def drop_notes(self) -> None:
+        """Delete every note."""
+        for key in [key for key in self.records if key[:1] == NOTE_PREFIX]:
+            self.delete(key)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Set one key."""

@@ -54,6 +54,22 @@ def read_users(store: Store, users: Sequence[bytes], limits: StateLimits) -> Rea
     return Read(_assemble(heads, chunks, limits), corrupt)
 
 
+NOT_STORED = -2
+"""Encoded offset of a user without a stored head; that of a corrupt one is -1, as if nothing had been published."""
+
+
+def encoded_offsets(store: Store, users: Sequence[bytes]) -> I64:
+    """Return up to which source offset each user's stored state knows of outputs [U], `NOT_STORED` without state."""
+    keys = [head_key(user) for user in users]
+    offsets = np.full(len(users), NOT_STORED, np.int64)
+    for row, (key, value) in enumerate(zip(keys, store.get_many(keys), strict=True)):
+        if value is not None:
+            body = body_of(key, value)
+            is_whole = body is not None and len(body) >= HEAD_BYTES
+            offsets[row] = np.frombuffer(body or b"", HEADER_DTYPE, 1)["encoded_offset"][0] if is_whole else -1
+    return offsets
+
+
 @dataclass(frozen=True, slots=True)
 class _Heads:
     headers: Columns

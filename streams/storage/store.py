@@ -1,6 +1,6 @@
 """The durable state of one partition on local disk: RocksDB as a cache of the changelog partition.
 
-A store holds the changelog's records under their own keys, and three kinds of local records:
+A store holds the changelog's records under their own keys, and four kinds of local records:
 
 - `o`: the *changelog offset*. Every record up to it is in the store. It is written with the last batch of a write only:
   a crash between batches leaves records that are newer than the offset. The restore then reads the changelog from the
@@ -8,6 +8,8 @@ A store holds the changelog's records under their own keys, and three kinds of l
 - `l`: the *log id*, which identifies the changelog topic that the records come from. It is written before any record. A
   store written before version 2 of the mark has none.
 - `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
+- `n` + user id: a *note* of the newest source offset that the output topic holds of a user without a record here. Notes
+  are made when the partition is acquired, and mean nothing later than the replay that they are for.
 
 Unreadable files are noticed on opening or later, while the store is in use. A file named `DAMAGED` is then left beside
 them, so that the next `open`, even after a crash, raises and the store is rebuilt.
@@ -62,6 +64,10 @@ LOG_KEY = b"l"
 """Key of the log id; local only."""
 DEADLINE_PREFIX = b"p"
 """First byte of the key of a deadline; the user id follows."""
+NOTE_PREFIX = b"n"
+"""First byte of the key of a note; the user id follows. No other key begins with it, so all are deleted as a range."""
+NO_NOTE = -1
+"""Source offset of a user without a note."""
 DAMAGED = "DAMAGED"
 """Name of the file that marks a store as damaged."""
 NUMBER = struct.Struct("<q")
@@ -114,6 +120,18 @@ class Store(Protocol):
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
+        ...
+
+    def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
+        """Note the newest source offset that the output topic holds of each of these distinct users."""
+        ...
+
+    def noted(self, users: Sequence[bytes]) -> list[int]:
+        """Return the noted source offset of each user, `NO_NOTE` without one."""
+        ...
+
+    def drop_notes(self) -> None:
+        """Delete every note."""
         ...
 
 
@@ -226,6 +244,24 @@ class PartitionStore:
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
         return ((key[1:], NUMBER.unpack(value)[0]) for key, value in self._scan(DEADLINE_PREFIX))
 
+    def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
+        """Note the newest source offset that the output topic holds of each of these distinct users."""
+        batch = WriteBatch(raw_mode=True)
+        for user, offset, before in zip(users, offsets, self.noted(users), strict=True):
+            batch.put(NOTE_PREFIX + user, NUMBER.pack(max(offset, before)))
+        self._write(batch)
+
+    def noted(self, users: Sequence[bytes]) -> list[int]:
+        """Return the noted source offset of each user, `NO_NOTE` without one."""
+        return [note_of(value) for value in self.get_many([NOTE_PREFIX + user for user in users])]
+
+    def drop_notes(self) -> None:
+        """Delete every note."""
+        if self._reading(partial(self._page, NOTE_PREFIX, NOTE_PREFIX, 1)):
+            batch = WriteBatch(raw_mode=True)
+            batch.delete_range(NOTE_PREFIX, bytes((NOTE_PREFIX[0] + 1,)))
+            self._write(batch)
+
     def flush(self) -> None:
         """Make everything that was written survive a crash of this process."""
         self._db.flush()
@@ -253,12 +289,12 @@ class PartitionStore:
             yield from page
             start = page[-1][0] + b"\x00"
 
-    def _page(self, start: bytes, prefix: bytes) -> list[tuple[bytes, bytes]]:
+    def _page(self, start: bytes, prefix: bytes, users_max: int = SCAN_USERS) -> list[tuple[bytes, bytes]]:
         rows = self._db.iter()
         try:
             rows.seek(start)
             page: list[tuple[bytes, bytes]] = []
-            while len(page) < SCAN_USERS and rows.valid() and rows.key()[:1] == prefix:
+            while len(page) < users_max and rows.valid() and rows.key()[:1] == prefix:
                 page.append((rows.key(), rows.value()))
                 rows.next()
             rows.status()  # raises if the scan ended at an unreadable block, which looks like the end
@@ -279,6 +315,11 @@ class PartitionStore:
     def _mark_damaged(self) -> None:
         with suppress(OSError):
             Path(self._db.path(), DAMAGED).touch()
+
+
+def note_of(value: bytes | None) -> int:
+    """Return the source offset in a note, `NO_NOTE` without one."""
+    return NO_NOTE if value is None else int(NUMBER.unpack(value)[0])
 
 
 class _Puts(Protocol):

@@ -330,6 +330,11 @@ class Metrics:
             "streamformer_former_stores_deleted_total",
             "Local databases deleted because their partition moved to another worker long enough ago.",
         )
+        self.outputs_noted = Counter(
+            "streamformer_outputs_noted_total",
+            "Published users without state that were noted on disk while a partition was acquired, so that a replay "
+            "does not publish them again.",
+        )
         self.restored_records = Counter("streamformer_restored_records_total", "Changelog records read by restores.")
         self.restore_remaining = Gauge(
             "streamformer_restore_remaining_records", "Changelog offsets left to restore.", "partition"

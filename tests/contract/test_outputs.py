@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import aiokafka
+import numpy as np
 import pytest
 from aiokafka.errors import MessageSizeTooLargeError
 from kafka.admin import KafkaAdminClient, NewTopic
@@ -80,7 +81,7 @@ def test_published_since_an_offset(config: OutputsConfig, offset: int, expected:
         await outputs.start()
         try:
             assert await outputs.publish_tombstones(0, [encode_tombstone(b"ann", 7), encode_tombstone(b"ben", 9)]) == 2
-            return (await outputs.published_since(0, offset, "any")).users
+            return [user async for page in outputs.published_since(0, offset, "any") for user in page.users]
         finally:
             await outputs.stop()
 
@@ -120,7 +121,8 @@ def test_a_partition_is_published_to_again_after_refusals(config: OutputsConfig)
         async with asyncio.timeout(5):
             assert await forgotten == 2
         assert (outputs.unacknowledged_s(0), outputs.last_error(0)) == (0.0, None)
-        assert (await outputs.published_since(0, 0, "any")).source_offsets.tolist() == [1, 3]
+        offsets = [page.source_offsets async for page in outputs.published_since(0, 0, "any")]
+        assert np.concatenate(offsets).tolist() == [1, 3]
 
     with_outputs(config, scenario)
 
@@ -135,7 +137,9 @@ def test_no_producer_counts_further_than_it_may(config: OutputsConfig) -> None:
         )
         assert ends == list(range(1, 41))
         assert outputs._metrics.output_producers.value() == 6
-        assert (await outputs.published_since(0, 0, "any")).users == users
+        pages = [page async for page in outputs.published_since(0, 0, "any")]
+        assert [user for page in pages for user in page.users] == users
+        assert pages[-1].end == 40
 
     with_outputs(replace(config, records_per_producer_max=7), scenario)
 

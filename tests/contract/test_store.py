@@ -16,7 +16,7 @@ import pytest
 from streams.core.layout import NEVER, StateLimits, new_headers
 from streams.storage.codec import CheckpointMark, encode_mark, head_key, seal
 from streams.storage.memory_store import MemoryStore
-from streams.storage.store import RECORDS_PER_WRITE, PartitionStore, Record, StoreDamaged, StoreLocked
+from streams.storage.store import NO_NOTE, RECORDS_PER_WRITE, PartitionStore, Record, StoreDamaged, StoreLocked
 
 LIMITS = StateLimits()
 AnyStore = PartitionStore | MemoryStore
@@ -52,6 +52,21 @@ def test_a_new_store_is_empty(store: AnyStore) -> None:
     """An empty store has no changelog offset, no mark, no users and no deadlines."""
     assert (store.changelog_offset, store.mark(), list(store.heads()), list(store.pending())) == (None, None, [], [])
     assert store.log_id == ""
+
+
+def test_notes_are_kept_apart_and_deleted_together(store: AnyStore) -> None:
+    """The newest offset of a user counts; notes are no users, deadlines or marks, and nothing else goes with them."""
+    store.claim("cluster/topic-1")
+    store.write([head(b"ann", due_ms=7)], 3)
+    store.note([b"ann", b"bob"], [5, 6])
+    store.note([b"bob", b"ann"], [4, 9])
+    assert store.noted([b"ann", b"bob", b"cat"]) == [9, 6, NO_NOTE]
+    for _ in range(2):
+        assert [user for user, _ in store.heads()] == [b"ann"]
+        assert list(store.pending()) == [(b"ann", 7)]
+        assert (store.changelog_offset, store.log_id, store.mark()) == (3, "cluster/topic-1", None)
+        store.drop_notes()
+    assert store.noted([b"ann", b"bob"]) == [NO_NOTE, NO_NOTE]
 
 
 def test_the_log_id_is_kept(store: AnyStore) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,9 @@ class Starts:
         """Open the local database."""
         return PartitionStore.open(path, cache=Cache(1 << 20))
 
-    async def published_since(self, partition: int, offset: int, source_id: str) -> Published:
+    async def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
         """Report that nothing was published."""
-        return Published([], np.zeros(0, np.int64), 0)
+        yield Published([], np.zeros(0, np.int64), 0)
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Compare everything in the local database with what was committed."""

@@ -108,7 +108,8 @@ class Site:
         self.partitions, self.queue, self.metrics = Partitions(self.owned), Queue(), Metrics()
         parts: Any = (self.partitions, self.queue, None, self.metrics)
         self.ingest = Ingest(*parts, limits=DecodeLimits(), checkpoint_events_max=10**9, now_ms=lambda: NOW_MS)
-        self.ingest.add(self.owned, anything)
+        jobs: Any = object()
+        self.ingest.add(self.owned, jobs)
         self.most_hot = 0
         self.positions: list[int] = []
         self.longest_s = 0.0
@@ -202,6 +203,17 @@ def test_the_rest_of_a_batch_is_left_when_the_partition_is_lost_or_paused() -> N
         asyncio.run(site.feed(batch_of(["ann"] * 100), meanwhile=meanwhile))
         assert site.owned.next_offset == 32
         assert site.metrics.events.value() == 32
+
+
+def test_a_replay_publishes_nothing_that_a_note_covers() -> None:
+    """A noted user is due for actions after the note only; others, and those after the end of the notes, as always."""
+    site = Site(16, TriggerPolicy())
+    site.owned.store.note([b"ann", b"bob"], [1, 5])
+    site.owned.notes_until = 6
+    asyncio.run(site.feed(batch_of(["ann", "ann", "cat", "bob"])))
+    assert site.queue.users == [b"cat"]
+    asyncio.run(site.feed(batch_of(["ann", "bob", "bob"], begin=4)))
+    assert site.queue.users == [b"cat", b"ann", b"bob"]
 
 
 def test_shares_of_the_users_in_memory_never_exceed_the_limit_of_the_worker() -> None:

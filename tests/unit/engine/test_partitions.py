@@ -16,6 +16,8 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
 from streams.engine.partitions import Partitions
+from streams.storage.memory_store import MemoryStore
+from streams.storage.store import NO_NOTE
 from streams.telemetry.metrics import Metrics
 from tests.unit.core.build import state_of
 
@@ -271,5 +273,29 @@ def test_a_failed_checkpoint_fences_nobody_once_the_worker_has_left_its_group(
         app.is_member = True
         await partitions.checkpoint(owned)
         assert fenced == ["fenced"]
+
+    asyncio.run(scenario())
+
+
+def test_notes_are_deleted_by_the_checkpoint_that_has_passed_them(
+    tmp_path: Path, fenced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that they stay: events that they are for are still to come."""
+
+    async def scenario() -> None:
+        async def written(*args: Any) -> int:
+            return 1
+
+        monkeypatch.setattr(checkpoints, "checkpoint", written)
+        partitions, _, _ = partitions_in(tmp_path)
+        owned: Any = owned_by(partitions)
+        owned.store, owned.producer.bytes_written, owned.notes_until = MemoryStore(), 0, 42
+        owned.store.note([b"ann"], [41])
+        for position, noted in ((41, [41]), (42, [NO_NOTE])):
+            owned.next_offset = position
+            await partitions.checkpoint(owned)
+            assert owned.committed_offset == position
+            assert owned.store.noted([b"ann"]) == noted
+        assert owned.notes_until == 0
 
     asyncio.run(scenario())
