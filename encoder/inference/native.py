@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +23,17 @@ from torch import Tensor, nn
 
 from encoder.arrays import F32, I64, U8
 from encoder.attention import rope_periods
-from encoder.inference.build import load_library
+from encoder.compiled import Kernel, load_library
 from encoder.inference.kernel import Geometry
 from encoder.inference.plan import Plan
 from encoder.model import TimeEncoding
 
+FOLDER = Path(__file__).parent
+KERNEL = Kernel(
+    FOLDER / "kernel.cpp",
+    (FOLDER / "vectors.h", FOLDER / "attention.h"),
+    "the encoder runs on plain torch, several times slower",
+)
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _SIGNATURES = {
@@ -60,7 +67,7 @@ class Library:
             "ROW": _NAMES[geometry.rows],
             "CELL": _NAMES[geometry.cells],
         }
-        library = load_library(definitions)
+        library = load_library(KERNEL, definitions)
         return cls(geometry, library) if library else None
 
     def block_bytes(self) -> list[int]:

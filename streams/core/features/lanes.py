@@ -38,14 +38,10 @@ class Lanes:
         self.keys[rows] = FREE
 
 
-def first_per_row(rows: I64, keys: I64) -> I64:
-    """Return the index of the least key of each row.
-
-    >>> first_per_row(np.array([1, 0, 1]), np.array([5, 7, 2])).tolist()
-    [1, 2]
-    """
-    order = np.lexsort((keys, rows))
-    return order[run_starts(rows[order])]
+def hashed(ids: I64) -> I64:
+    """Return ids as numbers below 2^32, FREE for 0, which stands for no id."""
+    numbers = (ids.astype(np.uint64) * MIX >> np.uint64(32)).astype(np.int64)
+    return np.where(ids == 0, FREE, numbers)
 
 
 class Distinct:
@@ -71,10 +67,9 @@ class Distinct:
 
     def add(self, events: Events) -> None:
         """Add events, in any order."""
-        ids = events.items if self.feature.of == "item" else events.surfaces
-        counts = events.selected(self.feature.filter) & (ids != 0)
-        rows, ids = events.rows[counts], ids[counts]
-        keys = (ids.astype(np.uint64) * MIX >> np.uint64(32)).astype(np.int64)
+        keys = hashed(events.items if self.feature.of == "item" else events.surfaces)
+        counts = events.selected(self.feature.filter) & (keys != FREE)
+        rows, keys = events.rows[counts], keys[counts]
         hops = (events.timestamp_ms[counts] // self.feature.hop_ms).astype(np.int32)
         np.maximum.at(self.newest, rows, hops)
         self._recover(rows)

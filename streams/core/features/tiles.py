@@ -95,10 +95,11 @@ class Ring:
         ]
         self.accumulators = tuple(dict.fromkeys(wanted))
         self._number = {accumulator: at for at, accumulator in enumerate(self.accumulators)}
-        self._initial = np.array([INITIAL[each.statistic] for each in self.accumulators])  # [A]
+        self.initial = np.array([INITIAL[each.statistic] for each in self.accumulators])  # [A]
         self.hops = np.full((rows, self.tiles), EMPTY, np.int32)
-        self.numbers = np.empty((len(self.accumulators), rows * self.tiles))
-        self.numbers[:] = self._initial[:, None]
+        self.numbers = np.empty((rows * self.tiles, len(self.accumulators)))
+        """Numbers of each cell, side by side: an event touches one place in memory per ring."""
+        self.numbers[:] = self.initial
 
     def add(self, events: Events) -> None:
         """Add events, in any order."""
@@ -109,7 +110,7 @@ class Ring:
         np.maximum.at(held, cells, hops)
         newest = held[cells]
         begun = cells[newest > before]
-        self.numbers[:, begun] = self._initial[:, None]
+        self.numbers[begun] = self.initial
         fits = hops == newest
         for accumulator, at in self._number.items():
             counts = fits & events.selected(accumulator.filter)
@@ -117,12 +118,12 @@ class Ring:
                 number = events.numbers[accumulator.of]
                 counts &= ~np.isnan(number)
             added = 1.0 if accumulator.statistic is Statistic.COUNT else number[counts]
-            MERGE[accumulator.statistic].at(self.numbers[at], cells[counts], added)
+            MERGE[accumulator.statistic].at(self.numbers[:, at], cells[counts], added)
 
     def clear(self, rows: I64) -> None:
         """Forget everything of these users."""
         self.hops[rows] = EMPTY
-        self.numbers.reshape(len(self.accumulators), -1, self.tiles)[:, rows] = self._initial[:, None, None]
+        self.numbers.reshape(-1, self.tiles, len(self.accumulators))[rows] = self.initial
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[dict[str, F64], I64]:
         """Return the values [U] by feature name, and when [U] the first of them changes without an event.
@@ -130,7 +131,7 @@ class Ring:
         NaN stands for "none": the mean, least or greatest of no number.
         """
         hops = self.hops[rows].astype(np.int64)  # [U, T]
-        numbers = self.numbers.reshape(len(self.accumulators), -1, self.tiles)[:, rows]  # [A, U, T]
+        numbers = self.numbers.reshape(-1, self.tiles, len(self.accumulators))[rows]  # [U, T, A]
         values, until_ms = {}, np.full(len(rows), NEVER_MS)
         for feature in self.features:
             begin = (as_of_ms - feature.window_ms) // self.hop_ms  # [U] first hop of the window
@@ -143,7 +144,7 @@ class Ring:
 
     def _numbers_of(self, numbers: F64, feature: Feature, statistic: Statistic) -> F64:
         """Return the tiles [U, T] of one accumulator."""
-        found: F64 = numbers[self._number[Accumulator(feature.filter, feature.of, statistic)]]
+        found: F64 = numbers[:, :, self._number[Accumulator(feature.filter, feature.of, statistic)]]
         return found
 
     def _value(self, feature: Feature, numbers: F64, counts: F64) -> F64:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from encoder.inference.build import distrust, find_compiler
+from encoder.compiled import distrust, find_compiler
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.native import Library, NativeKernel
 from encoder.inference.plan import plan_tokens, reaches

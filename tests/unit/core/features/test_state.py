@@ -9,13 +9,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.actions.columns import ACTION_DTYPE, item_key, name_code
 from infra.harness.feature_model import Event, values
 from streams.core.features.definitions import DAY_MS, HOUR_MS, parse_features
+from streams.core.features.native import AddEvents
 from streams.core.features.state import Attributes, FeatureState
+from streams.features_kernel import load_kernel
 
 TOML = """
 [[feature]]
@@ -127,16 +130,22 @@ def near_tie(value: Any) -> bool:
     return any(math.isclose(a, b, rel_tol=1e-9) for a, b in pairwise(numbers))
 
 
+KERNELS = [None, load_kernel()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["numpy", "compiled"])
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=40),
     st.lists(st.integers(0, 40), max_size=4),
     st.sampled_from([0, 1, 299_999, 30 * 60_000, HOUR_MS, DAY_MS - 1, 7 * DAY_MS, 60 * DAY_MS]),
 )
-def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: list[int], later_ms: int) -> None:
+def test_values_are_those_of_the_model(
+    kernel: AddEvents | None, batch: list[tuple[int, Event]], cuts: list[int], later_ms: int
+) -> None:
     """All twelve features of users, after any events, are those of a plain list of these events."""
     batch = [(row, replace(event, arrival=arrival)) for arrival, (row, event) in enumerate(batch)]
-    state = FeatureState(FEATURES, ATTRIBUTES, USERS)
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS, kernel)
     for low, high in pairwise([0, *sorted(min(cut, len(batch)) for cut in cuts), len(batch)]):
         add(state, batch[low:high])
     newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
@@ -155,9 +164,10 @@ def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: lis
             assert tie or agrees(found, value), (name, found, value)
 
 
-def test_an_estimate_says_so_and_is_near() -> None:
+@pytest.mark.parametrize("kernel", KERNELS, ids=["numpy", "compiled"])
+def test_an_estimate_says_so_and_is_near(kernel: AddEvents | None) -> None:
     """With 5,000 items in the window and room for 64, the count is an estimate within a few standard errors."""
-    state = FeatureState(FEATURES, ATTRIBUTES, 1)
+    state = FeatureState(FEATURES, ATTRIBUTES, 1, kernel)
     rng = np.random.default_rng(7)
     for _ in range(10):
         batch = [

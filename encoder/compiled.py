@@ -1,4 +1,4 @@
-"""Compile `kernel.cpp` into a shared library and load it; a C++ compiler is all that is needed.
+"""Compile a kernel in C++ into a shared library and load it; a C++ compiler is all that is needed.
 
 The library is built at first use for the processor at hand. It is kept in the cache folder (`$XDG_CACHE_HOME` or
 `~/.cache`) under a hash of the sources, the definitions, the compiler and the processor's features. The compiler writes
@@ -21,30 +21,37 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
-HEADERS = (SOURCE.with_name("vectors.h"), SOURCE.with_name("attention.h"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 log = logging.getLogger(__name__)
 
 
-def load_library(definitions: Mapping[str, int | str]) -> ctypes.CDLL | None:
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The sources of a library."""
+
+    source: Path
+    headers: tuple[Path, ...]
+    without: str
+    """What happens without the library, as part of a sentence in the log."""
+
+
+def load_library(kernel: Kernel, definitions: Mapping[str, int | str]) -> ctypes.CDLL | None:
     """Load the library for these definitions, building it if needed; return None and log why if that fails."""
     compiler = find_compiler()
     if compiler is None:
-        log.warning("no C++ compiler found: the encoder runs on plain torch, several times slower; install g++")
+        log.warning("no C++ compiler found: %s; install g++", kernel.without)
         return None
     try:
-        return _loaded(compiler, definitions)
+        return _loaded(compiler, kernel, definitions)
     except (OSError, subprocess.SubprocessError) as error:
         detail = " ".join(str(getattr(error, "stderr", "") or error).split())[:300]
         log.warning(
-            "cannot build the kernel: %s; the encoder runs on plain torch, several times slower; "
-            "install g++ or set CXX to a working compiler",
-            detail,
+            "cannot build the kernel: %s; %s; install g++ or set CXX to a working compiler", detail, kernel.without
         )
         return None
 
@@ -55,20 +62,20 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
 
-def _loaded(compiler: str, definitions: Mapping[str, int | str]) -> ctypes.CDLL:
+def _loaded(compiler: str, kernel: Kernel, definitions: Mapping[str, int | str]) -> ctypes.CDLL:
     """Load the library from the cache folder, or from a private one where the cache folder cannot be used."""
     try:
-        return ctypes.CDLL(str(build_library(compiler, definitions, cache_folder())))
+        return ctypes.CDLL(str(build_library(compiler, kernel, definitions, cache_folder())))
     except OSError as error:
         log.warning("the cache of compiled kernels is not used: %s; the kernel is compiled at each start", error)
     with tempfile.TemporaryDirectory(prefix="streamformer-kernel-") as folder:
-        return ctypes.CDLL(str(build_library(compiler, definitions, Path(folder))))
+        return ctypes.CDLL(str(build_library(compiler, kernel, definitions, Path(folder))))
 
 
-def build_library(compiler: str, definitions: Mapping[str, int | str], folder: Path) -> Path:
+def build_library(compiler: str, kernel: Kernel, definitions: Mapping[str, int | str], folder: Path) -> Path:
     """Return the library's file, compiled if it is not in `folder`; raises `OSError` or `SubprocessError`."""
     command = [compiler, *FLAGS, *native_flags(compiler), *(f"-D{name}={value}" for name, value in definitions.items())]
-    sources = b"\0".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    sources = b"\0".join(path.read_bytes() for path in (kernel.source, *kernel.headers))
     identity = "\0".join([*command, compiler_version(compiler), processor_features()])
     name = hashlib.sha256(sources + b"\0" + identity.encode()).hexdigest()[:24] + ".so"
     path = folder / name
@@ -79,7 +86,7 @@ def build_library(compiler: str, definitions: Mapping[str, int | str], folder: P
         log.warning("a compiled kernel is not loaded but compiled again: %s %s", path, reason)
         path.unlink()
     if not path.exists():
-        compile_to(path, command)
+        compile_to(path, [*command, str(kernel.source)])
     return path
 
 
@@ -94,11 +101,11 @@ def distrust(path: Path) -> str | None:
 
 
 def compile_to(path: Path, command: list[str]) -> None:
-    """Compile into a temporary file and rename it to `path`."""
+    """Run a compiler, its options and source complete but for the output: into a temporary file, renamed to `path`."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         beside = Path(folder) / path.name
         subprocess.run(
-            [*command, str(SOURCE), "-o", str(beside)],
+            [*command, "-o", str(beside)],
             check=True,
             capture_output=True,
             text=True,
