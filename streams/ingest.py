@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from encoder.actions.columns import ActionBatch
 from streams.core.effects import Effects
 from streams.core.merge import Outcome
 from streams.core.policy import Reason
@@ -29,6 +30,7 @@ from streams.engine.partitions import Partitions
 from streams.storage.reader import read_users
 from streams.storage.store import NO_NOTE, StoreDamaged
 from streams.telemetry.metrics import Metrics
+from streams.telemetry.times import observe_skew
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
 from streams.wire.deletions import Placement
@@ -45,6 +47,10 @@ PART_RECORDS_MAX = 8_192
 """Records that are applied at a time; a state with fewer hot users takes as many records as it has rows."""
 HOLD_AFTER_S = 1.0
 """Time for which all partitions wait for room in the state of one; then that one is held."""
+
+
+_LATE = int(Outcome.LATE)
+"""The last outcome of an event that was applied, as a plain int."""
 
 
 class InFlightLimits(NamedTuple):
@@ -125,7 +131,7 @@ class Ingest:
         owned.next_offset = end
         self._reject(owned, records, decoded)
         self._perform(owned, effects)
-        self._count(owned, len(records), effects)
+        self._count(owned, len(records), decoded.actions, effects)
         return True
 
     def _decode(self, owned: OwnedPartition, records: Sequence[Any]) -> Decoded:
@@ -305,10 +311,12 @@ class Ingest:
         if batch.fault is not None:
             self._partitions.halt(owned.tp.partition, str(batch.fault), refused=True)
 
-    def _count(self, owned: OwnedPartition, events: int, effects: Effects) -> None:
-        metrics = self._metrics
-        metrics.events.inc(events)
+    def _count(self, owned: OwnedPartition, records: int, batch: ActionBatch, effects: Effects) -> None:
+        metrics, arrival_ms, event_ms = self._metrics, batch.arrival_ms, batch.actions["timestamp_ms"]
+        metrics.events.inc(records)
         if effects.outcomes.any():  # most batches are small, and every outcome in them is APPLIED (0)
+            is_applied = effects.outcomes <= _LATE
+            arrival_ms, event_ms = arrival_ms[is_applied], event_ms[is_applied]
             for outcome, counter in (
                 (Outcome.DUPLICATE, metrics.duplicates),
                 (Outcome.LATE, metrics.late_inserted),
@@ -317,6 +325,7 @@ class Ingest:
                 (Outcome.TOMBSTONE, metrics.tombstones),
             ):
                 counter.inc(effects.count(outcome))
+        observe_skew(metrics, arrival_ms, event_ms)
         if owned.next_offset - owned.committed_offset >= self._checkpoint_events_max:
             self._partitions.checkpoint_soon(owned)
 

@@ -63,9 +63,18 @@ class ActionBatch:
     """[N] source offsets, strictly increasing."""
     is_tombstone: Bool
     """[N] whether a row deletes its user."""
+    arrival_ms: I64
+    """[N] when the broker appended each record, as far as that is known: see `streams.wire.actions`."""
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def select(self, rows: I64) -> ActionBatch:
+        """Return a batch of only these rows."""
+        users = [self.users[row] for row in rows.tolist()]
+        return ActionBatch(
+            users, self.actions[rows], self.offsets[rows], self.is_tombstone[rows], self.arrival_ms[rows]
+        )
 
 
 @dataclass(frozen=True, slots=True)

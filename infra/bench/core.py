@@ -160,7 +160,8 @@ def _batch(users: I64, rng: np.random.Generator, offset: int) -> ActionBatch:
     actions["event_id"] = rng.integers(1, 2**63, len(users))
     actions["action"] = 7
     actions["timestamp_ms"] = BEGIN_MS + offset + np.arange(len(users))
-    return ActionBatch(_names(users), actions, offset + np.arange(len(users)), np.zeros(len(users), np.bool_))
+    offsets, arrival_ms = offset + np.arange(len(users)), np.full(len(users), BEGIN_MS)
+    return ActionBatch(_names(users), actions, offsets, np.zeros(len(users), np.bool_), arrival_ms)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def verify(config: Config = None, bootstrap_servers: BootstrapServers = None, st
     Topics that work, but would lose records in a failure, are listed too; with --strict they are an error.
     """
     settings = settings_of(config, bootstrap_servers)
-    findings = verify_topics(settings).lines()
+    findings = verify_topics(settings)
     for topic in topics_of(settings):
         print(f"as it must be  {topic.name}")
-    for line in findings:
+    for line in findings.lines():
         print(line)
-    if strict and findings:
-        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}, listed above"
+    if strict and findings.count:
+        count = f"{findings.count} finding{'s' if findings.count > 1 else ''}, listed above"
         raise TopicMismatch("the topics are too weak", count, "change the topics, or verify without --strict")

@@ -42,11 +42,19 @@ class Findings:
     """What may lose records, with the remedy."""
     assumed: list[str] = field(default_factory=list)
     """What could not be verified, with the right that is missing."""
+    inexact: list[str] = field(default_factory=list)
+    """What makes a figure less exact; nothing is lost by it."""
 
     def lines(self) -> list[str]:
         """Return all findings as text."""
         weak = [f'too weak for "nothing is lost": {line}' for line in self.weak]
-        return [*weak, *(f"not verified: {line}" for line in self.assumed)]
+        assumed = [f"not verified: {line}" for line in self.assumed]
+        return [*weak, *assumed, *(f"less exact: {line}" for line in self.inexact)]
+
+    @property
+    def count(self) -> int:
+        """Number of findings that `topics verify --strict` takes for errors."""
+        return len(self.weak) + len(self.assumed)
 
 
 def findings(settings: Settings, facts: Mapping[str, TopicFacts]) -> Findings:
@@ -65,7 +73,8 @@ def findings(settings: Settings, facts: Mapping[str, TopicFacts]) -> Findings:
         f"no right to read the settings of {', '.join(unread)}: grant DESCRIBE_CONFIGS on them; their cleanup.policy "
         "and limits are assumed to be right"
     ]
-    return Findings(weak, assumed if unread else [])
+    inexact = _times(facts[names.actions]) if names.actions in facts else ()
+    return Findings(weak, assumed if unread else [], list(inexact))
 
 
 def _ours(settings: Settings) -> tuple[str, ...]:
@@ -122,6 +131,16 @@ def _retention(actions: TopicFacts) -> Iterator[str]:
         yield (
             f"{actions.name} has retention.bytes={size}, so a burst may delete events before they are read: "
             "limit it by time only (retention.bytes=-1)"
+        )
+
+
+def _times(actions: TopicFacts) -> Iterator[str]:
+    """Yield why latency cannot be measured from the broker's time."""
+    if actions.configs.get("message.timestamp.type") == "CreateTime":
+        yield (
+            f"{actions.name} has message.timestamp.type=CreateTime, so a record has the time of its producer: latency "
+            "counts from when a worker has read the record, and a deletion has the producer's time; set "
+            "message.timestamp.type=LogAppendTime"
         )
 
 

@@ -63,7 +63,7 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
     """Return every topic of the application; all have one partition count, so that a user has one partition."""
     names, partitions = settings.topics, settings.topics.partitions
     return (
-        Topic(names.actions, partitions, "delete", {"retention.ms": str(7 * DAY_MS)}, _READ),
+        Topic(names.actions, partitions, "delete", _ACTIONS_CONFIGS, _READ),
         Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE),
         Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS, _WRITE),
         Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS, _READ | _WRITE),
@@ -72,6 +72,13 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
 
 _READ, _WRITE = frozenset({"READ"}), frozenset({"WRITE"})
 
+
+# The broker's time of a record is its arrival time. A time of the producer would be as wrong as the producer's clock,
+# also for retention and for the time of a deletion.
+_ACTIONS_CONFIGS: Mapping[str, str] = {
+    "message.timestamp.type": "LogAppendTime",
+    "retention.ms": str(7 * DAY_MS),
+}
 
 # A rejected record is written whole, with more headers, so this topic accepts larger records than any other.
 _DEAD_LETTER_CONFIGS: Mapping[str, str] = {

@@ -23,6 +23,8 @@ class EncodeJob:
     """[U], event time of the newest action."""
     reasons: U8
     """[U] of `Reason`."""
+    arrival_ms: I64
+    """[U], arrival time of the event of `offsets`; LONG_AGO if it arrived before the user was loaded into memory."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -39,7 +41,9 @@ class EncodeJob:
             counts=batch.counts[rows],
             revisions=batch.revisions[rows],
         )
-        return EncodeJob(sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows])
+        return EncodeJob(
+            sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows], self.arrival_ms[rows]
+        )
 
 
 def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
@@ -60,4 +64,5 @@ def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:
         np.concatenate([job.offsets for job in jobs]),
         np.concatenate([job.newest_event_ms for job in jobs]),
         np.concatenate([job.reasons for job in jobs]),
+        np.concatenate([job.arrival_ms for job in jobs]),
     )

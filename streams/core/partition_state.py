@@ -197,7 +197,8 @@ class PartitionState:
             counts=headers["count"].copy(),
             revisions=headers["revision"].astype(np.int64),
         )
-        return EncodeJob(batch, headers["applied_offset"].copy(), live["newest_ms"].copy(), headers["reason"].copy())
+        columns = headers["applied_offset"], live["newest_ms"], headers["reason"], live["arrival_ms"]
+        return EncodeJob(batch, *(column.copy() for column in columns))
 
     def drop_outdated(self, job: EncodeJob) -> I64:
         """End the job of users forgotten or published since it began; return the rows of `job` to publish."""

@@ -34,6 +34,10 @@ from streams.errors import StopsWorker
 LIVE_DTYPE = np.dtype(
     [
         ("newest_ms", "<i8"),  # event time of the newest kept action, LONG_AGO without one
+        (
+            "arrival_ms",
+            "<i8",
+        ),  # arrival time of the last applied event, LONG_AGO if that was before the load
         ("dirty_from", "<i8"),  # first position that is not durable
         ("job_offset", "<i8"),  # source offset of the last encode job
         ("since_job_ms", "<i8"),  # processing time of the first action since that job
@@ -143,7 +147,7 @@ class SequenceState:
         live = np.zeros(len(users), LIVE_DTYPE)
         headers = stored.headers.copy()
         headers["flags"] = np.where(headers["due_ms"] != NEVER, HAD_DEADLINE, 0)
-        live["newest_ms"], live["job_offset"] = LONG_AGO, -1
+        live["newest_ms"], live["arrival_ms"], live["job_offset"] = LONG_AGO, LONG_AGO, -1
         live["phase_ms"], live["used"] = phases_ms, self._batch
         count = stored.headers["count"]
         live["dirty_from"] = count
@@ -269,7 +273,7 @@ class SequenceState:
         self._write_actions(users, headers["count"], lengths, batch.actions.take(events))
         headers["count"] += lengths
         headers["applied_offset"] = batch.offsets[newest]
-        live["newest_ms"] = batch.actions["timestamp_ms"][newest]
+        live["newest_ms"], live["arrival_ms"] = batch.actions["timestamp_ms"][newest], batch.arrival_ms[newest]
         live["dirty"], live["used"] = True, self._batch
         self.put(users, headers, live)
 
@@ -297,6 +301,7 @@ class SequenceState:
             live["dirty"] = True
             live["dirty_from"] = min(int(live["dirty_from"][0]), merging.changed_from)
             live["newest_ms"] = actions["timestamp_ms"][-1] if len(actions) else LONG_AGO
+            live["arrival_ms"] = batch.arrival_ms[events[offsets.index(merging.applied_offset)]]
             headers["revision"] += np.uint32(merging.revisions)
             headers["count"], headers["applied_offset"] = merging.count, merging.applied_offset
             headers["forgotten_ms"] = merging.forgotten_ms

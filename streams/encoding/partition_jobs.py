@@ -15,6 +15,7 @@ from streams.core.policy import Reason
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.telemetry.metrics import Metrics
+from streams.telemetry.times import observe_published
 from streams.wire.dead_letters import error_headers
 from streams.wire.embeddings import EmbeddingBatch, Message
 
@@ -118,7 +119,7 @@ class PartitionJobs:
         for user in job.sequences.users if self._failures else ():
             self._failures.pop(user, None)
         self._metrics.embeddings_published.inc(len(job))
-        self._metrics.freshness_seconds.observe_many((now_ms - job.newest_event_ms) / 1000)
+        observe_published(self._metrics, now_ms, job.newest_event_ms, job.arrival_ms)
 
     async def reject(self, job: EncodeJob, detail: str) -> None:
         """Dead-letter users that the encoder cannot embed; their state stays intact, and they are tried again later.

@@ -139,6 +139,7 @@ class Histogram(Instrument):
 
 LATENCY_BOUNDS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 """Bounds around the objectives of freshness: p50 10 ms, p99 50 ms, 500 ms during a fault."""
+SKEW_BOUNDS_SECONDS = (0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 3600.0, 86400.0)
 WORK_BOUNDS_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 RESTORE_BOUNDS_SECONDS = (0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 BATCH_BOUNDS_USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -153,6 +154,7 @@ class Metrics:
         self._users()
         self._encoding()
         self._publishing()
+        self._times()
         self._partitions()
         self.info = Gauge(
             "streamformer_info",
@@ -286,10 +288,32 @@ class Metrics:
             "streamformer_holds_total",
             "Times that a partition was not read for a while: its dead letters or users in memory were at a limit.",
         )
+
+    def _times(self) -> None:
+        """Freshness and its two parts: what the path takes, and what producers and their clocks add."""
         self.freshness_seconds = Histogram(
             "streamformer_freshness_seconds",
-            "Publish time minus event time of the newest action in the embedding.",
+            "Publish time minus event time of the newest action in the embedding; 0 if that time is in the future.",
             bounds=LATENCY_BOUNDS_SECONDS,
+        )
+        self.freshness_clamped = Counter(
+            "streamformer_freshness_clamped_total",
+            "Embeddings whose newest action has a time in the future, so that their freshness was counted as 0.",
+        )
+        self.latency_seconds = Histogram(
+            "streamformer_latency_seconds",
+            "Publish time minus arrival time of the last event in the embedding, unless the user left memory since.",
+            bounds=LATENCY_BOUNDS_SECONDS,
+        )
+        self.skew_behind_seconds = Histogram(
+            "streamformer_skew_behind_seconds",
+            "Arrival time minus event time of applied events that happened before they arrived.",
+            bounds=SKEW_BOUNDS_SECONDS,
+        )
+        self.skew_ahead_seconds = Histogram(
+            "streamformer_skew_ahead_seconds",
+            "Event time minus arrival time of applied events that claim to happen after they arrived.",
+            bounds=SKEW_BOUNDS_SECONDS,
         )
 
     def _partitions(self) -> None:

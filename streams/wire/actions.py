@@ -6,6 +6,10 @@ are: CloudEvents in binary mode (`ce_*` headers; the value is the data, and `ce_
 the data has none) and Confluent framing (a zero byte and a 4-byte schema id before the JSON). A null value forgets the
 user.
 
+The *arrival time* of a record is when the broker appended it. A topic with `message.timestamp.type=LogAppendTime` has
+it in its records. With `CreateTime` a record has a time of its producer instead, whose clock may be wrong, so the
+processing time of the batch is taken: the latest time at which the record can have arrived.
+
 A batch without an invalid record is decoded as a whole. Otherwise it is decoded record by record, so that an invalid
 record affects no other.
 """
@@ -24,7 +28,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_digest
 
 from encoder.actions.columns import ACTION_DTYPE, ActionBatch, item_key, name_code
-from encoder.arrays import U64
+from encoder.arrays import I64, U64
 from streams.wire.deletions import Placement, UnclearDeletion, check_event_type, plain_user
 
 Headers = Sequence[tuple[str, bytes]]
@@ -53,7 +57,11 @@ class Record(Protocol):
     def timestamp(self) -> int:
         """Record time in ms, negative if unknown."""
 
+    # A client's record also has `timestamp_type`, which is `LOG_APPEND_TIME` if the broker has set the time.
 
+
+LOG_APPEND_TIME = 1
+"""Type of a record's timestamp that the broker has set, by Kafka's message format."""
 NAMES_KEPT_MAX = 4_096
 """Names of actions and surfaces whose codes are cached, far more than any policy distinguishes."""
 
@@ -127,7 +135,7 @@ def decode_actions(
         if max(map(len, values), default=0) <= limits.value_bytes_max:
             events = list(map(decoder.decode, values))
             if [event.user_id.encode() for event in events] == keys:
-                return _within_time(_batch(keys, events, records), range(len(records)), [], now_ms, limits)
+                return _within_time(_batch(keys, events, records, now_ms), range(len(records)), [], now_ms, limits)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
         pass
     return _decode_one_by_one(records, decoder, now_ms, limits, placement)
@@ -153,7 +161,7 @@ def _decode_one_by_one(
         except _RejectedError as error:
             rejected.append(Rejected(index, error.reason, error.detail))
     good = [records[index] for index in kept]
-    batch = _batch(keys, events, good)
+    batch = _batch(keys, events, good, now_ms)
     for row, event in enumerate(events):
         if event is _FORGOTTEN:
             batch.is_tombstone[row] = True
@@ -162,7 +170,7 @@ def _decode_one_by_one(
     return _within_time(batch, kept, rejected, now_ms, limits)
 
 
-def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> ActionBatch:
+def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record], now_ms: int) -> ActionBatch:
     actions = np.zeros(len(events), ACTION_DTYPE)
     actions["item"] = _id_keys([event.item_id for event in events])
     actions["action"] = _name_codes([event.action for event in events])
@@ -171,7 +179,19 @@ def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record]) -> A
     actions["duration_ms"] = [event.duration_ms or 0 for event in events]
     actions["event_id"] = _event_keys([event.event_id or "" for event in events], records)
     offsets = np.fromiter([record.offset for record in records], np.int64, len(records))
-    return ActionBatch(keys, actions, offsets, np.zeros(len(events), np.bool_))
+    return ActionBatch(keys, actions, offsets, np.zeros(len(events), np.bool_), _arrival_ms(records, now_ms))
+
+
+def _arrival_ms(records: Sequence[Record], now_ms: int) -> I64:
+    """Return the arrival times, at most the present: by the broker's clock where the topic reports it.
+
+    Both ends are looked at, because somebody may have altered the topic in between.
+    """
+    ends = records[:1], records[-1:]
+    if not records or any(getattr(one, "timestamp_type", None) != LOG_APPEND_TIME for (one,) in ends):
+        return np.full(len(records), now_ms, np.int64)
+    times_ms = np.fromiter([record.timestamp for record in records], np.int64, len(records))
+    return np.minimum(times_ms, now_ms)
 
 
 def _id_keys(ids: list[str]) -> U64:
@@ -225,9 +245,7 @@ def _within_time(
         for row in np.flatnonzero(is_bad).tolist()
     ]
     keep = np.flatnonzero(~is_bad)
-    users = [batch.users[row] for row in keep.tolist()]
-    rest = ActionBatch(users, batch.actions[keep], batch.offsets[keep], batch.is_tombstone[keep])
-    return Decoded(rest, sorted([*rejected, *untimely], key=lambda one: one.index))
+    return Decoded(batch.select(keep), sorted([*rejected, *untimely], key=lambda one: one.index))
 
 
 def _time_rejection(time_ms: int, latest_ms: int, limits: DecodeLimits) -> tuple[RejectReason, str]:

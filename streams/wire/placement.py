@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from encoder.actions.columns import ActionBatch
 from streams.wire.actions import Decoded, Record, Rejected, RejectReason
 from streams.wire.partitioner import partitions_of
 
@@ -35,7 +34,4 @@ def reject_misplaced(
         detail = f"the key belongs to partition {right} of {count} and was sent to {partition}; partition by murmur2"
         rejected.append(Rejected(index_of[int(batch.offsets[row])], RejectReason.WRONG_PARTITION, detail))
     keep = (~is_wrong).nonzero()[0]
-    rest = ActionBatch(
-        [batch.users[row] for row in keep.tolist()], batch.actions[keep], batch.offsets[keep], batch.is_tombstone[keep]
-    )
-    return Decoded(rest, sorted(rejected, key=lambda one: one.index))
+    return Decoded(batch.select(keep), sorted(rejected, key=lambda one: one.index))

@@ -22,8 +22,12 @@ def batch(
     event_ids: Sequence[int] | None = None,
     actions: Sequence[str] | None = None,
     tombstones: Sequence[bool] | None = None,
+    arrival_ms: Sequence[int] | None = None,
 ) -> ActionBatch:
-    """Return events at consecutive offsets from `offset`; the item of each is its offset + 1."""
+    """Return events at consecutive offsets from `offset`; the item of each is its offset + 1.
+
+    By default an event arrives at its event time.
+    """
     count = len(users)
     rows = np.zeros(count, ACTION_DTYPE)
     rows["timestamp_ms"] = times_ms
@@ -31,7 +35,8 @@ def batch(
     rows["event_id"] = event_ids if event_ids is not None else 0
     rows["action"] = [name_code(name) for name in actions] if actions is not None else name_code("see")
     is_tombstone = np.array(tombstones if tombstones is not None else [False] * count, np.bool_)
-    return ActionBatch(list(users), rows, np.arange(offset, offset + count), is_tombstone)
+    arrived = np.array(times_ms if arrival_ms is None else arrival_ms, np.int64)
+    return ActionBatch(list(users), rows, np.arange(offset, offset + count), is_tombstone, arrived)
 
 
 def state_of(policy: TriggerPolicy, users: Sequence[bytes], limits: StateLimits = LIMITS) -> PartitionState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from streams.core.jobs import merged
 from streams.core.layout import StateLimits, StoredSequences, nothing_stored
 from streams.core.partition_state import PartitionState
 from streams.core.policy import Reason, TriggerPolicy
@@ -258,3 +259,17 @@ def test_the_wheel_is_bounded_by_users_that_are_loaded_and_evicted_all_the_time(
             _clean(state)
             offset += len(names)
     assert state.deadline_entries <= users + LIMITS.hot_users_max
+
+
+def test_the_arrival_of_a_user_read_from_disk_is_unknown() -> None:
+    """A user that is due and comes back into memory has no arrival time until its next event, which then has one."""
+    state = state_of(TriggerPolicy(), [b"a"])
+    state.apply(batch([b"a"], [1], arrival_ms=[50]), NOW_MS)
+    snapshot = state.begin_checkpoint()
+    restarted = PartitionState(TriggerPolicy(), LIMITS)
+    restarted.load([b"a"], StoredSequences(snapshot.headers[:1], snapshot.tails[:1], np.array([0, 1])))
+    assert restarted.fire_timers(NOW_MS + 100).due == [b"a"]
+    assert restarted.begin_job([b"a"]).arrival_ms[0] < 0
+    restarted.retry_job([b"a"], NOW_MS, 0)
+    restarted.apply(batch([b"a"], [2], offset=1, arrival_ms=[70]), NOW_MS)
+    assert merged([restarted.begin_job([b"a"]), state.begin_job([b"a"])]).arrival_ms.tolist() == [70, 50]

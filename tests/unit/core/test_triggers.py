@@ -105,3 +105,20 @@ def test_phase_spreads_deadlines_within_the_bound() -> None:
     due = [len(state.fire_timers(NOW_MS + ms).due) for ms in range(2_900, 5_001, 100)]
     assert sum(due) == len(users)
     assert sum(count > 0 for count in due) > 10
+
+
+def test_times_of_the_future_put_nothing_off() -> None:
+    """Cooldown, staleness and session end go by the clock alone, however far ahead or behind the event times are."""
+    policy = TriggerPolicy(every_n=3, cooldown_ms=1_000, max_staleness_ms=5_000, session_gap_ms=2_000)
+    fired = []
+    for ahead_ms in (0, 300_000, 10**12, -300_000):
+        state, log = state_of(policy, [b"a"]), []
+        for offset in range(4):
+            effects = state.apply(batch([b"a"], [NOW_MS + ahead_ms + offset], offset=offset), NOW_MS + 100 * offset)
+            log.append((offset, effects.reasons.tolist()))
+            if effects.due:
+                _encode(state, NOW_MS)
+        log += [(ms, _fire_timers(state, NOW_MS + ms)) for ms in range(400, 6_000, 100)]
+        fired.append([each for each in log if each[1]])
+    assert fired[0]
+    assert fired == [fired[0]] * 4

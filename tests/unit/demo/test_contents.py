@@ -33,7 +33,8 @@ def _state(events: list[tuple[int, int]]) -> StoredSequences:
     state, count = PartitionState(TriggerPolicy(), LIMITS), len(events)
     state.load(USERS, nothing_stored(len(USERS), LIMITS))
     names = [USERS[user] for user, _ in events]
-    state.apply(ActionBatch(names, _actions(events), np.arange(count), np.zeros(count, np.bool_)), 1_000)
+    columns = np.arange(count), np.zeros(count, np.bool_), np.full(count, 1_000)
+    state.apply(ActionBatch(names, _actions(events), *columns), 1_000)
     store = MemoryStore()
     store.write(encode(state.begin_checkpoint(), LIMITS), 0)
     return read_users(store, USERS, LIMITS).stored

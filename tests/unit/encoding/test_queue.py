@@ -97,7 +97,7 @@ def job(users: Sequence[bytes]) -> EncodeJob:
     actions["item"] = np.repeat(numbers, lengths)
     starts = np.concatenate(([0], np.cumsum(lengths)))
     sequences = SequenceBatch(list(users), actions, starts, lengths, numbers * 0)
-    return EncodeJob(sequences, numbers, numbers + 100, np.full(len(users), Reason.EVERY_N, np.uint8))
+    return EncodeJob(sequences, numbers, numbers + 100, np.full(len(users), Reason.EVERY_N, np.uint8), numbers + 200)
 
 
 def put(queue: EncodeQueue, owner: Owner, users: Sequence[int], priority: int = LOW) -> None:

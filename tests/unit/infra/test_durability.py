@@ -51,6 +51,17 @@ def test_each_weakness_is_one_finding(name: str, change: dict[str, str], text: s
     assert text in line
 
 
+def test_times_of_producers_are_named_and_no_error() -> None:
+    """A source topic with the producers' times is one line, and no error for `topics verify --strict`."""
+    configs = {**CONFIGS, "message.timestamp.type": "CreateTime"}
+    found = findings(SETTINGS, {**SOUND, ACTIONS: replace(SOUND[ACTIONS], configs=configs)})
+    (line,) = found.lines()
+    assert line.startswith(f"less exact: {ACTIONS} has message.timestamp.type=CreateTime")
+    assert found.count == 0
+    configs["message.timestamp.type"] = "LogAppendTime"
+    assert findings(SETTINGS, {**SOUND, ACTIONS: replace(SOUND[ACTIONS], configs=configs)}).lines() == []
+
+
 def test_single_replicas_are_one_line_for_all_topics() -> None:
     """Topics of one replica are named together, and without a complaint about their in-sync replicas."""
     facts = {

@@ -1,0 +1,36 @@
+"""Freshness, latency and skew from columns of times, observed once per batch.
+
+    event time        arrival time               publish time
+    |<---- skew ---->|<--------- latency -------->|
+    |<---------------- freshness ---------------->|
+
+The clock of a producer decides where event time is. If it runs ahead, skew and freshness turn negative. Negative
+freshness is counted as 0 and apart, and skew has one histogram per sign; latency does not depend on producers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from encoder.arrays import I64
+from streams.telemetry.metrics import Metrics
+
+
+def observe_published(metrics: Metrics, now_ms: int, newest_event_ms: I64, arrival_ms: I64) -> None:
+    """Observe embeddings acknowledged at `now_ms`; a negative arrival time is unknown and is left out."""
+    freshness_ms = now_ms - newest_event_ms
+    metrics.freshness_clamped.inc(int((freshness_ms < 0).sum()))
+    metrics.freshness_seconds.observe_many(np.maximum(freshness_ms, 0) / 1000)
+    arrived_ms = arrival_ms[arrival_ms >= 0]
+    metrics.latency_seconds.observe_many(np.maximum(now_ms - arrived_ms, 0) / 1000)
+
+
+def observe_skew(metrics: Metrics, arrival_ms: I64, event_ms: I64) -> None:
+    """Observe the skew of events."""
+    skew_s = (arrival_ms - event_ms) / 1000
+    is_ahead = skew_s < 0
+    if is_ahead.any():
+        metrics.skew_ahead_seconds.observe_many(-skew_s[is_ahead])
+        skew_s = skew_s[~is_ahead]
+    if len(skew_s):
+        metrics.skew_behind_seconds.observe_many(skew_s)
