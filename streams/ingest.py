@@ -128,7 +128,7 @@ class Ingest:
             return False
         self._count_unmatched(owned, decoded)
         effects = owned.state.apply(decoded.actions, self._now_ms())
-        owned.next_offset = end
+        owned.next_offset, owned.last_record = end, records[-1]
         self._reject(owned, records, decoded)
         self._perform(owned, effects)
         self._count(owned, len(records), decoded.actions, effects)

@@ -21,6 +21,7 @@ from streams.core.layout import StateLimits
 from streams.engine.changelog import LogReader
 from streams.engine.cluster import Cluster, ClusterView, partition_count_problem
 from streams.engine.compat import install_overrides
+from streams.engine.last_record import reread
 from streams.engine.proof import Found, Names
 from streams.engine.restore import restore
 from streams.storage.codec import MARK_KEY, CheckpointMark, decode_mark
@@ -105,7 +106,8 @@ class Application:
         async with aiokafka.AIOKafkaConsumer(isolation_level="read_committed", **self.client) as consumer:
             earliest = (await consumer.beginning_offsets([source]))[source]
             end = (await consumer.end_offsets([source]))[source]
-        return Found(mark, committed, metadata, earliest, end, self.identity)
+        last = await reread(source, self.client, mark, earliest, end)
+        return Found(mark, committed, metadata, earliest, end, self.identity, last)
 
     async def committed(self) -> dict[int, tuple[int | None, str]]:
         """Return the group's committed offset and its metadata, per source partition that has one."""

@@ -248,11 +248,27 @@ class Move:
     @property
     def is_truncated(self) -> bool:
         """True if the state contains offsets that the log does not have, so they may be used again for other events."""
-        return self.position > self.found.end
+        return self.position > self.found.end or self.found.is_overwritten
+
+    def new_mark(self, output_offset: int) -> CheckpointMark:
+        """Return the mark at the new place; the last record is not kept, because the operator vouches for the place.
+
+        `output_offset` replaces the one of a state whose log was truncated.
+        """
+        mark = self.found.mark or CheckpointMark(self.position, 0)
+        if self.is_truncated:
+            mark = replace(mark, life=mark.life + 1, unfinished="", output_offset=output_offset)
+        operations = noted(mark.operations, f"skip from offset {self.position} to {self.to}")
+        return replace(mark, source_offset=self.to, identity=self.found.identity, operations=operations, last=None)
 
     def describe(self) -> str:
         """Return what the move does, in one line."""
         distance = self.to - self.position
+        if self.found.is_overwritten:
+            return (
+                f"continue at offset {self.to} of a log that was truncated and has grown to {self.found.end} (the "
+                f"state is at {self.position}); every user keeps its sequence, and events from {self.to} on are new"
+            )
         if self.is_truncated:
             return (
                 f"continue at offset {self.to} of a log that was truncated to {self.found.end} (the state is at "
@@ -289,17 +305,14 @@ def check_move(move: Move) -> None:
 
 async def carry_out(move: Move, report: Report) -> None:
     """Move the position."""
-    app, found = move.app, move.found
+    app, output_offset = move.app, 0
     app.require_no_workers()
     async with producing(app, move.partition) as producer:
-        mark = found.mark or CheckpointMark(move.position, 0)
         if move.is_truncated:
+            mark = move.found.mark or CheckpointMark(move.position, 0)
             await _commit(producer, [encode_mark(replace(mark, unfinished=move.command))])
             async with app.restored(move.partition) as store:
                 users = await _rebase(store, producer, move.to - 1, report)
             report(f"partition {move.partition}: {users} users")
             output_offset = await output_end(app, move.partition)
-            mark = replace(mark, life=mark.life + 1, unfinished="", output_offset=output_offset)
-        operations = noted(mark.operations, f"skip from offset {move.position} to {move.to}")
-        mark = replace(mark, source_offset=move.to, identity=found.identity, operations=operations)
-        await _commit(producer, [encode_mark(mark)], move.to)
+        await _commit(producer, [encode_mark(move.new_mark(output_offset))], move.to)

@@ -10,6 +10,7 @@ from faust.types import TP
 
 from streams.engine.checkpoints import CheckpointedPartitions
 from streams.engine.cluster import Cluster
+from streams.engine.last_record import reread
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.engine.proof import Found, Names, Proven, expired_line, prove
 from streams.storage.identity import Identity
@@ -52,7 +53,8 @@ class ProvenPartitions(CheckpointedPartitions):
         """Return where the partition continues, after a check that the restored state is that of this log."""
         mark = store.mark()
         earliest, end = await self.bounds(source, mark.source_offset if mark else 0)
-        proven = prove(self.names(source.partition), Found(mark, *committed, earliest, end, identity))
+        last = await reread(source, self._config.client, mark, earliest, end)
+        proven = prove(self.names(source.partition), Found(mark, *committed, earliest, end, identity, last))
         for line in proven.lines:
             logger.warning("%s", line)
         if proven.rewound:

@@ -16,6 +16,7 @@ from streams.engine.changelog import ChangelogProducer
 from streams.engine.delivery import RecordBatch
 from streams.errors import HaltsPartition
 from streams.storage.codec import CheckpointMark
+from streams.storage.identity import LastRecord, Record
 from streams.storage.store import PartitionStore
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class OwnedPartition:
     output_offset: int
     """Offset after the last acknowledged record of this partition in the output topic."""
     mark: CheckpointMark = field(default_factory=lambda: CheckpointMark(0, 0))
-    """Mark that checkpoints write, with the identity of the logs; only its offsets advance."""
+    """Mark that checkpoints write, with the identity of the logs; only its offsets and its last record advance."""
     mark_is_outdated: bool = False
     """True until a checkpoint has written a mark that was found in an older format or with another identity."""
     notes_until: int = 0
@@ -106,6 +107,8 @@ class OwnedPartition:
     """True after a failed checkpoint: the producer must be replaced before the next one."""
     rebuilt: bool = False
     """True after a rebuild of the local store: a value that is corrupt now is corrupt in the changelog too."""
+    last_record: Record | None = None
+    """Last record processed; None before the first one, while that of `mark` is the last."""
     epoch: int = 0
     """Number of seeks so far; batches fetched before the last one are ignored."""
     misplaced: set[bytes] = field(default_factory=set)
@@ -125,7 +128,8 @@ class OwnedPartition:
         While there are notes, its output offset stays before the outputs that were noted, for the next owner.
         """
         output_offset = self.mark.output_offset if self.has_notes else self.output_offset
-        return replace(self.mark, source_offset=self.next_offset, output_offset=output_offset)
+        last = self.mark.last if self.last_record is None else LastRecord.of(self.last_record)
+        return replace(self.mark, source_offset=self.next_offset, output_offset=output_offset, last=last)
 
     def continuity(self, batch: RecordBatch) -> Continuity:
         """Return how the batch continues the partition; every record must be processed exactly once."""

@@ -8,6 +8,7 @@ Four positions of a source partition are compared, with the state's mark at offs
     m > c   an operator moved the offset back, or the group's offsets are gone: the state continues at m, and says so
     m < earliest   retention deleted events before they were read: counted, and continued at the earliest offset
     m > end        the log is shorter than what was read from it: truncated, rejected
+    m <= end       but the log holds another record than the last one before m: truncated and grown again, rejected
 
 Offsets are comparable only within one log, so the identity in the mark comes first. A checkpoint commits its offset
 with the note `COMMITTED_BY`, by which an offset that somebody else committed is recognised.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from streams.errors import HaltsPartition, StopsWorker
 from streams.storage.codec import CheckpointMark
-from streams.storage.identity import Identity, differences
+from streams.storage.identity import Identity, LastRecord, differences
 
 COMMITTED_BY = "streamformer checkpoint"
 """Metadata of the offsets that checkpoints commit."""
@@ -40,7 +41,7 @@ class IncompleteRestore(Unproven):
 
 
 class SourceTruncated(Unproven):
-    """The source log ends before the position of the state."""
+    """The source log ends, or has ended, before the position of the state."""
 
 
 class OffsetsMoved(Unproven):
@@ -72,6 +73,14 @@ class Found:
     """Offset after the last stable record of the source log."""
     identity: Identity
     """Identity that the settings lead to."""
+    last: LastRecord | None = None
+    """What the source log holds at the offset of the mark's last record; None if that cannot be read any more."""
+
+    @property
+    def is_overwritten(self) -> bool:
+        """True if the source log holds another record than the last one that the state contains."""
+        held = self.mark.last if self.mark else None
+        return held is not None and self.last is not None and held != self.last
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,8 @@ def prove(names: Names, found: Found) -> Proven:
         raise _behind(names, found)
     if mark.source_offset > found.end:
         raise truncated(names, mark.source_offset, found.end)
+    if found.is_overwritten:
+        raise _overwritten(names, mark, found.end)
     lines = []
     if mark.identity is None:
         lines.append(_taken_over(names, found.identity))
@@ -124,6 +135,19 @@ def truncated(names: Names, position: int, end: int) -> SourceTruncated:
         "and new events would be taken for old ones. Ways on, with the workers stopped: `streamformer state skip "
         f"--partition {names.partition} --to {end}` keeps every sequence and continues at the new end; `streamformer "
         "state adopt` begins at a chosen place of every partition; a new app_id begins with empty state"
+    )
+
+
+def _overwritten(names: Names, mark: CheckpointMark, end: int) -> SourceTruncated:
+    """Return the error about a source log that was truncated and has grown past the position of the state."""
+    at, position = mark.last.offset if mark.last else 0, mark.source_offset
+    return SourceTruncated(
+        f"partition {names.partition} of {names.source_topic} holds another record at offset {at} than the one that "
+        "the state contains: the log was truncated (for example by an unclean leader election) and has grown again, to "
+        f"{end}, and new events would be taken for old ones. Ways on, with the workers stopped: `streamformer state "
+        f"skip --partition {names.partition} --to {position}` keeps every sequence and leaves out the new events "
+        f"before {position}, a lower offset applies them too; `streamformer state adopt` begins at a chosen place of "
+        "every partition; a new app_id begins with empty state"
     )
 
 

@@ -14,8 +14,8 @@ Three kinds of records, distinguished by the first byte of the key:
   than M / C + 1 chunk records. The number inside distinguishes the wanted chunk from another one under the same key.
 - The *mark* is the last record of each checkpoint. It contains the source offset that the checkpoint commits, and the
   offset in the output topic before which the state accounts for every output. Since version 2 it also contains, as one
-  JSON object, the identity of the logs that these offsets belong to, and what operators did to the position. Version 1
-  had no JSON; it is read as a mark of unknown identity.
+  JSON object, the identity of the logs that these offsets belong to, the last record of the source that the state
+  contains, and what operators did to the position. Version 1 had no JSON; it is read as a mark of unknown identity.
 
 All numbers are little-endian. The checksum is CRC-32 over key and value, so a value under a wrong key is detected, too.
 A deleted record has the value None. The version is the first byte of every value. Each version ever written keeps its
@@ -37,7 +37,7 @@ from encoder.actions.columns import ACTION_DTYPE, Actions
 from streams.core.columns import Columns
 from streams.core.layout import HAD_DEADLINE, HEADER_DTYPE, STATE_VERSION, Snapshot, StateLimits
 from streams.errors import RebuildsPartition, StopsWorker
-from streams.storage.identity import Identity
+from streams.storage.identity import Identity, LastRecord
 
 Records = list[tuple[bytes, bytes | None]]
 
@@ -87,6 +87,8 @@ class CheckpointMark:
     """Command that has begun to rewrite the state and has not ended; a worker must not start. Empty otherwise."""
     operations: tuple[str, ...] = ()
     """What operators did to the position, oldest first, at most `OPERATIONS_KEPT`."""
+    last: LastRecord | None = None
+    """Last record before `source_offset`; None if none is known, as in marks of earlier releases."""
 
     @property
     def source_id(self) -> str:
@@ -121,6 +123,8 @@ def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
     for name in ("life", "unfinished", "operations"):
         if value := getattr(mark, name):
             details[name] = value
+    if mark.last is not None:
+        details["last"] = mark.last.as_json()
     body = _MARK.pack(MARK_VERSION, mark.source_offset, mark.output_offset) + json.dumps(details).encode()
     return MARK_KEY, seal(MARK_KEY, body)
 
@@ -138,9 +142,10 @@ def decode_mark(value: bytes) -> CheckpointMark:
         identity = Identity.from_json(details["identity"]) if "identity" in details else None
         operations = tuple(map(str, details.get("operations", ())))
         life, unfinished = int(details.get("life", 0)), str(details.get("unfinished", ""))
+        last = LastRecord.from_json(details.get("last"))
     except (ValueError, TypeError, AttributeError) as error:
         raise CorruptValue(MARK_KEY, f"its details cannot be read: {error}") from error
-    return CheckpointMark(source_offset, output_offset, identity, life, unfinished, operations)
+    return CheckpointMark(source_offset, output_offset, identity, life, unfinished, operations, last)
 
 
 def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:

@@ -3,13 +3,17 @@
 Offsets mean something only within one incarnation of one topic in one cluster. A topic that was deleted and created
 again under its name has another topic id (KIP-516), and a mirror is in another cluster. State whose identity differs
 from what the settings lead to is rejected with the ways on, and never reinterpreted.
+
+An unclean leader election keeps the id and cuts the log. Once the log has grown again, its offsets cover those of the
+state, and only its records differ. A mark therefore also holds the last record that it contains (`LastRecord`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol, Self
+from zlib import crc32
 
 from streams.core.layout import StateLimits
 
@@ -44,6 +48,56 @@ class Identity:
     def from_json(cls, values: Mapping[str, Any]) -> Identity:
         """Return the identity in a mark; fields added by a later release are ignored, missing ones are unknown."""
         return cls(**{each.name: str(values.get(each.name, "")) for each in fields(cls)})
+
+
+class Record(Protocol):
+    """A consumed record, as far as it is compared."""
+
+    @property
+    def offset(self) -> int:
+        """Offset in the source partition."""
+
+    @property
+    def timestamp(self) -> int:
+        """Record time in ms."""
+
+    @property
+    def key(self) -> bytes | None:
+        """Key as received."""
+
+    @property
+    def value(self) -> bytes | None:
+        """Value as received."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastRecord:
+    """The last visible record of the source partition that a state contains."""
+
+    offset: int
+    checksum: int
+    """CRC-32 over time, key and value."""
+
+    @classmethod
+    def of(cls, record: Record) -> Self:
+        """Return offset and checksum of a record."""
+        checksum = crc32(b"%d" % record.timestamp)
+        for part in (record.key, record.value):
+            length = -1 if part is None else len(part)
+            checksum = crc32(part or b"", crc32(b" %d " % length, checksum))
+        return cls(record.offset, checksum)
+
+    def as_json(self) -> list[int]:
+        """Return the fields for the mark's JSON."""
+        return [self.offset, self.checksum]
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self | None:
+        """Return the record in a mark; None in a mark of a release that kept none. Raises TypeError or ValueError."""
+        if values is None:
+            return None
+        offset, checksum = values
+        return cls(int(offset), int(checksum))
 
 
 def layout_of(limits: StateLimits) -> str:

@@ -9,11 +9,15 @@ from typing import Any
 import aiokafka
 import pytest
 from aiokafka.structs import TopicPartition
+from kafka import TopicPartition as KafkaTopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic
 
 from streams.engine.changelog import ChangelogNames, ChangelogProducer, Fenced, LogReader
 from streams.engine.compat import install_overrides
+from streams.engine.last_record import reread
 from streams.engine.packing import BATCH_BYTES_MAX
+from streams.storage.codec import CheckpointMark
+from streams.storage.identity import LastRecord
 
 pytestmark = pytest.mark.broker
 
@@ -86,6 +90,36 @@ async def commit(writer: ChangelogProducer, records: Sequence[tuple[bytes, bytes
 def numbered(n: int, size: int = 10) -> Sequence[tuple[bytes, bytes]]:
     """Return `n` distinct records with values of `size` bytes."""
     return [(b"k%d" % i, b"v" * size) for i in range(n)]
+
+
+def test_the_last_record_of_a_state_is_read_again(names: ChangelogNames, client: dict[str, Any], broker: Any) -> None:
+    """What a worker has consumed and what is read again have one checksum; a marker or a deleted record is not read."""
+
+    async def scenario() -> None:
+        writer = producer(names, client)
+        await writer.start()
+        await commit(writer, numbered(3), 7)  # offset 3 is a marker
+        await commit(writer, numbered(2), 9)
+        await writer.stop()
+        await fence_predecessors(names, client)
+        reader = LogReader(names.changelog, client)
+        await reader.open()
+        consumed = [r async for batch in reader.batches(0, records_max=500) for r in batch]
+        await reader.close()
+
+        async def reread_at(offset: int, earliest: int = 0) -> LastRecord | None:
+            mark = CheckpointMark(6, 0, last=LastRecord(offset, 0))
+            return await reread(names.changelog, client, mark, earliest, reader.end)
+
+        assert [await reread_at(record.offset) for record in consumed] == list(map(LastRecord.of, consumed))
+        assert [await reread_at(3), await reread_at(1, earliest=2), await reread_at(reader.end)] == [None] * 3
+        admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
+        admin.delete_records({KafkaTopicPartition(*names.changelog): 4})
+        admin.close()
+        assert await reread_at(1) is None  # deleted after its offsets were looked up
+        assert await reread_at(4) == LastRecord.of(consumed[3])
+
+    asyncio.run(scenario())
 
 
 def test_commit_writes_records_and_offset_together(names: ChangelogNames, client: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from streams.core.policy import TriggerPolicy
 from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import OwnedPartition
 from streams.ingest import Ingest
+from streams.storage.codec import CheckpointMark
+from streams.storage.identity import LastRecord
 from streams.storage.memory_store import MemoryStore
 from streams.telemetry.metrics import Histogram, Metrics
 from streams.wire.actions import LOG_APPEND_TIME, DecodeLimits
@@ -59,6 +61,9 @@ class Around:
     async def accept(self, batch: RecordBatch) -> OwnedPartition:
         """Return the partition."""
         return self.owned
+
+    async def dead_letters(self, partition: int, letters: object) -> None:
+        """Do nothing."""
 
     def checkpoint_soon(self, owned: OwnedPartition) -> None:
         """Do nothing."""
@@ -109,3 +114,13 @@ def test_a_job_has_the_arrival_of_its_last_event() -> None:
     assert (job.arrival_ms.tolist(), job.newest_event_ms.tolist()) == ([NOW_MS - 3], [NOW_MS - 10])
     assert metrics.late_inserted.value() == 1
     assert np.array_equal(job.select(np.array([0])).arrival_ms, job.arrival_ms)
+
+
+def test_a_checkpoint_names_the_last_record_also_a_rejected_one() -> None:
+    """The mark holds the last visible record; one without anything visible after it keeps what it had."""
+    bad = Fetched(b"ann", b"no JSON", 1, NOW_MS, LOG_APPEND_TIME)
+    metrics, owned = ingested([action(0, NOW_MS, NOW_MS), bad])
+    assert owned.next_mark().last == LastRecord.of(bad)
+    assert metrics.rejected.value(reason="not-json") == 1
+    owned.last_record, owned.mark = None, CheckpointMark(0, 0, last=LastRecord(0, 5))
+    assert owned.next_mark().last == LastRecord(0, 5)

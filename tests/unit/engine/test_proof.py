@@ -17,7 +17,7 @@ from streams.engine.proof import (
     prove,
 )
 from streams.storage.codec import CheckpointMark
-from streams.storage.identity import Identity
+from streams.storage.identity import Identity, LastRecord
 
 NAMES = Names("app", "actions", "app-changelog", 2)
 IDENTITY = Identity("cluster", "actions", "id-1", "id-2", "8 actions in chunks of 2")
@@ -75,6 +75,30 @@ def test_a_truncated_log_is_rejected() -> None:
     with pytest.raises(SourceTruncated, match=r"ends at offset 90.*up to offset 100.*skip --partition 2 --to 90"):
         prove(NAMES, replace(FOUND, end=90))
     assert prove(NAMES, replace(FOUND, end=100)).mark == MARK
+
+
+def test_a_log_that_was_truncated_and_has_grown_again_is_rejected() -> None:
+    """Another record at the place of the last one applied is rejected with the ways on, in one line."""
+    mark = replace(MARK, last=LastRecord(98, 5))
+    with pytest.raises(SourceTruncated, match=r"record at offset 98.*skip --partition 2 --to 100.*adopt") as error:
+        prove(NAMES, replace(FOUND, mark=mark, last=LastRecord(98, 6)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [
+        (LastRecord(98, 5), LastRecord(98, 5)),
+        (LastRecord(98, 5), None),  # deleted by retention
+        (None, LastRecord(98, 5)),  # a mark of an earlier release
+        (None, None),
+    ],
+)
+def test_the_same_or_an_unknown_last_record_continues(held: LastRecord | None, found: LastRecord | None) -> None:
+    """An equal record, or none to compare with, is no reason to reject; the mark keeps what it holds."""
+    mark = replace(MARK, last=held)
+    proven = prove(NAMES, replace(FOUND, mark=mark, last=found))
+    assert (proven.mark, proven.must_write) == (mark, False)
 
 
 def test_expired_events_are_counted_exactly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,11 +29,12 @@ from streams.storage.codec import (
     head_key,
     seal,
 )
-from streams.storage.identity import Identity
+from streams.storage.identity import Identity, LastRecord
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=2)
 USER = "käthe".encode()
-FULL_MARK = CheckpointMark(3, 4, Identity("cluster", "actions", "id-1", "id-2", "8 in 2", "f"), 2, "adopt", ("a", "b"))
+FULL_IDENTITY = Identity("cluster", "actions", "id-1", "id-2", "8 in 2", "f")
+FULL_MARK = CheckpointMark(3, 4, FULL_IDENTITY, 2, "adopt", ("a", "b"), LastRecord(2, 2**32 - 1))
 
 
 def _random(dtype: np.dtype[np.void], count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.void]]:
@@ -171,9 +174,10 @@ def test_version_1_still_decodes() -> None:
 
 
 def test_marks_keep_their_identity() -> None:
-    """A mark of version 2 is read back with identity, life, unfinished command and operations."""
+    """A mark of version 2 is read back with identity, life, unfinished command, operations and last record."""
     assert decode_mark(encode_mark(FULL_MARK)[1]) == FULL_MARK
     assert decode_mark(encode_mark(CheckpointMark(3, 4))[1]) == CheckpointMark(3, 4)
+    assert decode_mark(encode_mark(replace(FULL_MARK, last=None))[1]) == replace(FULL_MARK, last=None)
 
 
 def test_a_mark_of_a_later_release_is_read_as_far_as_it_is_known() -> None:
@@ -183,7 +187,9 @@ def test_a_mark_of_a_later_release_is_read_as_far_as_it_is_known() -> None:
     assert mark == CheckpointMark(3, 4, Identity("c", "", "", "", ""))
 
 
-@pytest.mark.parametrize("details", [b"", b"{", b"[]", b'{"identity": 5}', b'{"operations": 5}', b'{"life": "x"}'])
+@pytest.mark.parametrize(
+    "details", [b"", b"{", b"[]", b'{"identity": 5}', b'{"operations": 5}', b'{"life": "x"}', b'{"last": [1]}']
+)
 def test_unreadable_details_are_corrupt(details: bytes) -> None:
     """A mark of version 2 whose checksum is right and whose details are not JSON of the right shape is corrupt."""
     with pytest.raises(CorruptValue, match="details"):
