@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from encoder.arrays import F64, I64
 from infra.errors import InfraError
+from infra.harness.safe_consumer import SafeConsumer
 
 FETCH_WAIT_MS = 100
 RECORDS_MAX = 2_000
@@ -160,8 +160,9 @@ async def reading(
 ) -> AsyncIterator[Callable[[], None]]:
     """Pass the records of a topic to `take` as they arrive, in the event loop, until the end of the block.
 
-    The yielded function raises what reading has failed with, if anything. Every partition has a consumer of its own: a
-    single one would hold new records of a partition back while it waits for those of the others.
+    Header names may be any bytes, and a damaged batch is skipped with a line in the log. The yielded function raises
+    what reading has failed with, if anything. Every partition has a consumer of its own: a single one would hold new
+    records of a partition back while it waits for those of the others.
     """
     async with AsyncExitStack() as stack:
         consumers = [
@@ -182,9 +183,9 @@ async def reading(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _read(partition: int, consumer: AIOKafkaConsumer, take: Take) -> None:
+async def _read(partition: int, consumer: SafeConsumer, take: Take) -> None:
     while True:
-        fetched = await consumer.getmany(timeout_ms=1_000, max_records=RECORDS_MAX)
+        fetched = await consumer.take(timeout_ms=1_000, records_max=RECORDS_MAX)
         at_s = time.time()
         for records in fetched.values():
             take(partition, records, at_s)
@@ -192,14 +193,12 @@ async def _read(partition: int, consumer: AIOKafkaConsumer, take: Take) -> None:
 
 async def _consumer(
     stack: AsyncExitStack, place: TopicPartition, client: Mapping[str, Any], from_end: bool
-) -> AIOKafkaConsumer:
-    consumer = AIOKafkaConsumer(
-        **client, enable_auto_commit=False, auto_offset_reset="earliest", fetch_max_wait_ms=FETCH_WAIT_MS
+) -> SafeConsumer:
+    reader = await stack.enter_async_context(
+        SafeConsumer(client, auto_offset_reset="earliest", fetch_max_wait_ms=FETCH_WAIT_MS)
     )
-    await consumer.start()
-    stack.push_async_callback(consumer.stop)
-    consumer.assign([place])
+    reader.consumer.assign([place])
     if from_end:
-        await consumer.seek_to_end(place)
-        await consumer.position(place)
-    return consumer
+        await reader.consumer.seek_to_end(place)
+        await reader.consumer.position(place)
+    return reader

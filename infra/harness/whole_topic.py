@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from infra.errors import InfraError, detail
+from infra.harness.safe_consumer import SafeConsumer
 from streams.config.settings import Settings
 
 POLL_MS = 200
@@ -24,31 +25,26 @@ RECORDS_MAX = 20_000
 async def read_topic(settings: Settings, topic: str) -> AsyncIterator[tuple[int, list[Any]]]:
     """Yield (partition, records) from the beginning of a topic to its end as of the call, committed ones only.
 
+    A damaged batch is skipped with a line in the log; records are those of `SafeConsumer`.
+
     A commit is acknowledged before its markers are written, and until then a reader of committed records sees an end
     before it. So the end is that of everything written, and open transactions are waited for. Raises `InfraError`.
     """
     partitions = [TopicPartition(topic, number) for number in range(settings.topics.partitions)]
     client = settings.kafka.client_options()
-    consumer = AIOKafkaConsumer(
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=PARTITION_FETCH_BYTES_MAX,
-        **client,
-    )
+    reader = SafeConsumer(client, isolation_level="read_committed", max_partition_fetch_bytes=PARTITION_FETCH_BYTES_MAX)
     try:
         async with AIOKafkaConsumer(isolation_level="read_uncommitted", **client) as everything:
             ends = await everything.end_offsets(partitions)
-        await consumer.start()
-        consumer.assign(partitions)
-        await consumer.seek_to_beginning()
-        left = set(partitions)
-        while left := {tp for tp in left if await consumer.position(tp) < ends[tp]}:
-            for tp, records in (await consumer.getmany(timeout_ms=POLL_MS, max_records=RECORDS_MAX)).items():
-                yield tp.partition, records
+        async with reader:
+            reader.consumer.assign(partitions)
+            await reader.consumer.seek_to_beginning()
+            left = set(partitions)
+            while left := {tp for tp in left if await reader.consumer.position(tp) < ends[tp]}:
+                for tp, records in (await reader.take(timeout_ms=POLL_MS, records_max=RECORDS_MAX)).items():
+                    yield tp.partition, records
     except KafkaError as error:
         raise InfraError(f"cannot read {topic}", detail(error), "check that the broker is up") from error
-    finally:
-        await consumer.stop()
 
 
 async def count_records(settings: Settings, topic: str) -> int:

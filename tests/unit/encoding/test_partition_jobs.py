@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from faust.types import TP
@@ -185,6 +185,18 @@ def test_a_user_that_keeps_failing_is_tried_less_and_less_often() -> None:
     asyncio.run(jobs.publish(jobs.begin_job([b"a"]), np.zeros((1, 2), np.float32)))
     assert state.apply(batch([b"a"], [now_ms], offset=now_ms), now_ms).due == [b"a"]
     assert delay_s() == 60
+
+
+def test_what_is_published_is_observed() -> None:
+    """Of two users one has acted in the future: freshness has both, one of them clamped, and so has latency."""
+    state, metrics = state_of(TriggerPolicy(), [b"a", b"b"]), Metrics()
+    owned, sink = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0), cast(Any, Accepting())
+    jobs = PartitionJobs(owned, sink, metrics, encoder_version="v", incarnation=1, now_ms=lambda: NOW_MS)
+    state.apply(batch([b"a", b"b"], [NOW_MS + 300_000, NOW_MS - 50], arrival_ms=[NOW_MS - 30] * 2), NOW_MS)
+    asyncio.run(jobs.publish(jobs.begin_job([b"a", b"b"]), np.zeros((2, 2), np.float32)))
+    held = [next(iter(each.samples().values())) for each in (metrics.freshness_seconds, metrics.latency_seconds)]
+    assert [(int(one.counts.sum()), round(one.total, 3)) for one in held] == [(2, 0.05), (2, 0.06)]
+    assert metrics.freshness_clamped.value() == 1
 
 
 def test_nothing_is_encoded_for_a_topic_that_takes_nothing() -> None:
