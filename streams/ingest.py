@@ -123,8 +123,8 @@ class Ingest:
         if not records:  # transaction markers and aborted records only
             owned.next_offset = max(end, owned.next_offset)
             return True
-        decoded = self._decode(owned, records)
-        if not await self._load(owned, decoded.actions.users, may_hold=True):
+        decoded, cold = self._decode(owned, records)
+        if not await self._load(owned, decoded.actions.users, cold, may_hold=True):
             return False
         self._count_unmatched(owned, decoded)
         effects = owned.state.apply(decoded.actions, self._now_ms())
@@ -134,20 +134,24 @@ class Ingest:
         self._count(owned, len(records), decoded.actions, effects)
         return True
 
-    def _decode(self, owned: OwnedPartition, records: Sequence[Any]) -> Decoded:
-        """Decode the records, and reject those of users that belong to another partition.
+    def _decode(self, owned: OwnedPartition, records: Sequence[Any]) -> tuple[Decoded, list[bytes]]:
+        """Decode the records, and reject those of users that belong to another partition; return also who is cold.
 
         A user in memory was checked when it came in by an event; `misplaced` holds those that came in by a timer.
         """
         number, count = owned.tp.partition, self._partitions.source_partitions
         placement = Placement(number, count) if count else None
         decoded = decode_actions(records, now_ms=self._now_ms(), limits=self._limits, placement=placement)
+        cold = owned.state.missing(decoded.actions.users)
         if placement is None or not self._limits.check_partition:
-            return decoded
-        wrong = misplaced(owned.state.missing(decoded.actions.users), number, count)
+            return decoded, cold
+        wrong = misplaced(cold, number, count)
         if owned.misplaced:
             wrong |= owned.misplaced.intersection(decoded.actions.users)
-        return reject_misplaced(decoded, wrong, records, number, count) if wrong else decoded
+        if not wrong:
+            return decoded, cold
+        left = [user for user in cold if user not in wrong]
+        return reject_misplaced(decoded, wrong, records, number, count), left
 
     def _count_unmatched(self, owned: OwnedPartition, decoded: Decoded) -> None:
         """Count deletions of users that have no actions: their key may not be what the producer thinks."""
@@ -187,7 +191,7 @@ class Ingest:
         while (deadline_ms := owned.state.next_deadline_ms) is not None and deadline_ms <= until_ms:
             effects = owned.state.fire_timers(until_ms)
             self._perform(owned, effects)
-            if not await self._load(owned, effects.to_load):
+            if not await self._load(owned, effects.to_load, effects.to_load):
                 return
             if self._limits.check_partition and (count := self._partitions.source_partitions):
                 owned.misplaced |= misplaced(effects.to_load, owned.tp.partition, count)
@@ -220,13 +224,14 @@ class Ingest:
             await asyncio.sleep(ROOM_EVERY_S)
         return self._is_mine(owned)
 
-    async def _load(self, owned: OwnedPartition, users: Sequence[bytes], *, may_hold: bool = False) -> bool:
-        """Load the cold ones of `users` into memory; return False if the partition was lost in the meantime.
+    async def _load(
+        self, owned: OwnedPartition, users: Sequence[bytes], cold: list[bytes], *, may_hold: bool = False
+    ) -> bool:
+        """Load `cold`, those of `users` not in memory; return False if the partition was lost in the meantime.
 
         With `may_hold` a partition that gets no room for them soon is held, and False is returned too.
         """
         state = owned.state
-        cold = state.missing(users)
         if not cold:
             return True
         state.evict(len(cold), spare=users)

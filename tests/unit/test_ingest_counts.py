@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from streams.storage.identity import LastRecord
 from streams.storage.memory_store import MemoryStore
 from streams.telemetry.metrics import Histogram, Metrics
 from streams.wire.actions import LOG_APPEND_TIME, DecodeLimits
+from streams.wire.partitioner import partitions_of
 from tests.unit.core.build import LIMITS
 
 NOW_MS = 1_700_000_000_000
@@ -40,10 +42,13 @@ class Fetched:
     headers: tuple[tuple[str, bytes], ...] = ()
 
 
-def action(offset: int, event_ms: int, arrival_ms: int, timestamp_type: int = LOG_APPEND_TIME) -> Fetched:
-    """Return an action of user `ann`."""
-    event = {"user_id": "ann", "item_id": "i", "action": "see", "timestamp_ms": event_ms, "event_id": f"{event_ms}"}
-    return Fetched(b"ann", json.dumps(event).encode(), offset, arrival_ms, timestamp_type)
+def action(
+    offset: int, event_ms: int, arrival_ms: int, timestamp_type: int = LOG_APPEND_TIME, user: bytes = b"ann"
+) -> Fetched:
+    """Return an action."""
+    name = user.decode()
+    event = {"user_id": name, "item_id": "i", "action": "see", "timestamp_ms": event_ms, "event_id": f"{event_ms}"}
+    return Fetched(user, json.dumps(event).encode(), offset, arrival_ms, timestamp_type)
 
 
 class Around:
@@ -57,6 +62,8 @@ class Around:
         state = PartitionState(TriggerPolicy(), LIMITS)
         self.owned = OwnedPartition(TOPIC, state, store, none, 0, 0, 0)
         self.app, self.ready, self.assigned = self, {0: self.owned}, {0}
+        self.halted: dict[int, str] = {}
+        self.held: dict[int, str] = {}
 
     async def accept(self, batch: RecordBatch) -> OwnedPartition:
         """Return the partition."""
@@ -124,3 +131,31 @@ def test_a_checkpoint_names_the_last_record_also_a_rejected_one() -> None:
     assert metrics.rejected.value(reason="not-json") == 1
     owned.last_record, owned.mark = None, CheckpointMark(0, 0, last=LastRecord(0, 5))
     assert owned.next_mark().last == LastRecord(0, 5)
+
+
+def test_who_is_cold_is_looked_up_once_per_batch() -> None:
+    """A batch of hot, cold and misplaced users asks once who is not in memory, and loads exactly who is left."""
+    users = [b"%d" % number for number in range(40)]
+    here = [user for user in users if int(partitions_of([user], 2)[0]) == 0][:5]
+    wrong = next(user for user in users if int(partitions_of([user], 2)[0]) == 1)
+    around, asked = Around(), list[list[bytes]]()
+    around.source_partitions = 2
+    state, fakes = around.owned.state, cast(Any, around)
+    missing = state.missing
+
+    def looked_up(of: Sequence[bytes]) -> list[bytes]:
+        asked.append(list(of))
+        return missing(of)
+
+    cast(Any, state).missing = looked_up
+    metrics = Metrics()
+    ingest = Ingest(
+        fakes, fakes, fakes, metrics, limits=DecodeLimits(), checkpoint_events_max=100, now_ms=lambda: NOW_MS
+    )
+    for begin, acting in enumerate(([here[0], here[0]], [*here, wrong, *here, wrong])):
+        records = [action(10 * begin + at, NOW_MS + at, NOW_MS, user=user) for at, user in enumerate(acting)]
+        asyncio.run(ingest.on_batch(RecordBatch(TOPIC, records[0].offset, records[-1].offset + 1, records, 0)))
+    assert len(asked) == 2
+    assert missing([*here, wrong]) == [wrong]
+    assert state.hot_users == len(here)
+    assert metrics.rejected.value(reason="wrong-partition") == 2
