@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from infra.harness.run import Run
 from infra.harness.supervisor import ABORTED, STOPPED
 from infra.harness.worker_process import sample
 from infra.kafka.topics import ensure_topics
+from infra.state.logs import Application
+from infra.state.rewrite import producing
+from streams.storage.codec import encode_mark
 from streams.subscriber import EmbeddingSubscriber
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
@@ -247,6 +251,40 @@ def test_an_offset_moved_forward_is_named_and_skip_follows_it(run: Run, admin: A
     stopped(run)
     assert applied(run.deployment, "ann") == 15
     assert "skip from offset 10 to 15" in state(run.deployment, "partitions")
+
+
+def test_a_log_that_was_cut_and_has_grown_again_halts_and_skip_goes_on(run: Run) -> None:
+    """The log holds another record than the state's last one, as after an unclean election: halted until `skip`."""
+    settings = run.deployment.settings
+    partition = partition_of(b"ann", settings.topics.partitions)
+    act(run, ["ann"], 1, 10)
+    started(run)
+    stopped(run)
+
+    async def remember_another_record() -> None:
+        app = await Application.open(settings)
+        mark = await app.last_mark(partition)
+        assert mark is not None
+        assert mark.last is not None
+        assert (mark.source_offset, mark.last.offset) == (10, 9)
+        other = replace(mark, last=replace(mark.last, checksum=mark.last.checksum ^ 1))
+        async with producing(app, partition) as producer:
+            await producer.begin()
+            await producer.append([encode_mark(other)])
+            await producer.send_source_offset(10)
+            await producer.commit()
+
+    asyncio.run(remember_another_record())
+    act(run, ["ann"], 11, 10)
+    assert f"partition {partition} of {settings.topics.actions} holds another record at offset 9" in halted(
+        run, partition
+    )
+    move = ("skip", "--partition", str(partition), "--to", "10")
+    assert "truncated and has grown to 20" in state(run.deployment, *move)
+    state(run.deployment, *move, "--yes")
+    started(run)
+    stopped(run)
+    assert applied(run.deployment, "ann") == 20
 
 
 def test_an_offset_moved_back_is_reported_and_nothing_is_applied_twice(run: Run, admin: Any) -> None:
