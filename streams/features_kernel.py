@@ -7,21 +7,26 @@ from functools import cache
 from pathlib import Path
 
 from encoder.compiled import Kernel, load_library
-from streams.core.features.native import AddEvents
+from streams.core.features.kernel import Functions
+from streams.errors import CannotStart
 
-KERNEL = Kernel(
-    Path(__file__).parent / "core" / "features" / "kernel.cpp",
-    (),
-    "features are computed by numpy, several times slower",
-)
+KERNEL = Kernel(Path(__file__).parent / "core" / "features" / "kernel.cpp", (), "features cannot be computed")
+
+
+class NoCompiler(CannotStart):
+    """The kernel of the features cannot be built."""
 
 
 @cache
-def load_kernel() -> AddEvents | None:
-    """Return the kernel's function, built if need be; None, with the reason in the log, if it cannot be built."""
+def load_functions() -> Functions:
+    """Return the kernel's functions, built if they are not cached; raise `NoCompiler`, with the reason in the log."""
     library = load_library(KERNEL, {})
     if library is None:
-        return None
-    add_events: AddEvents = library.add_events
-    library.add_events.argtypes, library.add_events.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], None
-    return add_events
+        raise NoCompiler("features need a C++ compiler", "the log has the reason", "install g++, or set CXX")
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    library.add_events.argtypes, library.add_events.restype = [pointer, whole, pointer], None
+    library.pack_users.argtypes = [pointer, whole, pointer, whole, pointer, whole, pointer]
+    library.unpack_users.argtypes = [pointer, whole, pointer, whole, pointer, pointer]
+    library.pack_users.restype = library.unpack_users.restype = whole
+    functions: Functions = library
+    return functions

@@ -13,20 +13,35 @@ Shapes: E events, U users.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from encoder.actions.columns import Actions, item_key, name_code
 from encoder.arrays import F64, I64, Bool
-from streams.core.features.definitions import FeatureSet, Filter, Kind
-from streams.core.features.lanes import FREE, Distinct
-from streams.core.features.native import AddEvents, NativeParts
+from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind
+from streams.core.features.distinct import FREE, Distinct, hashed
+from streams.core.features.kernel import Events, Functions, Kernel
 from streams.core.features.rankings import Affinity, TopK
 from streams.core.features.recent import LastK, SecondsSince, Sessions
-from streams.core.features.tiles import KINDS, NEVER_MS, Events, Ring
+from streams.core.features.tiles import KINDS, NEVER_MS, Ring
+from streams.errors import CannotStart, RebuildsPartition
+
+Single = Distinct | TopK | Affinity | LastK | SecondsSince
+SINGLE: Mapping[Kind, Callable[[Feature, int], Single]] = {
+    Kind.DISTINCT: Distinct,
+    Kind.TOP_K: TopK,
+    Kind.DECAYED_AFFINITY: Affinity,
+    Kind.LAST_K: LastK,
+    Kind.SECONDS_SINCE: SecondsSince,
+}
+"""Kinds with a part for each feature."""
+
+
+class AttributesError(CannotStart):
+    """The item attributes cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +64,28 @@ class Attributes:
         keys = np.array([item_key(item) for item in table], np.uint64).astype(np.int64)
         order, items = np.argsort(keys), list(table)
         ids = [items[place] for place in order.tolist()]
-        names = {
+        names: dict[str, tuple[str, ...]] = {
             attribute: tuple(sorted({values[attribute] for values in table.values() if attribute in values}))
             for attribute in sorted({attribute for values in table.values() for attribute in values})
         }
         codes = {}
         for attribute, known in names.items():
+            if len({_name_hash(name) for name in known}) < len(known):
+                raise AttributesError(
+                    "two values of an item attribute have one hash",
+                    attribute,
+                    "rename one of them in the attribute file",
+                )
             code_of = {name: code for code, name in enumerate(known)}
             codes[attribute] = np.array([code_of.get(table[item].get(attribute, ""), -1) for item in ids], np.int64)
         return cls(keys[order], tuple(ids), codes, names, version)
+
+    def name_hashes(self) -> dict[str, I64]:
+        """Return, per attribute, the 32-bit hash of each value by its code; what is stored refers to values by it."""
+        return {
+            attribute: np.array([_name_hash(name) for name in names], np.int64)
+            for attribute, names in self.names.items()
+        }
 
     def places(self, items: I64) -> I64:
         """Return the index of each item, -1 for one that is not known."""
@@ -79,97 +107,79 @@ class FeatureColumns:
     """[U] per feature that may be an estimate: whether it is one."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The states of all features, by what they have in common."""
-
-    rings: list[Ring] = field(default_factory=list)
-    distincts: list[Distinct] = field(default_factory=list)
-    top_ks: list[TopK] = field(default_factory=list)
-    affinities: list[Affinity] = field(default_factory=list)
-    last_ks: list[LastK] = field(default_factory=list)
-    sinces: list[SecondsSince] = field(default_factory=list)
-    sessions: dict[tuple[Filter, int], Sessions] = field(default_factory=dict)
-
-    def by_event(self) -> list[Any]:
-        """Return the parts that take `Events`."""
-        lists: list[Sequence[Any]] = [
-            self.rings,
-            self.distincts,
-            self.top_ks,
-            self.affinities,
-            self.last_ks,
-            self.sinces,
-        ]
-        return [part for parts in lists for part in parts]
+class DamagedFeatures(RebuildsPartition):
+    """The stored feature state of a user cannot be read."""
 
 
 class FeatureState:
     """The state of all features for the users of a hot table."""
 
-    def __init__(
-        self, feature_set: FeatureSet, attributes: Attributes, rows: int, kernel: AddEvents | None = None
-    ) -> None:
-        """Make room for `rows` users. Without the compiled `kernel`, numpy does the same about ten times slower."""
+    def __init__(self, feature_set: FeatureSet, attributes: Attributes, rows: int, functions: Functions) -> None:
+        """Make room for `rows` users; `functions` are those of the compiled kernel."""
         self.feature_set, self._attributes = feature_set, attributes
-        self._filters = list(dict.fromkeys(each.filter for each in feature_set.features))
+        features = feature_set.features
+        self._filters = list(dict.fromkeys(each.filter for each in features))
         self._codes = {
             each: (_table(each.actions), _table(each.surfaces), self._wanted(each)) for each in self._filters
         }
-        self._parts = _Parts()
-        tiled = [each for each in feature_set.features if each.kind in KINDS]
-        for hop_ms in sorted({each.hop_ms for each in tiled}):
-            self._parts.rings.append(Ring(hop_ms, [each for each in tiled if each.hop_ms == hop_ms], rows))
-        for each in feature_set.features:
-            match each.kind:
-                case Kind.DISTINCT:
-                    self._parts.distincts.append(Distinct(each, rows))
-                case Kind.TOP_K:
-                    self._parts.top_ks.append(TopK(each, rows))
-                case Kind.DECAYED_AFFINITY:
-                    self._parts.affinities.append(Affinity(each, rows))
-                case Kind.LAST_K:
-                    self._parts.last_ks.append(LastK(each, rows))
-                case Kind.SECONDS_SINCE:
-                    self._parts.sinces.append(SecondsSince(each, rows))
-                case Kind.SESSION_LENGTH | Kind.SESSION_DEPTH:
-                    self._parts.sessions.setdefault((each.filter, each.gap_ms), Sessions(each.gap_ms, rows))
-                case _:
-                    assert each.kind in KINDS
-        self._groups = sorted({each.group for each in feature_set.features if each.group})
-        self._native = NativeParts(kernel, feature_set, self._filters, self._groups) if kernel else None
-        if self._native:
-            sessions = [(chosen, each) for (chosen, _), each in self._parts.sessions.items()]
-            self._native.bind(self._parts.by_event(), sessions)
+        self._groups = sorted({each.group for each in features if each.group})
+        tiled = [each for each in features if each.kind in KINDS]
+        self._rings = [
+            Ring(hop_ms, [each for each in tiled if each.hop_ms == hop_ms], rows)
+            for hop_ms in sorted({each.hop_ms for each in tiled})
+        ]
+        self._single = {each: SINGLE[each.kind](each, rows) for each in features if each.kind in SINGLE}
+        self._sessions = {
+            (chosen, gap_ms): Sessions(gap_ms, rows)
+            for chosen, gap_ms in dict.fromkeys((each.filter, each.gap_ms) for each in features if each.gap_ms)
+        }
+        self._kernel = Kernel(functions, self._filters, self._groups, attributes.name_hashes())
+        self._kernel.bind(
+            [
+                *((Filter(), ring) for ring in self._rings),
+                *((feature.filter, part) for feature, part in self._single.items()),
+                *((chosen, part) for (chosen, _), part in self._sessions.items()),
+            ]
+        )
 
     def add(self, rows: I64, actions: Actions, values: F64) -> None:
         """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
         if not len(rows):
             return
-        items = actions["item"].astype(np.int64)
+        items, surfaces = actions["item"].astype(np.int64), actions["surface"].astype(np.int64)
         places = self._attributes.places(items)
         durations = actions["duration_ms"].astype(np.float64)
-        events = Events(
-            rows=rows,
-            timestamp_ms=actions["timestamp_ms"],
-            items=items,
-            passes={each: self._passes(each, actions, places) for each in self._filters},
-            numbers={"duration": np.where(durations > 0, durations, np.nan), "value": values},
-            surfaces=actions["surface"].astype(np.int64),
-            groups={each: _codes(self._attributes.codes[each], places) for each in self._groups},
+        groups = [_codes(self._attributes.codes[each], places) for each in self._groups]
+        self._kernel.add(
+            Events(
+                rows=rows,
+                times_ms=np.ascontiguousarray(actions["timestamp_ms"]),
+                passes=np.array([self._passes(each, actions, places) for each in self._filters], np.bool_),
+                numbers=np.array([np.where(durations > 0, durations, np.nan), values]),
+                items=items,
+                ids=np.array([hashed(items), hashed(surfaces)]),
+                groups=np.array(groups, np.int64),
+            )
         )
-        if self._native:
-            self._native.add(events)
-            return
-        for part in self._parts.by_event():
-            part.add(events)
-        for (chosen, _), sessions in self._parts.sessions.items():
-            passes = events.passes[chosen]
-            sessions.add(rows[passes], events.timestamp_ms[passes])
+
+    def pack(self, rows: I64) -> list[bytes]:
+        """Return the state of users [U] as bytes that `unpack` reads."""
+        return self._kernel.pack(rows)
+
+    def unpack(self, rows: I64, packed: Sequence[bytes]) -> None:
+        """Replace the state of users [U] by what `pack` returned; raise `DamagedFeatures` if it is not that."""
+        self.clear(rows)
+        damaged = self._kernel.unpack(rows, packed)
+        if damaged >= 0:
+            raise DamagedFeatures(
+                "stored features cannot be read",
+                f"{len(packed[damaged])} bytes of user {damaged} of {len(packed)}",
+                "rebuild the partition from the changelog",
+            )
 
     def clear(self, rows: I64) -> None:
         """Forget everything of the users in these rows."""
-        for part in (*self._parts.by_event(), *self._parts.sessions.values()):
+        for part in (*self._rings, *self._single.values(), *self._sessions.values()):
             part.clear(rows)
 
     def values(self, rows: I64, as_of_ms: I64) -> FeatureColumns:
@@ -177,33 +187,35 @@ class FeatureState:
         values: dict[str, list[Any]] = {}
         estimated: dict[str, Bool] = {}
         until_ms = np.full(len(rows), NEVER_MS)
-        for ring in self._parts.rings:
+        for ring in self._rings:
             columns, gone_ms = ring.values(rows, as_of_ms)
             until_ms = np.minimum(until_ms, gone_ms)
             for feature in ring.features:
                 counts = feature.kind is Kind.COUNT
                 column = columns[feature.name]
                 values[feature.name] = column.astype(np.int64).tolist() if counts else _none_for_nan(column)
-        for distinct in self._parts.distincts:
-            counted, exact, gone_ms = distinct.values(rows, as_of_ms)
-            values[distinct.feature.name], estimated[distinct.feature.name] = counted.tolist(), ~exact
-            until_ms = np.minimum(until_ms, gone_ms)
-        for top in self._parts.top_ks:
-            codes, totals, gone_ms = top.values(rows, as_of_ms)
-            values[top.feature.name] = self._ranked(top.feature.group, codes, totals.astype(np.int64))
-            estimated[top.feature.name] = top.dropped[rows]
-            until_ms = np.minimum(until_ms, gone_ms)
-        for affinity in self._parts.affinities:
-            codes, sums = affinity.values(rows, as_of_ms)
-            values[affinity.feature.name] = self._ranked(affinity.feature.group, codes, sums)
-            estimated[affinity.feature.name] = affinity.dropped[rows]
-        for last in self._parts.last_ks:
-            values[last.feature.name] = self._ids(last.values(rows))
-        for since in self._parts.sinces:
-            values[since.feature.name] = _none_for_nan(since.values(rows, as_of_ms))
+        for feature, part in self._single.items():
+            match part:
+                case Distinct():
+                    counted, exact, gone_ms = part.values(rows, as_of_ms)
+                    values[feature.name], estimated[feature.name] = counted.tolist(), ~exact
+                    until_ms = np.minimum(until_ms, gone_ms)
+                case TopK():
+                    codes, totals, gone_ms = part.values(rows, as_of_ms)
+                    values[feature.name] = self._ranked(feature.group, codes, totals.astype(np.int64))
+                    estimated[feature.name] = part.dropped[rows]
+                    until_ms = np.minimum(until_ms, gone_ms)
+                case Affinity():
+                    codes, sums = part.values(rows, as_of_ms)
+                    values[feature.name] = self._ranked(feature.group, codes, sums)
+                    estimated[feature.name] = part.dropped[rows]
+                case LastK():
+                    values[feature.name] = self._ids(part.values(rows))
+                case SecondsSince():
+                    values[feature.name] = _none_for_nan(part.values(rows, as_of_ms))
         for feature in self.feature_set.features:
             if feature.gap_ms:
-                seconds, depths, gone_ms = self._parts.sessions[feature.filter, feature.gap_ms].values(rows, as_of_ms)
+                seconds, depths, gone_ms = self._sessions[feature.filter, feature.gap_ms].values(rows, as_of_ms)
                 is_length = feature.kind is Kind.SESSION_LENGTH
                 values[feature.name] = seconds.tolist() if is_length else depths.tolist()
                 until_ms = np.minimum(until_ms, gone_ms)
@@ -254,6 +266,11 @@ def _table(names: tuple[str, ...]) -> Bool | None:
     table = np.zeros(65_536, np.bool_)
     table[[name_code(name) for name in names]] = True
     return table
+
+
+def _name_hash(name: str) -> int:
+    """Return 32 bits by which stored state refers to a value of an attribute."""
+    return item_key(name) >> 32
 
 
 def _codes(codes: I64, places: I64) -> I64:

@@ -9,7 +9,7 @@ that features over different windows, or with other names, do not count the same
 
 A late event goes into the tile of its hop if the ring still has it; otherwise no window can reach it any more.
 
-Shapes: E events, U users, R rows of the hot table, T tiles of a ring, A accumulators of a ring.
+Shapes: U users, R rows of the hot table, T tiles of a ring, A accumulators of a ring.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from encoder.arrays import F64, I64, Bool
+from encoder.arrays import F64, I64
 from streams.core.features.definitions import Feature, Filter, Kind
 
 EMPTY = -1
@@ -38,7 +38,6 @@ class Statistic(IntEnum):
 
 
 INITIAL = {Statistic.COUNT: 0.0, Statistic.SUM: 0.0, Statistic.MIN: np.inf, Statistic.MAX: -np.inf}
-MERGE = {Statistic.COUNT: np.add, Statistic.SUM: np.add, Statistic.MIN: np.minimum, Statistic.MAX: np.maximum}
 STATISTICS = {
     Kind.COUNT: (Statistic.COUNT,),
     Kind.SUM: (Statistic.COUNT, Statistic.SUM),
@@ -59,30 +58,6 @@ class Accumulator:
     statistic: Statistic
 
 
-@dataclass(frozen=True, slots=True)
-class Events:
-    """Events to add, with what every feature may ask of them; column i of each array is one event."""
-
-    rows: I64
-    """[E] row of the event's user."""
-    timestamp_ms: I64
-    """[E] event time."""
-    items: I64
-    """[E] key of the item, as a signed number."""
-    passes: dict[Filter, Bool]
-    """[E] per filter: whether the event passes it."""
-    numbers: dict[str, F64]
-    """[E] per name: the number, NaN where the event has none."""
-    surfaces: I64
-    """[E] code of the surface, 0 without one."""
-    groups: dict[str, I64]
-    """[E] per item attribute: code of the value, -1 where it is unknown."""
-
-    def selected(self, feature_filter: Filter) -> Bool:
-        """Return which events pass a filter."""
-        return self.passes[feature_filter]
-
-
 class Ring:
     """The tiles of all users for one hop."""
 
@@ -100,25 +75,6 @@ class Ring:
         self.numbers = np.empty((rows * self.tiles, len(self.accumulators)))
         """Numbers of each cell, side by side: an event touches one place in memory per ring."""
         self.numbers[:] = self.initial
-
-    def add(self, events: Events) -> None:
-        """Add events, in any order."""
-        hops = (events.timestamp_ms // self.hop_ms).astype(np.int32)  # [E]
-        cells = events.rows * self.tiles + hops % self.tiles  # [E]
-        held = self.hops.reshape(-1)
-        before = held[cells]
-        np.maximum.at(held, cells, hops)
-        newest = held[cells]
-        begun = cells[newest > before]
-        self.numbers[begun] = self.initial
-        fits = hops == newest
-        for accumulator, at in self._number.items():
-            counts = fits & events.selected(accumulator.filter)
-            if accumulator.of:
-                number = events.numbers[accumulator.of]
-                counts &= ~np.isnan(number)
-            added = 1.0 if accumulator.statistic is Statistic.COUNT else number[counts]
-            MERGE[accumulator.statistic].at(self.numbers[:, at], cells[counts], added)
 
     def clear(self, rows: I64) -> None:
         """Forget everything of these users."""

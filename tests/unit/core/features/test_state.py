@@ -9,16 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.actions.columns import ACTION_DTYPE, item_key, name_code
 from infra.harness.feature_model import Event, values
 from streams.core.features.definitions import DAY_MS, HOUR_MS, parse_features
-from streams.core.features.native import AddEvents
-from streams.core.features.state import Attributes, FeatureState
-from streams.features_kernel import load_kernel
+from streams.core.features.state import Attributes, DamagedFeatures, FeatureState
+from streams.features_kernel import load_functions
 
 TOML = """
 [[feature]]
@@ -85,7 +83,10 @@ TABLES: list[dict[str, Any]] = tomllib.loads(TOML)["feature"]
 COLORS = ["red", "blue", "green", "black"]
 ITEMS = {f"item-{number}": {"color": COLORS[number % 4]} if number % 5 else {} for number in range(12)}
 ATTRIBUTES = Attributes.of(ITEMS)
+MORE = Attributes.of({**ITEMS, "other": {"color": "amber"}})
+"""One more value, which comes first, so that every code is another."""
 FEATURES = parse_features(TOML, ATTRIBUTES.names)
+FUNCTIONS = load_functions()
 USERS = 2
 START_MS = 20_000 * DAY_MS
 SPANS_MS = (HOUR_MS, 2 * DAY_MS, 40 * DAY_MS)
@@ -130,22 +131,16 @@ def near_tie(value: Any) -> bool:
     return any(math.isclose(a, b, rel_tol=1e-9) for a, b in pairwise(numbers))
 
 
-KERNELS = [None, load_kernel()]
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=["numpy", "compiled"])
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=40),
     st.lists(st.integers(0, 40), max_size=4),
     st.sampled_from([0, 1, 299_999, 30 * 60_000, HOUR_MS, DAY_MS - 1, 7 * DAY_MS, 60 * DAY_MS]),
 )
-def test_values_are_those_of_the_model(
-    kernel: AddEvents | None, batch: list[tuple[int, Event]], cuts: list[int], later_ms: int
-) -> None:
+def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: list[int], later_ms: int) -> None:
     """All twelve features of users, after any events, are those of a plain list of these events."""
     batch = [(row, replace(event, arrival=arrival)) for arrival, (row, event) in enumerate(batch)]
-    state = FeatureState(FEATURES, ATTRIBUTES, USERS, kernel)
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS)
     for low, high in pairwise([0, *sorted(min(cut, len(batch)) for cut in cuts), len(batch)]):
         add(state, batch[low:high])
     newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
@@ -164,10 +159,73 @@ def test_values_are_those_of_the_model(
             assert tie or agrees(found, value), (name, found, value)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["numpy", "compiled"])
-def test_an_estimate_says_so_and_is_near(kernel: AddEvents | None) -> None:
+@settings(max_examples=100)
+@given(st.lists(EVENT, min_size=1, max_size=20), st.integers(0, 30 * DAY_MS))
+def test_no_value_changes_before_the_stated_time(events: list[Event], later_ms: int) -> None:
+    """Until `valid_until_ms` every value stays, but for those that always age; and something leaves a window then."""
+    state = FeatureState(FEATURES, ATTRIBUTES, 1, FUNCTIONS)
+    add(state, [(0, event) for event in events])
+    as_of_ms = max(event.timestamp_ms for event in events) + 1 + later_ms
+    until_ms = int(state.values(np.zeros(1, np.int64), np.array([as_of_ms])).valid_until_ms[0])
+    steady = [table for table in TABLES if table["name"] not in ("since", "affinity")]
+    wanted = values(steady, events, as_of_ms, ITEMS)
+    if until_ms > as_of_ms + 100 * DAY_MS:
+        windowed = [table for table in steady if "window" in table or "gap" in table]
+        assert not any(values(windowed, events, as_of_ms, ITEMS).values())
+        return
+    assert until_ms > as_of_ms
+    assert values(steady, events, until_ms - 1, ITEMS) == wanted
+    counts = [{**table, "kind": "count"} for table in steady if "window" in table or "gap" in table]
+    counts = [
+        {key: each[key] for key in each if key not in ("of", "group", "k")} for each in counts if "window" in each
+    ]
+    counts += [table for table in steady if "gap" in table]
+    assert values(counts, events, until_ms, ITEMS) != values(counts, events, as_of_ms, ITEMS)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=60),
+    st.integers(0, 60),
+    st.sampled_from([0, HOUR_MS, 7 * DAY_MS, 60 * DAY_MS]),
+)
+def test_what_is_packed_comes_back(batch: list[tuple[int, Event]], cut: int, later_ms: int) -> None:
+    """A user that is packed, unpacked in another row and acts again has the values of one that stayed in memory."""
+    stayed, moved = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS), FeatureState(FEATURES, MORE, 5, FUNCTIONS)
+    add(stayed, batch[:cut])
+    packed = stayed.pack(np.arange(USERS))
+    rows = np.array([4, 1])
+    add(moved, [(4, Event("item-1", "buy", START_MS, "home", 5, 1.0))])  # what was in the row is replaced
+    moved.unpack(rows, packed)
+    add(stayed, batch[cut:])
+    add(moved, [(int(rows[row]), event) for row, event in batch[cut:]])
+    newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
+    as_of_ms = np.full(USERS, newest_ms + 1 + later_ms)
+    found, wanted = moved.values(rows, as_of_ms), stayed.values(np.arange(USERS), as_of_ms)
+    assert found.values == wanted.values
+    assert found.valid_until_ms.tolist() == wanted.valid_until_ms.tolist()
+    assert moved.pack(rows) == stayed.pack(np.arange(USERS))
+
+
+@settings(max_examples=300)
+@given(st.lists(EVENT, max_size=30), st.binary(max_size=8), st.integers(0, 400), st.booleans())
+def test_damaged_bytes_are_refused_or_read(events: list[Event], noise: bytes, place: int, is_cut: bool) -> None:
+    """Bytes that were altered or cut raise, or are the state of some user; they never reach other memory."""
+    state = FeatureState(FEATURES, ATTRIBUTES, 3, FUNCTIONS)
+    add(state, [(1, event) for event in events])
+    (whole,) = state.pack(np.array([1]))
+    damaged = whole[:place] if is_cut else whole[:place] + noise + whole[place + len(noise) :]
+    neighbours = state.pack(np.array([0, 2]))
+    try:
+        state.unpack(np.array([1]), [damaged])
+    except DamagedFeatures:
+        assert damaged != whole
+    assert state.pack(np.array([0, 2])) == neighbours
+
+
+def test_an_estimate_says_so_and_is_near() -> None:
     """With 5,000 items in the window and room for 64, the count is an estimate within a few standard errors."""
-    state = FeatureState(FEATURES, ATTRIBUTES, 1, kernel)
+    state = FeatureState(FEATURES, ATTRIBUTES, 1, FUNCTIONS)
     rng = np.random.default_rng(7)
     for _ in range(10):
         batch = [
@@ -184,7 +242,7 @@ def test_an_estimate_says_so_and_is_near(kernel: AddEvents | None) -> None:
 
 def test_a_cleared_user_begins_anew() -> None:
     """After `clear` a user's values are those of a user without events."""
-    state = FeatureState(FEATURES, ATTRIBUTES, 2)
+    state = FeatureState(FEATURES, ATTRIBUTES, 2, FUNCTIONS)
     add(state, [(row, Event("item-1", "buy", START_MS + n, "home", 5, 1.0)) for row in range(2) for n in range(5)])
     state.clear(np.array([0]))
     found = state.values(np.arange(2), np.full(2, START_MS + 10)).values
