@@ -30,7 +30,7 @@ from streams.engine.partitions import Partitions
 from streams.storage.reader import read_users
 from streams.storage.store import NO_NOTE, StoreDamaged
 from streams.telemetry.metrics import Metrics
-from streams.telemetry.times import observe_skew
+from streams.telemetry.times import SkewMeter
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
 from streams.wire.dead_letters import dead_letter_headers
 from streams.wire.deletions import Placement
@@ -81,6 +81,7 @@ class Ingest:
         self._in_flight_max = in_flight_max or InFlightLimits()
         self._jobs: dict[OwnedPartition, PartitionJobs] = {}
         self._firing: dict[OwnedPartition, asyncio.Task[None]] = {}
+        self._skew = SkewMeter(metrics)
 
     def add(self, owned: OwnedPartition, jobs: PartitionJobs) -> None:
         """Start processing a partition that has become ready."""
@@ -166,6 +167,7 @@ class Ingest:
         """Fire the timers of all partitions until cancelled; costs nothing while none is due."""
         while True:
             await asyncio.sleep(TIMERS_EVERY_S)
+            self._skew.observe()
             now_ms = self._now_ms()
             for owned in list(self._jobs):
                 deadline_ms = owned.state.next_deadline_ms
@@ -330,7 +332,7 @@ class Ingest:
                 (Outcome.TOMBSTONE, metrics.tombstones),
             ):
                 counter.inc(effects.count(outcome))
-        observe_skew(metrics, arrival_ms, event_ms)
+        self._skew.add(arrival_ms, event_ms)
         if owned.next_offset - owned.committed_offset >= self._checkpoint_events_max:
             self._partitions.checkpoint_soon(owned)
 

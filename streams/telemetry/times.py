@@ -15,6 +15,9 @@ import numpy as np
 from encoder.arrays import I64
 from streams.telemetry.metrics import Metrics
 
+OBSERVED_AT_ONCE_EVENTS = 1_000
+"""Events from which on a `SkewMeter` waits no longer."""
+
 
 def observe_published(metrics: Metrics, now_ms: int, newest_event_ms: I64, arrival_ms: I64) -> None:
     """Observe embeddings acknowledged at `now_ms`; a negative arrival time is unknown and is left out."""
@@ -25,12 +28,29 @@ def observe_published(metrics: Metrics, now_ms: int, newest_event_ms: I64, arriv
     metrics.latency_seconds.observe_many(np.maximum(now_ms - arrived_ms, 0) / 1000)
 
 
-def observe_skew(metrics: Metrics, arrival_ms: I64, event_ms: I64) -> None:
-    """Observe the skew of events."""
-    skew_s = (arrival_ms - event_ms) / 1000
-    is_ahead = skew_s < 0
-    if is_ahead.any():
-        metrics.skew_ahead_seconds.observe_many(-skew_s[is_ahead])
-        skew_s = skew_s[~is_ahead]
-    if len(skew_s):
-        metrics.skew_behind_seconds.observe_many(skew_s)
+class SkewMeter:
+    """Skew of events, observed for many small batches at once: one observation costs as much as ten events."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._waiting: list[I64] = []
+        self._events = 0
+
+    def add(self, arrival_ms: I64, event_ms: I64) -> None:
+        """Take a batch; it is observed with the next ones, at `observe` at the latest."""
+        self._waiting.append(arrival_ms - event_ms)
+        self._events += len(event_ms)
+        if self._events >= OBSERVED_AT_ONCE_EVENTS:
+            self.observe()
+
+    def observe(self) -> None:
+        """Observe what waits."""
+        if not self._waiting:
+            return
+        skew_s = np.concatenate(self._waiting) / 1000
+        self._waiting, self._events = [], 0
+        is_ahead = skew_s < 0
+        if is_ahead.any():
+            self._metrics.skew_ahead_seconds.observe_many(-skew_s[is_ahead])
+            skew_s = skew_s[~is_ahead]
+        self._metrics.skew_behind_seconds.observe_many(skew_s)

@@ -16,7 +16,7 @@ from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
 from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import OwnedPartition
-from streams.ingest import Ingest
+from streams.ingest import TIMERS_EVERY_S, Ingest
 from streams.storage.codec import CheckpointMark
 from streams.storage.identity import LastRecord
 from streams.storage.memory_store import MemoryStore
@@ -85,7 +85,15 @@ def ingested(*batches: list[Fetched]) -> tuple[Metrics, OwnedPartition]:
     )
     for records in batches:
         asyncio.run(ingest.on_batch(RecordBatch(TOPIC, records[0].offset, records[-1].offset + 1, records, 0)))
+    asyncio.run(one_round(ingest))
     return metrics, around.owned
+
+
+async def one_round(ingest: Ingest) -> None:
+    """Let the loop of the timers run once."""
+    running = asyncio.create_task(ingest.run_timers())
+    await asyncio.sleep(1.5 * TIMERS_EVERY_S)
+    running.cancel()
 
 
 def seconds(histogram: Histogram) -> tuple[int, float]:

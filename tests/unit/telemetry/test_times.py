@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streams.telemetry.metrics import Histogram, Metrics
-from streams.telemetry.times import observe_published, observe_skew
+from streams.telemetry.times import OBSERVED_AT_ONCE_EVENTS, SkewMeter, observe_published
 
 NOW_MS = 1_700_000_000_000
 
@@ -36,7 +36,10 @@ def test_latency_leaves_out_what_arrived_at_an_unknown_time() -> None:
 def test_skew_has_one_histogram_per_sign() -> None:
     """An event is behind or ahead, never both, and each sum is positive."""
     metrics = Metrics()
-    observe_skew(metrics, np.full(4, NOW_MS), NOW_MS + np.array([-2_000, 0, 300_000, 60_000]))
+    meter = SkewMeter(metrics)
+    for ahead_ms in ([-2_000, 0], [300_000, 60_000]):
+        meter.add(np.full(2, NOW_MS), NOW_MS + np.array(ahead_ms))
+    meter.observe()
     assert totals(metrics.skew_behind_seconds) == (2, pytest.approx(2.0))
     assert totals(metrics.skew_ahead_seconds) == (2, pytest.approx(360.0))
 
@@ -46,7 +49,22 @@ def test_freshness_is_latency_plus_skew() -> None:
     metrics, rng = Metrics(), np.random.default_rng(5)
     event_ms = NOW_MS - rng.integers(1_000, 2_000, 50)
     arrival_ms = event_ms + rng.integers(0, 900, 50)
-    observe_skew(metrics, arrival_ms, event_ms)
+    meter = SkewMeter(metrics)
+    meter.add(arrival_ms, event_ms)
+    meter.observe()
     observe_published(metrics, NOW_MS, event_ms, arrival_ms)
     parts = totals(metrics.latency_seconds)[1] + totals(metrics.skew_behind_seconds)[1]
     assert totals(metrics.freshness_seconds)[1] == pytest.approx(parts)
+
+
+def test_a_meter_holds_a_bounded_number_of_events() -> None:
+    """Small batches wait to be observed together, and are observed without a call once they are many; once each."""
+    metrics = Metrics()
+    meter, one = SkewMeter(metrics), np.full(1, NOW_MS)
+    for _ in range(OBSERVED_AT_ONCE_EVENTS - 1):
+        meter.add(one, one)
+    assert totals(metrics.skew_behind_seconds)[0] == 0
+    meter.add(one, one)
+    for _ in range(2):
+        assert totals(metrics.skew_behind_seconds)[0] == OBSERVED_AT_ONCE_EVENTS
+        meter.observe()
