@@ -40,6 +40,7 @@ from streams.engine.table import TABLE_NAME, SequenceTable
 from streams.engine.topic_limits import TopicLimits
 from streams.engine.topic_watch import TopicWatch
 from streams.errors import HaltsPartition, SettingsError, StopsWorker
+from streams.expiry import Expiry
 from streams.ingest import InFlightLimits, Ingest
 from streams.storage.codec import largest_value
 from streams.storage.identity import layout_of
@@ -103,6 +104,7 @@ class WorkerApp:
             now_ms=now_ms,
             in_flight_max=InFlightLimits(settings.output.dead_letters_max, settings.output.dead_letter_bytes_max),
         )
+        self.expiry = Expiry(self.ingest, self.partitions, settings.state.user_ttl_ms, now_ms)
         self.faust = self._faust_app()
         self._revoked_at: dict[int, int] = {}
         """Source offset at which this worker gave a partition back, by partition."""
@@ -207,10 +209,12 @@ class WorkerApp:
         """Return a number that stays the same while no other worker can have advanced the partition's state.
 
         That is the case when the partition returns at the offset where this worker gave it back: the encoder's cache
-        of its users is still valid. Otherwise the cache may stem from a history that the state does not have.
+        of its users is still valid. Otherwise the cache may stem from a history that the state does not have. With a
+        TTL that may always be so: another worker may have forgotten users in the meantime, which takes no event.
         """
         number = owned.tp.partition
-        if owned.rebuilt or self._revoked_at.pop(number, None) != owned.next_offset:
+        returned_at = self._revoked_at.pop(number, None)
+        if owned.rebuilt or self.settings.state.user_ttl_ms or returned_at != owned.next_offset:
             self._incarnations[number] = self._incarnations.get(number, 0) + 1
         return self._incarnations[number]
 
@@ -271,6 +275,7 @@ def _state_limits(settings: Settings) -> StateLimits:
         chunk_length=state.chunk_length,
         hot_users_max=state.hot_users_max,
         wake_users_max=min(state.wake_users_max, state.hot_users_max),
+        user_ttl_ms=state.user_ttl_ms,
     )
 
 

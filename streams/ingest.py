@@ -201,6 +201,16 @@ class Ingest:
             if not self._is_mine(owned):
                 return
 
+    async def expire(self, owned: OwnedPartition, users: Sequence[bytes], now_ms: int) -> bool:
+        """Forget those of `users` who had no action for the TTL before `now_ms`; return False if the partition is lost.
+
+        The caller makes sure that every event up to that moment is applied.
+        """
+        if not await self._load(owned, users, owned.state.missing(users)) or not self._is_mine(owned):
+            return False
+        self._perform(owned, owned.state.expire(users, now_ms, owned.next_offset - 1))
+        return True
+
     def _is_mine(self, owned: OwnedPartition) -> bool:
         return self._partitions.ready.get(owned.tp.partition) is owned
 
@@ -292,6 +302,9 @@ class Ingest:
         for reason, fired in enumerate(np.bincount(effects.reasons).tolist()):
             if fired:
                 self._metrics.triggers.inc(fired, reason=Reason(reason).label)
+        if effects.expired:
+            self._metrics.users_expired.inc(len(effects.expired))
+            self._queue.forget(effects.expired)
         if effects.forgotten:
             offsets = effects.forgotten_offsets.tolist()
             forgotten, source_id = zip(effects.forgotten, offsets, strict=True), owned.mark.source_id

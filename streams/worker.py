@@ -72,6 +72,7 @@ class Worker:
         self._spawn(self._app.ingest.run_timers(), "timers")
         self._spawn(self._health.watch(), "watchdog")
         self._spawn(self._app.topic_watch.run(), "topic-watch")
+        self._spawn(self._app.expiry.run(), "expiry")
         self._spawn(self._app.former_stores.run(), "former-stores")
         await self._app.faust.start()
 

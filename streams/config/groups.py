@@ -153,6 +153,9 @@ class StateSettings(Group):
     from another worker makes the shares smaller, not the sum larger. `hot_users_max` still bounds each share."""
     wake_users_max: Positive = 10_000
     """Maximum number of users whose timers fire in one step."""
+    user_ttl_ms: Annotated[int, Field(ge=0)] = 0
+    """Time without an action, by event time, after which a user is forgotten as by a deletion: its sequence is deleted,
+    and a tombstone is published. 0 keeps users for ever. It may be changed at any time."""
     former_store_ttl_ms: Annotated[int, Field(ge=0)] = 604_800_000
     """Time after which the local database of a partition that has moved to another worker is deleted; until then the
     partition continues from it if it returns. 0 deletes it as soon as the partition has moved. Databases of another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Effects:
     """Cold users whose deadline has come: load them and fire the timers again."""
     outcomes: U8
     """[N] of `Outcome`, one per event of the batch."""
+    expired: list[bytes] = field(default_factory=list)
+    """Users forgotten because of the TTL: nothing computed from their actions may be used again."""
 
     def count(self, outcome: Outcome) -> int:
         """Return how many events of the batch had this outcome."""

@@ -68,6 +68,8 @@ class StateLimits:
     """Users of one partition in memory, 8.8 kB each when their sequences are full."""
     wake_users_max: int = 10_000
     """Users whose timers are fired, or who are loaded for it, at a time."""
+    user_ttl_ms: int = 0
+    """Time without an action after which a user is forgotten; 0 means never."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -131,6 +133,8 @@ class Snapshot:
     """[U], number of chunk keys that were stored before this snapshot."""
     emptied: Bool
     """[U], whether the user was forgotten since the last snapshot."""
+    gone: Bool
+    """[U], whether the user has expired, so that its head is deleted instead of written."""
 
     def __len__(self) -> int:
         return len(self.users)

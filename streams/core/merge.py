@@ -45,6 +45,8 @@ class Merging:
     applied_offset: int
     forgotten_ms: int
     length_max: int
+    ttl_ms: int = 0
+    """Gap between two actions at which the older ones are forgotten; 0 means none."""
 
     def __post_init__(self) -> None:
         self.times: list[int] = self.kept["timestamp_ms"].tolist()
@@ -54,6 +56,8 @@ class Merging:
         self.changed_from = self.count
         """First position that changed other than by an append."""
         self.emptied = False
+        self.expired_at: int | None = None
+        """Offset before the last event that began a new sequence because of its gap."""
 
     def event(self, index: int, timestamp_ms: int, event_id: int, offset: int) -> Outcome:
         """Merge an event; `index` is that of its action among the kept and the new actions together."""
@@ -63,6 +67,9 @@ class Merging:
             return Outcome.FORGOTTEN
         if event_id and event_id in self.ids:
             return Outcome.DUPLICATE
+        if self.ttl_ms and self.times and timestamp_ms - self.times[-1] >= self.ttl_ms:
+            self._empty()
+            self.expired_at = offset - 1
         place = bisect_right(self.times, timestamp_ms)  # after actions of equal event time
         if place == 0 and len(self.times) == self.length_max:
             return Outcome.TOO_OLD
@@ -78,12 +85,15 @@ class Merging:
         """Forget the user: empty the sequence, and bar events up to the tombstone's time."""
         if offset <= self.applied_offset:
             return Outcome.DUPLICATE
-        self.times, self.ids, self.order = [], [], []
-        self.count, self.changed_from, self.emptied = 0, 0, True
-        self.revisions += 1
+        self._empty()
         self.forgotten_ms = max(self.forgotten_ms, timestamp_ms)
         self.applied_offset = offset
         return Outcome.TOMBSTONE
+
+    def _empty(self) -> None:
+        self.times, self.ids, self.order = [], [], []
+        self.count, self.changed_from, self.emptied = 0, 0, True
+        self.revisions += 1
 
     def _insert(self, place: int, index: int, timestamp_ms: int, event_id: int) -> None:
         self.times.insert(place, timestamp_ms)

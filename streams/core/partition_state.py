@@ -13,6 +13,10 @@ Each batch, without an await between the last `missing` and `apply`:
     state.load(cold, read_users(store, cold, limits).stored)
     effects = state.apply(batch, now_ms)        # queue effects.due, publish tombstones of effects.forgotten
 
+With a TTL, for users in memory, `offset` being that of the last record applied and `now_ms` a moment before it:
+
+    effects = state.expire(users, now_ms, offset)   # publish tombstones, drop what is cached of effects.expired
+
 Whenever `next_deadline_ms` has come:
 
     effects = state.fire_timers(now_ms)     # queue effects.due, load effects.to_load, then fire again
@@ -48,7 +52,7 @@ import numpy as np
 
 from encoder.actions.columns import ActionBatch, SequenceBatch
 from encoder.arrays import I64, U8
-from streams.core import snapshots
+from streams.core import expiry, snapshots
 from streams.core.columns import Columns, rows_where, run_lengths, run_starts
 from streams.core.deadlines import Deadlines
 from streams.core.effects import Effects
@@ -56,13 +60,13 @@ from streams.core.jobs import EncodeJob
 from streams.core.layout import LONG_AGO, NEVER, Snapshot, StateLimits, StoredSequences
 from streams.core.merge import Outcome
 from streams.core.policy import TriggerPolicy
-from streams.core.sequences import Applied, SequenceState
+from streams.core.sequences import SequenceState
 from streams.core.triggers import Touched, Triggers
 
 SEED_USERS_PER_STEP = 100_000
 """Deadlines entered into the wheel at a time by `seed_deadlines`."""
-_LATE, _TOMBSTONE = int(Outcome.LATE), int(Outcome.TOMBSTONE)
-"""Plain ints: an enum lookup costs as much as one step of a small batch."""
+_LATE = int(Outcome.LATE)
+"""A plain int: an enum lookup costs as much as one step of a small batch."""
 
 
 class PartitionState:
@@ -134,11 +138,20 @@ class PartitionState:
     def apply(self, batch: ActionBatch, now_ms: int) -> Effects:
         """Apply a batch and fire triggers; raise KeyError if a user of the batch is not in memory."""
         applied = self._sequences.apply(batch)
-        forgotten, forgotten_offsets = self._forget(batch, applied)
+        forgotten, forgotten_offsets, expired = expiry.forget(self._sequences, batch, applied)
         events = rows_where(applied.outcomes <= _LATE)  # APPLIED or LATE
         events = events[np.argsort(applied.rows[events], kind="stable")]
         due = self._fire(batch, applied.rows[events], events, now_ms) if len(events) else events
-        return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes)
+        return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes, expired)
+
+    def expire(self, users: Sequence[bytes], now_ms: int, offset: int) -> Effects:
+        """Forget those of distinct hot `users` whose newest action is the TTL old; `offset` is the last one applied."""
+        rows = expiry.overdue(self._sequences, self._sequences.rows_of(users), now_ms, offset)
+        expiry.empty(self._sequences, rows)
+        names, offsets = self._sequences.users_of(rows), np.full(len(rows), offset)
+        forgotten = expiry.end_triggers(self._sequences, names, rows, offsets)
+        none = np.zeros(0, np.int64)
+        return self._effects(none, *forgotten, [], np.zeros(0, np.uint8), names)
 
     def fire_timers(self, now_ms: int) -> Effects:
         """Fire the timers that have fallen due by `now_ms`, at most `wake_users_max` users at a time."""
@@ -306,27 +319,6 @@ class PartitionState:
         self._enter(users)
         return users[go]
 
-    def _forget(self, batch: ActionBatch, applied: Applied) -> tuple[list[bytes], I64]:
-        """Reset the triggers of forgotten users; return the users and offsets of the tombstones to publish.
-
-        A tombstone that the output topic already holds is not returned, so a replay does not publish it again.
-        """
-        events = rows_where(applied.outcomes == _TOMBSTONE)
-        if not len(events):
-            return [], events
-        last = {batch.users[event]: event for event in events.tolist()}  # one per user: the last
-        events = np.array(list(last.values()), np.int64)
-        rows, offsets = applied.rows[events], batch.offsets[events]
-        headers, live = self._sequences.columns(rows)
-        is_new = offsets > headers["encoded_offset"]
-        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
-        for column in ("reason", "unencoded", "first_unencoded_ms"):
-            headers[column] = 0
-        headers["due_ms"] = NEVER
-        live["since_job"] = 0
-        self._sequences.put(rows, headers, live)
-        return [batch.users[event] for event in events[is_new].tolist()], offsets[is_new]
-
     def _cover(self, headers: Columns, offsets: I64) -> None:
         """Record that the output topic holds embeddings that contain `offsets`; users that wanted no more are done."""
         headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
@@ -389,9 +381,17 @@ class PartitionState:
             return np.zeros(len(users), np.int64)
         return np.fromiter(map(zlib.crc32, users), np.int64, len(users)) % spread_ms
 
-    def _effects(self, due: I64, forgotten: list[bytes], offsets: I64, to_load: list[bytes], outcomes: U8) -> Effects:
+    def _effects(
+        self,
+        due: I64,
+        forgotten: list[bytes],
+        offsets: I64,
+        to_load: list[bytes],
+        outcomes: U8,
+        expired: Sequence[bytes] = (),
+    ) -> Effects:
         """Build the effects; `due` are rows of users to hand over."""
         reasons = self._sequences.headers["reason"][due]
         priorities = self._triggers.priorities[reasons]
         users = self._sequences.users_of(due)
-        return Effects(users, reasons, priorities, forgotten, offsets, to_load, outcomes)
+        return Effects(users, reasons, priorities, forgotten, offsets, to_load, outcomes, list(expired))

@@ -52,6 +52,7 @@ LIVE_DTYPE = np.dtype(
         ("in_job", "?"),  # being encoded
         ("in_snapshot", "?"),  # being written by a checkpoint
         ("emptied", "?"),  # forgotten since the last checkpoint
+        ("expired", "?"),  # forgotten because of the TTL, and without an action since
     ],
     align=True,
 )
@@ -77,6 +78,8 @@ class Applied:
     """[N], row of each event's user in the hot table."""
     outcomes: Outcomes
     """[N] of `Outcome`."""
+    expired: list[tuple[int, int]]
+    """Row of each user that began a new sequence because of the TTL, and the offset before that."""
 
 
 class SequenceState:
@@ -198,9 +201,8 @@ class SequenceState:
         slow = self._judge(batch, rows, outcomes)
         fast = rows_where(~slow & (outcomes == _APPLIED))
         self._append(batch, rows, fast[np.argsort(rows[fast], kind="stable")])
-        if slow.any():
-            self._merge(batch, rows, outcomes, rows_where(slow))
-        return Applied(rows, outcomes)
+        expired = self._merge(batch, rows, outcomes, rows_where(slow)) if slow.any() else []
+        return Applied(rows, outcomes, expired)
 
     def _judge(self, batch: ActionBatch, rows: I64, outcomes: Outcomes) -> Bool:
         """Set the outcome of events that are certain to be dropped; return which events need the slow path [N]."""
@@ -223,14 +225,17 @@ class SequenceState:
         return slow
 
     def _out_of_order(self, rows: I64, times: I64, events: I64) -> I64:
-        """Return those of `events` that are older than the newest earlier action of their user."""
+        """Return those of `events` that are older than their user's newest earlier action, or newer by the TTL."""
         by_user = events[np.argsort(rows[events], kind="stable")]
         before = np.empty(len(by_user), np.int64)  # event time just before each event, of the same user
         before[1:] = times[by_user[:-1]]
         first = run_starts(rows[by_user])  # each user's first event follows what is kept, not its neighbour
         before[first] = self.live["newest_ms"][rows[by_user[first]]]
-        late: I64 = by_user[times[by_user] < before]
-        return late
+        apart = times[by_user] < before
+        if ttl_ms := self.limits.user_ttl_ms:
+            apart |= (before != LONG_AGO) & (times[by_user] - before >= ttl_ms)
+        out: I64 = by_user[apart]
+        return out
 
     def _repeated_in_batch(self, ids: U64, events: I64) -> I64:
         """Return those of `events` whose event id occurs in the batch more than once."""
@@ -274,16 +279,21 @@ class SequenceState:
         headers["count"] += lengths
         headers["applied_offset"] = batch.offsets[newest]
         live["newest_ms"], live["arrival_ms"] = batch.actions["timestamp_ms"][newest], batch.arrival_ms[newest]
-        live["dirty"], live["used"] = True, self._batch
+        live["dirty"], live["expired"], live["used"] = True, False, self._batch
         self.put(users, headers, live)
 
-    def _merge(self, batch: ActionBatch, rows: I64, outcomes: Outcomes, events: I64) -> None:
-        """Apply `events` user by user, and each user's events one by one."""
+    def _merge(self, batch: ActionBatch, rows: I64, outcomes: Outcomes, events: I64) -> list[tuple[int, int]]:
+        """Apply `events` user by user, and each user's events one by one; return the expired (see `Applied`)."""
+        expired: list[tuple[int, int]] = []
         by_user = events[np.argsort(rows[events], kind="stable")]
         for of_user in np.split(by_user, run_starts(rows[by_user])[1:]):
-            outcomes[of_user] = self._merge_user(int(rows[of_user[0]]), batch, of_user)
+            row = int(rows[of_user[0]])
+            outcomes[of_user], expired_at = self._merge_user(row, batch, of_user)
+            if expired_at is not None:
+                expired.append((row, expired_at))
+        return expired
 
-    def _merge_user(self, row: int, batch: ActionBatch, events: I64) -> list[Outcome]:
+    def _merge_user(self, row: int, batch: ActionBatch, events: I64) -> tuple[list[Outcome], int | None]:
         one = np.array([row])
         headers, live = self.columns(one)
         kept, _ = self.kept(one)
@@ -293,12 +303,13 @@ class SequenceState:
             int(headers["applied_offset"][0]),
             int(headers["forgotten_ms"][0]),
             self.limits.sequence_length,
+            self.limits.user_ttl_ms,
         )
         offsets, tombstones = batch.offsets[events].tolist(), batch.is_tombstone[events].tolist()
         actions, outcomes = merge(merging, batch.actions[events], offsets, tombstones)
         live["used"] = self._batch
         if merging.applied_offset != headers["applied_offset"][0]:
-            live["dirty"] = True
+            live["dirty"], live["expired"] = True, False
             live["dirty_from"] = min(int(live["dirty_from"][0]), merging.changed_from)
             live["newest_ms"] = actions["timestamp_ms"][-1] if len(actions) else LONG_AGO
             live["arrival_ms"] = batch.arrival_ms[events[offsets.index(merging.applied_offset)]]
@@ -306,17 +317,16 @@ class SequenceState:
             headers["count"], headers["applied_offset"] = merging.count, merging.applied_offset
             headers["forgotten_ms"] = merging.forgotten_ms
             if merging.emptied:
-                self._empty(row, live)
+                live["emptied"] = True
+                self.erase(one)
             self._write_actions(one, np.array([merging.count - len(actions)]), np.array([len(actions)]), actions)
         self.put(one, headers, live)
-        return outcomes
+        return outcomes, merging.expired_at
 
-    def _empty(self, row: int, live: Columns) -> None:
-        """Erase a forgotten user's actions from memory."""
-        live["emptied"] = True
-        length = self.limits.sequence_length
-        self._ring[row * length : (row + 1) * length] = np.zeros(1, ACTION_DTYPE)
-        self._fingerprints[row] = 0
+    def erase(self, rows: I64) -> None:
+        """Erase the actions of forgotten users from memory."""
+        self._ring.reshape(-1, self.limits.sequence_length)[rows] = np.zeros(1, ACTION_DTYPE)
+        self._fingerprints[rows] = 0
 
     def _write_actions(self, rows: I64, first: I64, lengths: I64, actions: Actions) -> None:
         """Write actions, user by user, at the positions from `first` on.

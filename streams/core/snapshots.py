@@ -10,6 +10,7 @@ import numpy as np
 
 from encoder.arrays import I64
 from streams.core.columns import Columns, rows_where, spans, starts_of
+from streams.core.expiry import is_gone
 from streams.core.layout import HAD_DEADLINE, NEVER, Snapshot
 from streams.core.sequences import SequenceState
 
@@ -36,6 +37,7 @@ def begin(state: SequenceState) -> Snapshot:
         dirty_from=live["dirty_from"].copy(),
         stored_keys=live["stored_keys"].astype(np.int64),
         emptied=live["emptied"].copy(),
+        gone=is_gone(headers, live),
     )
     _clean(state, rows, headers.copy(), live)
     return snapshot

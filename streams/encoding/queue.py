@@ -175,6 +175,10 @@ class EncodeQueue:
                 del self._priority_of[user]
         self._update_flag()
 
+    def forget(self, users: Sequence[bytes]) -> None:
+        """Drop what the encoder has cached of these users, before it embeds anything else."""
+        self._thread.submit(self._runtime.forget, list(users))  # one thread: in order with `embed`
+
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is being encoded or published; return whether that happened within the time."""
         try:

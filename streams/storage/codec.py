@@ -233,6 +233,8 @@ def _encode_heads(snapshot: Snapshot) -> Records:
         key = HEAD_PREFIX + user
         body = headers[i * HEAD_BYTES : (i + 1) * HEAD_BYTES] + tails[cuts[i] : cuts[i + 1]]
         records.append((key, body + crc32(body, crc32(key)).to_bytes(_CHECKSUM_BYTES, "little")))
+    for i in np.flatnonzero(snapshot.gone).tolist():
+        records[i] = (records[i][0], None)
     return records
 
 

@@ -67,6 +67,10 @@ class MemoryStore:
         """Yield (user, head value) of every user, in order of user id."""
         return ((key[1:], self.records[key]) for key in sorted(self.records) if key[:1] == HEAD_PREFIX)
 
+    def heads_after(self, user: bytes, users_max: int) -> list[tuple[bytes, bytes]]:
+        """Return (user, head value) of the next users after `user`, in order of user id."""
+        return [each for each in self.heads() if each[0] > user][:users_max]
+
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline."""
         return (

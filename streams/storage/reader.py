@@ -70,6 +70,20 @@ def encoded_offsets(store: Store, users: Sequence[bytes]) -> I64:
     return offsets
 
 
+def may_be_older(user: bytes, head: bytes, than_ms: int) -> bool:
+    """Return whether the newest action of a stored user may be at `than_ms` or before; its chunks are not read.
+
+    False for a user without actions. A head that is corrupt, or ends with a complete chunk, does not tell the time.
+    """
+    body = body_of(head_key(user), head)
+    if body is None or len(body) < HEAD_BYTES:
+        return True
+    header = np.frombuffer(body, HEADER_DTYPE, 1)[0]
+    if not header["tail"] or len(body) == HEAD_BYTES:
+        return bool(header["count"] > 0)
+    return bool(np.frombuffer(body[-ACTION_BYTES:], ACTION_DTYPE)["timestamp_ms"][0] <= than_ms)
+
+
 @dataclass(frozen=True, slots=True)
 class _Heads:
     headers: Columns

@@ -122,6 +122,10 @@ class Store(Protocol):
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
         ...
 
+    def heads_after(self, user: bytes, users_max: int) -> list[tuple[bytes, bytes]]:
+        """Return (user, head value) of the next users after `user`, in order of user id."""
+        ...
+
     def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
         """Note the newest source offset that the output topic holds of each of these distinct users."""
         ...
@@ -236,6 +240,11 @@ class PartitionStore:
         """Yield (user, head value) of every user, in order of user id."""
         return ((key[1:], value) for key, value in self._scan(HEAD_PREFIX))
 
+    def heads_after(self, user: bytes, users_max: int) -> list[tuple[bytes, bytes]]:
+        """Return (user, head value) of the next users after `user`, in order of user id."""
+        page = self._reading(partial(self._page, HEAD_PREFIX + user + b"\x00", HEAD_PREFIX, users_max))
+        return [(key[1:], value) for key, value in page]
+
     def chunks(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) of every chunk, in order of key."""
         return self._scan(CHUNK_PREFIX)
@@ -331,6 +340,8 @@ def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
     """Put one changelog record into a batch, and for a head its entry in the index of deadlines."""
     if value is None:
         batch.delete(key)
+        if key[:1] == HEAD_PREFIX:
+            batch.delete(DEADLINE_PREFIX + key[1:])
         return
     batch.put(key, value)
     if key[:1] == HEAD_PREFIX:

@@ -184,6 +184,9 @@ class Metrics:
             "Events dropped because their user was forgotten after they had happened.",
         )
         self.tombstones = Counter("streamformer_tombstones_total", "Requests to forget a user that were carried out.")
+        self.users_expired = Counter(
+            "streamformer_users_expired_total", "Users forgotten because they had no action for state.user_ttl_ms."
+        )
         self.tombstones_unmatched = Counter(
             "streamformer_tombstones_unmatched_total", "Requests to forget a user of whom no action was known."
         )

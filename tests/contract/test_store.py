@@ -69,6 +69,16 @@ def test_notes_are_kept_apart_and_deleted_together(store: AnyStore) -> None:
     assert store.noted([b"ann", b"bob"]) == [NO_NOTE, NO_NOTE]
 
 
+def test_a_deleted_head_takes_its_deadline_along(store: AnyStore) -> None:
+    """An expired user leaves no entry in the index; pages of heads follow each other in order of user id."""
+    store.write([head(user, due_ms=7) for user in (b"a", b"ab", b"b", b"c")], 3)
+    assert [user for user, _ in store.heads_after(b"", 3)] == [b"a", b"ab", b"b"]
+    assert [user for user, _ in store.heads_after(b"b", 3)] == [b"c"]
+    store.write([(head_key(b"ab"), None)], 4)
+    assert [user for user, _ in store.heads_after(b"a", 3)] == [b"b", b"c"]
+    assert [user for user, _ in store.pending()] == [b"a", b"b", b"c"]
+
+
 def test_the_log_id_is_kept(store: AnyStore) -> None:
     """The identity of the changelog is read back, and is no user, deadline or mark."""
     store.claim("cluster/topic-1")

@@ -89,3 +89,33 @@ def test_one_bad_user_costs_the_others_nothing(broker: Any, topic_prefix: str, t
         assert metric(run, "streamformer_encode_failures_total") <= failures + 1
         assert metric(run, "streamformer_cache_prefills_total") == prefills
         assert run.supervisor.is_ready()
+
+
+def test_users_without_an_action_for_the_ttl_are_forgotten(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
+    """A tombstone replaces the embedding within seconds, also of users from before a restart; they can start anew."""
+
+    def now(user: str, number: int) -> Any:
+        return action(user, number, timestamp_ms=time.time_ns() // 1_000_000)
+
+    topics, state = {"topics": {"partitions": 1}}, {"state": {"user_ttl_ms": 3_000}}
+    with Run(deploy(tmp_path, broker.bootstrap_servers, topic_prefix, {**topics, **state})) as run:
+        run.supervisor.scale(1)
+        run.wait_until(run.supervisor.is_ready)
+        send(run.deployment.settings, [now("ann", 1), now("bob", 1)])
+        run.wait_until(lambda: metric(run, "streamformer_embeddings_published_total") == 2)
+        run.wait(1.5)  # a checkpoint
+        run.supervisor.kill(0)
+        run.wait_until(lambda: not run.supervisor.is_ready())
+        run.wait_until(run.supervisor.is_ready)
+        send(run.deployment.settings, [now("cat", 1)])
+        run.wait_until(lambda: metric(run, "streamformer_users_expired_total") >= 2)
+        send(run.deployment.settings, [now("ann", 2)])
+        newest: dict[bytes | None, Any] = {}
+
+        def published() -> bool:
+            newest.update((each.key, each) for each in run.reader.read_all(run.deployment.settings.topics.embeddings))
+            return newest[b"bob"].value is None and newest[b"ann"].value is not None
+
+        run.wait_until(published)
+        assert dict(newest[b"ann"].headers)["sequence-length"] == b"1"
+        assert dict(newest[b"bob"].headers)["source-offset"] == b"2"

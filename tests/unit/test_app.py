@@ -66,3 +66,16 @@ def test_partitions_share_the_users_that_a_worker_may_have_in_memory(assigned: i
         _limits=StateLimits(hot_users_max=300),
     )
     assert WorkerApp.new_state(worker).room == each
+
+
+@pytest.mark.parametrize(("user_ttl_ms", "incarnations"), [(0, [1, 1]), (1_000, [1, 2])])
+def test_a_partition_that_returns_at_its_offset_keeps_its_cache_only_without_a_ttl(
+    user_ttl_ms: int, incarnations: list[int]
+) -> None:
+    """Another worker may have forgotten users in the meantime without having applied an event."""
+    settings = Settings(state=StateSettings(user_ttl_ms=user_ttl_ms))
+    worker: Any = SimpleNamespace(settings=settings, _revoked_at={}, _incarnations={})
+    owned: Any = SimpleNamespace(tp=SimpleNamespace(partition=3), rebuilt=False, next_offset=40)
+    seen = [WorkerApp._incarnation(worker, owned)]
+    worker._revoked_at[3] = 40
+    assert [*seen, WorkerApp._incarnation(worker, owned)] == incarnations

@@ -22,6 +22,7 @@ from streams.storage.codec import CheckpointMark
 from streams.storage.memory_store import MemoryStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
+from streams.wire.embeddings import Message
 from tests.unit.wire.test_actions import NOW_MS, FetchedRecord
 
 SOURCE = TP("actions", 0)
@@ -65,6 +66,12 @@ class Partitions:
         self.halted: dict[int, str] = {}
         self.held: dict[int, Any] = {}
         self.changelog = Changelog()
+        self.end = 0
+        """End of the log."""
+
+    def ends(self, owned: OwnedPartition) -> tuple[int, int]:
+        """Return the end of the log."""
+        return self.end, self.end
 
     async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
         """Accept every batch."""
@@ -90,26 +97,45 @@ class Queue:
 
     def __init__(self) -> None:
         self.users: list[bytes] = []
+        self.forgotten: list[bytes] = []
+
+    def forget(self, users: Sequence[bytes]) -> None:
+        """Record whose cache is dropped."""
+        self.forgotten += users
 
     def put(self, jobs: Any, users: Sequence[bytes], *rest: Any) -> None:
         """Keep the users."""
         self.users += users
 
 
+class Outputs:
+    """Outputs that keep the tombstones."""
+
+    def __init__(self) -> None:
+        self.tombstones: list[bytes | None] = []
+
+    async def publish_tombstones(self, partition: int, messages: Sequence[Message]) -> int:
+        """Keep whose tombstones these are."""
+        self.tombstones += [key for key, _, _ in messages]
+        return len(self.tombstones)
+
+
 class Site:
     """An ingest loop over one partition, whose store is in memory."""
 
-    def __init__(self, hot_users_max: int, policy: TriggerPolicy) -> None:
-        limits = StateLimits(sequence_length=64, chunk_length=8, hot_users_max=hot_users_max, wake_users_max=1)
+    def __init__(self, hot_users_max: int, policy: TriggerPolicy, user_ttl_ms: int = 0) -> None:
+        limits = StateLimits(
+            sequence_length=64, chunk_length=8, hot_users_max=hot_users_max, wake_users_max=1, user_ttl_ms=user_ttl_ms
+        )
         state, store, none = PartitionState(policy, limits), MemoryStore(), None
         anything: Any = none
         self.owned = OwnedPartition(SOURCE, state, store, anything, 0, 0, 0)  # type: ignore[arg-type]
         self.owned.mark = CheckpointMark(0, 0)
-        self.partitions, self.queue, self.metrics = Partitions(self.owned), Queue(), Metrics()
-        parts: Any = (self.partitions, self.queue, None, self.metrics)
+        self.partitions, self.queue, self.metrics, self.outputs = Partitions(self.owned), Queue(), Metrics(), Outputs()
+        parts: Any = (self.partitions, self.queue, self.outputs, self.metrics)
         self.ingest = Ingest(*parts, limits=DecodeLimits(), checkpoint_events_max=10**9, now_ms=lambda: NOW_MS)
-        jobs: Any = object()
-        self.ingest.add(self.owned, jobs)
+        self.jobs: Any = object()
+        self.ingest.add(self.owned, self.jobs)
         self.most_hot = 0
         self.positions: list[int] = []
         self.longest_s = 0.0
@@ -134,13 +160,13 @@ class Site:
             meanwhile()
 
 
-def batch_of(users: Sequence[str], begin: int = 0, *, late_every: int = 0) -> RecordBatch:
+def batch_of(users: Sequence[str], begin: int = 0, *, late_every: int = 0, at_ms: int = NOW_MS - 10**6) -> RecordBatch:
     """Return one action of each of `users`, at consecutive offsets; one in `late_every` of them is 10 ms late."""
 
     def action(number: int, user: str) -> bytes:
         late_ms = 10 if late_every and number % late_every == 0 else 0
-        at_ms, event_id = NOW_MS - 10**6 + begin + number - late_ms, str(begin + number)
-        event = {"user_id": user, "item_id": "i", "action": "view", "timestamp_ms": at_ms, "event_id": event_id}
+        time_ms, event_id = at_ms + begin + number - late_ms, str(begin + number)
+        event = {"user_id": user, "item_id": "i", "action": "view", "timestamp_ms": time_ms, "event_id": event_id}
         return json.dumps(event).encode()
 
     records = [FetchedRecord(user.encode(), action(n, user), offset=begin + n) for n, user in enumerate(users)]

@@ -156,6 +156,7 @@ def _snapshot(rng: np.random.Generator, numbers: I64, actions: int, limits: Stat
         dirty_from=np.zeros(users, np.int64),
         stored_keys=np.zeros(users, np.int64),
         emptied=np.zeros(users, np.bool_),
+        gone=np.zeros(users, np.bool_),
     )
 
 

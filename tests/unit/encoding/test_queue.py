@@ -143,6 +143,29 @@ def test_a_user_has_one_entry_and_several_partitions_share_a_call() -> None:
     asyncio.run(scenario())
 
 
+def test_the_cache_of_an_expired_user_is_dropped_before_the_next_embedding() -> None:
+    """It may begin again under the revision of its old actions, so nothing of them may be left by then."""
+
+    class Ordered(Runtime):
+        def forget(self, users: Sequence[bytes]) -> None:
+            self.calls.append([b"forget", *users])
+
+    async def scenario() -> None:
+        gate = threading.Event()
+        runtime, owner = Ordered(lambda users: gate.wait(WAIT_S) and None), Owner()
+        queue = EncodeQueue(runtime, EncodeQueuePolicy(batch_ms=1), Metrics())
+        async with running(queue):
+            put(queue, owner, [1])
+            await until(lambda: len(runtime.calls) == 1)
+            queue.forget([b"1"])  # while the encoder works on it
+            put(queue, owner, [1])
+            gate.set()
+            await until(lambda: len(runtime.calls) == 3)
+        assert runtime.calls == [[b"1"], [b"forget", b"1"], [b"1"]]
+
+    asyncio.run(scenario())
+
+
 def test_merged_jobs_keep_every_users_rows() -> None:
     """A merged job has, user by user, the rows of the jobs that it was merged from."""
     jobs = [job([b"4", b"2"]), job([b"9"]), job([b"7", b"5", b"6"])]

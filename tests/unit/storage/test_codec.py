@@ -59,6 +59,7 @@ def _snapshot(users: list[bytes], tails: list[int], chunks: list[tuple[int, int]
         dirty_from=none,
         stored_keys=none,
         emptied=np.zeros(0, np.bool_),
+        gone=np.zeros(len(users), np.bool_),
     )
 
 
