@@ -29,6 +29,6 @@ the end of the changelog (`engine.restore`), proves by the checkpoint mark that 
 published since, and continues at step 1. No event is lost or applied twice, because the source offset is committed
 together with the state, and being due is part of that state.
 
-Around this: `cli` and `config` (settings), `app` (composition), `worker` (life of the process), `health` and
-`telemetry` (readiness, metrics), `errors` (by consequence), and for other programs `subscriber` and `producer`.
+Around this: `cli` and `config` (settings), `parts` and `app` (composition), `worker` (life of the process), `health`
+and `telemetry` (readiness, metrics), `errors` (by consequence), and for other programs `subscriber` and `producer`.
 """

@@ -7,9 +7,8 @@ names inside the libraries, and `_faust_app` passes our table, table manager and
 from __future__ import annotations
 
 import gc
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,35 +20,30 @@ from yarl import URL
 
 from encoder.inference import EncoderRuntime, load_runtime
 from streams.config.settings import Settings
-from streams.core.layout import StateLimits, share
-from streams.core.partition_state import PartitionState
+from streams.core.layout import StateLimits
 from streams.core.policy import TriggerPolicy, parse_policy
-from streams.encoding.partition_jobs import PartitionJobs
-from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
+from streams.encoding.queue import EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.dead_letters import size_of
 from streams.engine.delivery import BatchTransport
 from streams.engine.former_stores import FormerStores
 from streams.engine.membership import Assignor
-from streams.engine.outputs import Outputs, OutputsConfig, Published
-from streams.engine.ownership import OwnedPartition
+from streams.engine.outputs import OutputsConfig
 from streams.engine.partition_host import PartitionsConfig
-from streams.engine.partitions import Partitions
 from streams.engine.recovery import with_on_assigned
 from streams.engine.table import TABLE_NAME, SequenceTable
 from streams.engine.topic_limits import TopicLimits
 from streams.engine.topic_watch import TopicWatch
-from streams.errors import HaltsPartition, SettingsError, StopsWorker
+from streams.errors import SettingsError
 from streams.expiry import Expiry
-from streams.ingest import InFlightLimits, Ingest
+from streams.ingest import InFlightLimits
+from streams.parts import PartsConfig, WorkerParts
 from streams.storage.codec import largest_value
 from streams.storage.identity import layout_of
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
 from streams.wire.embeddings import EmbeddingCodec, largest_embedding
-
-logger = logging.getLogger(__name__)
 
 STREAM_BUFFER_FETCHES = 4
 """Fetches, not events: one Faust message holds everything that a fetch returned."""
@@ -66,22 +60,14 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class WorkerApp:
-    """The parts of one worker; implements `streams.engine.partition_host.PartitionHost`."""
+class WorkerApp(WorkerParts):
+    """The parts of one worker, with Faust, RocksDB and the encoder of the settings."""
 
     def __init__(self, settings: Settings, *, abort: Callable[[str], None]) -> None:
         install_overrides()
         self.settings = settings
-        self.abort = abort
-        self._policy = _trigger_policy(settings)
-        self._limits = _state_limits(settings)
         self._block_cache = Cache(settings.checkpoint.store_cache_bytes)
-        client = settings.kafka.client_options()
-        self.metrics = Metrics()
-        self.runtime = load_encoder(settings)
-        limits = _topic_limits(settings, client)
-        self.outputs = Outputs(_outputs_config(settings, client), self.metrics, limits)
-        self.partitions = Partitions(_partitions_config(settings, client, limits), self, self.metrics)
+        super().__init__(_parts_config(settings), load_encoder(settings), Metrics(), now_ms=now_ms, abort=abort)
         topics = settings.topics
         watched = (topics.actions, settings.changelog_topic, topics.embeddings, topics.dead_letter)
         self.topic_watch = TopicWatch(self.partitions, self.partitions.cluster, watched, topics.partitions)
@@ -93,22 +79,8 @@ class WorkerApp:
             ttl_ms=settings.state.former_store_ttl_ms,
             now_ms=now_ms,
         )
-        self.queue = EncodeQueue(self.runtime, EncodeQueuePolicy(**settings.queue.model_dump()), self.metrics)
-        self.ingest = Ingest(
-            self.partitions,
-            self.queue,
-            self.outputs,
-            self.metrics,
-            limits=DecodeLimits(**settings.decode.model_dump()),
-            checkpoint_events_max=settings.checkpoint.events_max,
-            now_ms=now_ms,
-            in_flight_max=InFlightLimits(settings.output.dead_letters_max, settings.output.dead_letter_bytes_max),
-        )
         self.expiry = Expiry(self.ingest, self.partitions, settings.state.user_ttl_ms, now_ms)
         self.faust = self._faust_app()
-        self._revoked_at: dict[int, int] = {}
-        """Source offset at which this worker gave a partition back, by partition."""
-        self._incarnations: dict[int, int] = {}
         self.metrics.info.set(
             1, version=version("streamformer"), encoder_version=self.runtime.version, dtype=self.runtime.dtype
         )
@@ -147,35 +119,19 @@ class WorkerApp:
 
     async def _ingest_stream(self, stream: Any) -> None:
         async for batches in stream:
-            for batch in batches:
-                try:
-                    await self.ingest.on_batch(batch)
-                except StopsWorker as error:
-                    self.abort(f"a batch of {batch.tp} could not be applied: {error}")
-                except HaltsPartition as error:
-                    self.partitions.halt(batch.tp.partition, str(error))
-                except Exception as error:
-                    logger.exception("a batch of %s could not be applied", batch.tp)
-                    reason = f"a batch could not be applied, so its state is read again: {error!r}"
-                    await self.partitions.restart(batch.tp.partition, reason)
+            await self.on_batches(batches)
 
     async def _on_partitions_revoked(self, app: Any, revoked: set[TP], **kwargs: Any) -> None:
         await self.partitions.revoke_all()
         gc.collect()  # revoked partitions are held by cycles, which the collector would not visit for a long time
 
-    # -- PartitionHost: what the partitions need from the worker
-
-    def new_state(self) -> PartitionState:
-        """Return an empty state with this worker's policy, and its share of the worker's limits.
-
-        The shares stay the same for as long as the state lives, because every assignment begins with new states.
-        """
-        shares = len(self.partitions.assigned)
-        return PartitionState(self._policy, share(self._limits, self.settings.state.hot_users_worker_max, shares))
-
     def open_store(self, path: Path) -> PartitionStore:
         """Open a local database; all databases of the worker share one block cache."""
         return PartitionStore.open(path, cache=self._block_cache)
+
+    def destroy_store(self, path: Path) -> None:
+        """Delete a local database."""
+        PartitionStore.destroy(path)
 
     def largest_records(self) -> dict[str, int]:
         """Return the size of the largest record that this worker may write to each topic, embeddings and changelog."""
@@ -186,51 +142,8 @@ class WorkerApp:
         )
         return {
             settings.topics.embeddings: size_of(embedding),
-            settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._limits)), [])),
+            settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._config.state)), [])),
         }
-
-    def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
-        """Yield what this encoder version has published from output offset `offset` on, from the source of that id."""
-        return self.outputs.published_since(partition, offset, self.runtime.version, source_id)
-
-    def on_ready(self, owned: OwnedPartition) -> None:
-        """Begin to process a partition."""
-        jobs = PartitionJobs(
-            owned,
-            self.outputs,
-            self.metrics,
-            encoder_version=self.runtime.version,
-            incarnation=self._incarnation(owned),
-            now_ms=now_ms,
-        )
-        self.ingest.add(owned, jobs)
-
-    def _incarnation(self, owned: OwnedPartition) -> int:
-        """Return a number that stays the same while no other worker can have advanced the partition's state.
-
-        That is the case when the partition returns at the offset where this worker gave it back: the encoder's cache
-        of its users is still valid. Otherwise the cache may stem from a history that the state does not have. With a
-        TTL that may always be so: another worker may have forgotten users in the meantime, which takes no event.
-        """
-        number = owned.tp.partition
-        returned_at = self._revoked_at.pop(number, None)
-        if owned.rebuilt or self.settings.state.user_ttl_ms or returned_at != owned.next_offset:
-            self._incarnations[number] = self._incarnations.get(number, 0) + 1
-        return self._incarnations[number]
-
-    async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
-        """Stop taking work for these partitions and let the encoder finish, for at most a quarter of the session."""
-        for each in owned:
-            self.ingest.remove(each)
-            self._revoked_at[each.tp.partition] = each.next_offset
-        await self.queue.wait_idle(self.settings.kafka.session_timeout_ms / 1000 / 4)
-        for each in owned:
-            self.outputs.reset(each.tp.partition)
-
-    def on_lost(self, owned: OwnedPartition) -> None:
-        """Stop processing a partition that another worker has fenced, or whose state in memory cannot be used."""
-        self.ingest.remove(owned)
-        self.outputs.reset(owned.tp.partition)
 
 
 def load_encoder(settings: Settings) -> EncoderRuntime:
@@ -286,6 +199,22 @@ def _outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsCon
         codec=EmbeddingCodec(settings.output.codec),
         client=client,
         request_timeout_ms=settings.output.request_timeout_ms,
+    )
+
+
+def _parts_config(settings: Settings) -> PartsConfig:
+    client, output = settings.kafka.client_options(), settings.output
+    limits = _topic_limits(settings, client)
+    return PartsConfig(
+        policy=_trigger_policy(settings),
+        state=_state_limits(settings),
+        hot_users_worker_max=settings.state.hot_users_worker_max,
+        decode=DecodeLimits(**settings.decode.model_dump()),
+        queue=EncodeQueuePolicy(**settings.queue.model_dump()),
+        outputs=_outputs_config(settings, client),
+        partitions=_partitions_config(settings, client, limits),
+        checkpoint_events_max=settings.checkpoint.events_max,
+        in_flight_max=InFlightLimits(output.dead_letters_max, output.dead_letter_bytes_max),
     )
 
 

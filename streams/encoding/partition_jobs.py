@@ -95,6 +95,8 @@ class PartitionJobs:
 
     async def _publish(self, job: EncodeJob, embeddings: F32) -> None:
         state = self._owned.state
+        if self._owned.is_closed:  # encoded for an owner of before, which must not publish beside the present one
+            return
         rows = state.drop_outdated(job)
         if len(rows) < len(job):
             job, embeddings = job.select(rows), embeddings[rows]

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -114,14 +114,16 @@ PartitionJob = tuple[JobOwner, EncodeJob]
 class EncodeQueue:
     """Due users of all partitions, at most one entry each; takes them in micro-batches to one encoder thread."""
 
-    def __init__(self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, metrics: Metrics) -> None:
+    def __init__(
+        self, runtime: EncoderRuntime, policy: EncodeQueuePolicy, metrics: Metrics, thread: Executor | None = None
+    ) -> None:
         self._runtime, self._policy, self._metrics = runtime, policy, metrics
         self._waiting: dict[int, dict[bytes, Entry]] = {}
         """Users in order of arrival, by priority; a higher priority is taken first."""
         self._priority_of: dict[bytes, int] = {}
         self._filled, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._publishing: set[asyncio.Task[None]] = set()
         self._batch_users = min(FIRST_USERS, policy.batch_users_max)
         """Users in the next micro-batch, at most; see `_adapt`."""

@@ -9,7 +9,6 @@ from typing import Any
 from faust.types import TP
 
 from streams.engine.checkpoints import CheckpointedPartitions
-from streams.engine.cluster import Cluster
 from streams.engine.last_record import reread
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
 from streams.engine.proof import Found, Names, Proven, expired_line, prove
@@ -31,7 +30,7 @@ class ProvenPartitions(CheckpointedPartitions):
 
     def __init__(self, config: PartitionsConfig, host: PartitionHost, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(config, host, metrics, **kwargs)
-        self.cluster = Cluster(config.client)
+        self.cluster = config.clients.cluster(config.client)
         """The cluster as the broker describes it."""
 
     async def _identity(self) -> Identity:
@@ -53,7 +52,7 @@ class ProvenPartitions(CheckpointedPartitions):
         """Return where the partition continues, after a check that the restored state is that of this log."""
         mark = store.mark()
         earliest, end = await self.bounds(source, mark.source_offset if mark else 0)
-        last = await reread(source, self._config.client, mark, earliest, end)
+        last = await reread(source, self._config.client, mark, earliest, end, self._config.clients)
         proven = prove(self.names(source.partition), Found(mark, *committed, earliest, end, identity, last))
         for line in proven.lines:
             logger.warning("%s", line)

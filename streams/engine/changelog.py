@@ -21,10 +21,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import aiokafka
 from aiokafka.errors import ProducerFenced
 from aiokafka.structs import TopicPartition
 
+from streams.engine.clients import KAFKA, Clients
 from streams.engine.packing import BATCH_BYTES_MAX, send_packed
 from streams.engine.producers import stop_producer
 from streams.engine.proof import COMMITTED_BY
@@ -74,10 +74,11 @@ class ChangelogProducer:
         *,
         transaction_timeout_ms: int,
         batch_bytes: int = BATCH_BYTES_MAX,
+        clients: Clients = KAFKA,
     ) -> None:
         self._names, self._batch_bytes = names, batch_bytes
         self._step_s = transaction_timeout_ms / 2_000
-        self._producer = aiokafka.AIOKafkaProducer(
+        self._producer = clients.producer(
             **client,
             acks="all",
             transactional_id=names.transactional_id,
@@ -145,9 +146,9 @@ class ChangelogProducer:
 class LogReader:
     """Reads one partition up to the end offset that was current at `open`, and proves that it did."""
 
-    def __init__(self, tp: TopicPartition, client: Mapping[str, Any]) -> None:
+    def __init__(self, tp: TopicPartition, client: Mapping[str, Any], clients: Clients = KAFKA) -> None:
         self.tp = tp
-        self._consumer = aiokafka.AIOKafkaConsumer(
+        self._consumer = clients.consumer(
             **client,
             enable_auto_commit=False,
             auto_offset_reset="none",

@@ -148,12 +148,14 @@ class CheckpointedPartitions(Service):
             config.client,
             transaction_timeout_ms=config.transaction_timeout_ms,
             batch_bytes=config.limits.batch_bytes(config.changelog_topic),
+            clients=config.clients,
         )
 
     async def _close(self, owned: Collection[OwnedPartition]) -> None:
         for each in owned:
             if self.ready.get(each.tp.partition) is each:
                 del self.ready[each.tp.partition]
+                each.is_closed = True
                 each.undelivered.cancel()
                 if (holding := self.held.pop(each.tp.partition, None)) is not None:
                     holding.cancel()

@@ -79,6 +79,13 @@ class Lane:
         """Forget failures, because the partition has another owner now."""
         self._failures, self.last_error = 0, None
 
+    async def settle(self) -> None:
+        """Return once the outcome of every earlier call is known."""
+        async with self._turn:  # calls get their turn in order
+            in_flight = set(self._in_flight)
+        if in_flight:
+            await asyncio.wait(in_flight)
+
     async def append(self, messages: Sequence[Message]) -> int:
         """Append messages after those of earlier calls; return the offset after them once they are acknowledged.
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-import aiokafka
 from aiokafka.errors import OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
 
+from streams.engine.clients import KAFKA, Clients
 from streams.engine.records import CorruptBatch, Parsing
 from streams.storage.codec import CheckpointMark
 from streams.storage.identity import LastRecord
@@ -20,7 +20,12 @@ POLL_MS = 100
 
 
 async def reread(
-    source: Any, client: Mapping[str, Any], mark: CheckpointMark | None, earliest: int, end: int
+    source: Any,
+    client: Mapping[str, Any],
+    mark: CheckpointMark | None,
+    earliest: int,
+    end: int,
+    clients: Clients = KAFKA,
 ) -> LastRecord | None:
     """Return what the log holds at the offset of the mark's last record.
 
@@ -30,7 +35,7 @@ async def reread(
     last = mark.last if mark else None
     if last is None or not earliest <= last.offset < end:
         return None
-    consumer = aiokafka.AIOKafkaConsumer(
+    consumer = clients.consumer(
         **client,
         enable_auto_commit=False,
         auto_offset_reset="none",

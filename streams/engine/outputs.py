@@ -9,18 +9,19 @@ Source and output topic have the same number of partitions, so a user has the sa
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import aiokafka
 import numpy as np
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
 from encoder.arrays import I64
 from streams.engine.changelog import LogReader
+from streams.engine.clients import KAFKA, Clients
 from streams.engine.dead_letters import DeadLetters
 from streams.engine.lanes import RECORDS_MAX, Lane
 from streams.engine.packing import BATCH_BYTES_MAX
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 RECORD_BYTES_MAX = 64 << 20
 """Limit of the client, far above aiokafka's default of 1 MB: a rejected action may be large, and the broker decides."""
+
+IN_FLIGHT_S = 15.0
+"""Time that outputs in flight may take before their partition is acquired."""
 
 
 PAGE_RECORDS = 1_000
@@ -76,6 +80,7 @@ class OutputsConfig:
     request_timeout_ms: int
     records_per_producer_max: int = RECORDS_MAX
     """Records of one partition after which a producer is replaced."""
+    clients: Clients = KAFKA
 
 
 class Outputs:
@@ -182,7 +187,7 @@ class Outputs:
 
     def _new_producer(self) -> Any:
         self._metrics.output_producers.inc()
-        return aiokafka.AIOKafkaProducer(
+        return self._config.clients.producer(
             **self._config.client,
             acks="all",
             enable_idempotence=True,
@@ -198,10 +203,14 @@ class Outputs:
         """Yield what this encoder version has published, from output offset `offset` to the present end, in pages.
 
         The last page ends at the end of the partition. Records of another source log are left out, because their
-        offsets would hold back every new embedding.
+        offsets would hold back every new embedding. What this worker has in flight for a former ownership of the
+        partition ends before: its outcome must be among what is read. Raises `TimeoutError` where that takes long.
         """
-        reader = LogReader(TopicPartition(self._config.embeddings_topic, partition), self._config.client)
+        config, tp = self._config, TopicPartition(self._config.embeddings_topic, partition)
+        reader = LogReader(tp, config.client, config.clients)
         foreign = 0
+        async with asyncio.timeout(IN_FLIGHT_S):
+            await self._lane(config.embeddings_topic, partition).settle()
         try:
             await reader.open()
             start = offset if reader.begin <= offset <= reader.end else reader.begin  # else the topic was created again

@@ -105,6 +105,8 @@ class OwnedPartition:
     """Monotonic time since which every checkpoint has failed, None after one that succeeded."""
     producer_failed: bool = False
     """True after a failed checkpoint: the producer must be replaced before the next one."""
+    is_closed: bool = False
+    """True once the partition was given back or lost, or its state is read again: nothing more is published for it."""
     rebuilt: bool = False
     """True after a rebuild of the local store: a value that is corrupt now is corrupt in the changelog too."""
     last_record: Record | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from streams.core.partition_state import PartitionState
+from streams.engine.clients import KAFKA, Clients
 from streams.engine.outputs import Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.topic_limits import TopicLimits
@@ -35,6 +36,7 @@ class PartitionsConfig:
     """Sizes that the topics accept."""
     restores_max: int = 2
     """Maximum number of partitions restored at the same time."""
+    clients: Clients = KAFKA
 
 
 class PartitionHost(Protocol):
@@ -46,6 +48,10 @@ class PartitionHost(Protocol):
 
     def open_store(self, path: Path) -> PartitionStore:
         """Open or create the local database at `path`."""
+        ...
+
+    def destroy_store(self, path: Path) -> None:
+        """Delete the local database at `path`, so that the next one is empty."""
         ...
 
     def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:

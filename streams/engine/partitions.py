@@ -150,7 +150,7 @@ class Partitions(ProvenPartitions):
         if self.ready.get(number) is not owned:
             return  # lost or revoked in the meantime: it belongs to another worker, which must not be fenced
         await self._close([owned])
-        PartitionStore.destroy(self._path(number))
+        self._host.destroy_store(self._path(number))
         self._start_acquiring(number, generation, rebuilt=True)
 
     def _path(self, number: int) -> Path:
@@ -209,7 +209,7 @@ class Partitions(ProvenPartitions):
                 "the local state of partition %d is deleted and rebuilt from the changelog: %s", number, damage
             )
             self._metrics.stores_rebuilt.inc()
-            PartitionStore.destroy(self._path(number))
+            self._host.destroy_store(self._path(number))
             await self._acquire(number, generation, rebuilt=True)
 
     async def _acquire(self, number: int, generation: int, *, rebuilt: bool) -> None:
@@ -255,6 +255,7 @@ class Partitions(ProvenPartitions):
                 self._config.client,
                 on_progress=on_progress,
                 log_id=identity.log_id,
+                clients=self._config.clients,
             )
 
     async def _owned(

@@ -19,6 +19,7 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from streams.engine.changelog import LogReader
+from streams.engine.clients import KAFKA, Clients
 from streams.engine.proof import IncompleteRestore
 from streams.errors import RebuildsPartition
 from streams.storage.store import PartitionStore
@@ -43,6 +44,7 @@ async def restore(
     *,
     on_progress: Callable[[int, int], None],
     log_id: str = "",
+    clients: Clients = KAFKA,
 ) -> PartitionStore:
     """Open the database at `path`, bring it to the end of changelog partition `tp`, and return it.
 
@@ -52,7 +54,7 @@ async def restore(
     Raises `IncompleteRestore` when the log no longer holds records that the database lacks, `StoreOfAnotherLog` when
     the database was written from another log, and `StoreDamaged` when it cannot be read.
     """
-    reader = LogReader(tp, client)
+    reader = LogReader(tp, client, clients)
     store: PartitionStore | None = None
     try:
         await reader.open()

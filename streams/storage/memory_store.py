@@ -91,6 +91,9 @@ class MemoryStore:
         for key in [key for key in self.records if key[:1] == NOTE_PREFIX]:
             self.delete(key)
 
+    def close(self) -> None:
+        """Do nothing: there are no files."""
+
     def put(self, key: bytes, value: bytes) -> None:
         """Set one key."""
         self.records[key] = value

@@ -148,6 +148,10 @@ class Starts:
         """Open the local database."""
         return PartitionStore.open(path, cache=Cache(1 << 20))
 
+    def destroy_store(self, path: Path) -> None:
+        """Delete the local database."""
+        PartitionStore.destroy(path)
+
     async def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
         """Report that nothing was published."""
         yield Published([], np.zeros(0, np.int64), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 
 from encoder.actions.columns import ActionBatch
 from encoder.arrays import I64
-from infra.harness.simulation import worker
-from infra.harness.simulation.broker import Transaction
+from infra.harness.simulation.broker import Broker
 from infra.harness.simulation.history import History
 from infra.harness.simulation.schedule import failure, histories
 from streams.core import partition_state, snapshots
 from streams.core.layout import LONG_AGO
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
+from streams.engine import acquisition, checkpoints, proof
+from streams.engine.delivery import BatchConsumerThread
+from streams.engine.lanes import Lane
+from streams.engine.ownership import OwnedPartition
 from streams.storage import checkpoint as checkpoint_module
 from streams.storage import codec
 from streams.storage.codec import encode, encode_mark
@@ -87,26 +91,23 @@ def store_before_commit(patch: Patch) -> None:
         state.commit_checkpoint(snapshot)
         return len(records)
 
-    patch.setattr(worker, "checkpoint", checkpoint)
+    patch.setattr(checkpoints, "checkpoint", checkpoint)
 
 
 def outputs_after_commit(patch: Patch) -> None:
     """Wait for outputs only after the transaction has committed."""
 
     class Late:
-        def __init__(self, worker: Any) -> None:
-            self.worker = worker
-
         async def acknowledged(self) -> None: ...
 
     original = checkpoint_module.checkpoint
 
     async def checkpoint(state: Any, mark: Any, outputs: Any, changelog: Any, store: Any) -> int:
-        written = await original(state, mark, Late(outputs), changelog, store)
+        written = await original(state, mark, Late(), changelog, store)
         await outputs.acknowledged()
         return written
 
-    patch.setattr(worker, "checkpoint", checkpoint)
+    patch.setattr(checkpoints, "checkpoint", checkpoint)
 
 
 def offset_in_the_first_batch(patch: Patch) -> None:
@@ -122,7 +123,7 @@ def offset_in_the_first_batch(patch: Patch) -> None:
 
 def no_fencing(patch: Patch) -> None:
     """Let a replaced producer write."""
-    patch.setattr(Transaction, "_reach", lambda self, name: self._effect(name))
+    patch.setattr(Broker, "is_fenced", lambda self, producer, transactional_id: False)
 
 
 def published_outputs_are_not_seeded(patch: Patch) -> None:
@@ -192,6 +193,51 @@ def chunks_are_not_written(patch: Patch) -> None:
     patch.setattr(codec, "_encode_chunks", lambda snapshot, limits: [])
 
 
+def output_producer_is_kept_after_a_failed_batch(patch: Patch) -> None:
+    """Go on with a producer of which a batch was refused."""
+    note_failure = Lane._note_failure
+
+    def forgiving(self: Lane, error: BaseException) -> None:
+        note_failure(self, error)
+        self._is_broken = False
+
+    patch.setattr(Lane, "_note_failure", forgiving)
+
+
+def identity_is_not_compared(patch: Patch) -> None:
+    """Take every log for the one that the state is derived from."""
+    prove = proof.prove
+
+    def trusting(names: proof.Names, found: proof.Found) -> proof.Proven:
+        mark = found.mark and replace(found.mark, identity=None)
+        return prove(names, replace(found, mark=mark))
+
+    patch.setattr(acquisition, "prove", trusting)
+
+
+def high_watermark_for_last_stable_offset(patch: Patch) -> None:
+    """Measure progress against records that nobody can read yet."""
+    end = BatchConsumerThread.end
+
+    def high(self: BatchConsumerThread, tp: Any) -> tuple[int, int]:
+        return end(self, tp)[1], end(self, tp)[1]
+
+    patch.setattr(BatchConsumerThread, "end", high)
+
+
+def former_owner_publishes(patch: Patch) -> None:
+    """Publish what was encoded before the partition's state was read again."""
+    patch.setattr(OwnedPartition, "is_closed", property(lambda self: False, lambda self, value: None))
+
+
+def outputs_in_flight_are_overlooked(patch: Patch) -> None:
+    """Read what was published while this worker has outputs in flight."""
+
+    async def hasty(self: Lane) -> None: ...
+
+    patch.setattr(Lane, "settle", hasty)
+
+
 MUTATIONS: list[Callable[[Patch], None]] = [
     no_dedupe_by_offset,
     no_dedupe_by_event_id,
@@ -210,6 +256,11 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     staleness_fires_late,
     a_batch_may_evict_its_own_users,
     chunks_are_not_written,
+    output_producer_is_kept_after_a_failed_batch,
+    identity_is_not_compared,
+    high_watermark_for_last_stable_offset,
+    former_owner_publishes,
+    outputs_in_flight_are_overlooked,
 ]
 
 

@@ -47,96 +47,110 @@ STEP = st.one_of(
     st.builds(h.Late, USERS, st.sampled_from([0, 5, 40, 300, 5_000])),
     st.builds(h.Duplicate, st.integers(1, 12)),
     st.builds(h.Tombstone, USERS),
-    st.builds(h.Poison, st.integers(0, 4)),
+    st.builds(h.Poison, st.integers(0, h.POISONS - 1)),
+    st.builds(h.InTransaction, USERS),
+    st.builds(h.EndTransactions, st.booleans()),
     st.builds(h.Poll, COUNTS),
-    st.builds(h.Redeliver, COUNTS),
+    st.builds(h.LostFetch, COUNTS),
+    st.builds(h.Redeliver, st.integers(0, 1), COUNTS),
     st.builds(h.Silence, st.sampled_from([1, 150, 4_000])),
     st.builds(h.ClockJump, st.sampled_from([-3_000, 100, 3_000])),
     st.builds(h.Encode, COUNTS),
-    st.builds(h.Publish),
+    st.builds(h.EncoderFails, st.integers(1, 3)),
+    st.builds(h.BadUser, USERS, st.booleans()),
     st.builds(h.Deliver, COUNTS),
     st.builds(h.Acknowledge),
-    st.builds(h.Shed, st.sampled_from([0, 500])),
+    st.builds(h.Refuse, st.integers(0, h.REFUSALS - 1)),
     st.builds(h.Checkpoint),
-    st.builds(h.TornCheckpoint, st.integers(0, 9), st.integers(0, 4)),
+    st.builds(h.Commit, COUNTS),
+    st.builds(h.FailCheckpoint, st.integers(0, h.REFUSALS - 2)),
+    st.builds(h.DiskFull, st.integers(1, 3)),
+    st.builds(h.TornCheckpoint, st.integers(0, 12), st.integers(0, 4)),
     st.builds(h.Crash, st.integers(0, 4)),
     st.builds(h.TornRestore, st.integers(0, 3)),
     st.builds(h.Rebalance, st.booleans(), st.booleans()),
-    st.builds(h.Compaction),
+    st.builds(h.Reassign, st.sampled_from([0, 5])),
+    st.builds(h.Wake),
+    st.builds(h.Compaction, st.booleans()),
     st.builds(h.NewRelease),
+    st.builds(h.ForeignSource),
+    st.builds(h.LostChangelog),
 )
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32), steps=st.lists(STEP, max_size=STEPS))
-def test_generated_histories_violate_nothing(seed: int, steps: list[h.Step]) -> None:
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
+@given(seed=st.integers(0, 2**32), partitions=st.integers(1, 2), steps=st.lists(STEP, max_size=STEPS))
+def test_generated_histories_violate_nothing(seed: int, partitions: int, steps: list[h.Step]) -> None:
     """No sequence of steps under any policy violates an invariant."""
-    run_history(h.History(h.random_policy(Random(seed)), tuple(steps)))
+    run_history(h.History(h.random_policy(Random(seed)), tuple(steps), partitions))
 
 
 EVERY_ACTION = TriggerPolicy()
 SESSIONS = TriggerPolicy(every_n=3, first_n=2, session_gap_ms=1_500, cooldown_ms=300)
+ALL = 30
+"""More than there is of anything."""
 
 REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
     "a batch evicts none of its own users": (
         EVERY_ACTION,
-        [h.Act(3), h.Act(2), h.Act(4), h.Late(5, 0), h.Act(0), h.Poll(4), h.Encode(30), h.Act(3), h.Poll(30)],
+        [
+            *(h.Act(3), h.Act(2), h.Act(4), h.Late(5, 0), h.Poll(4), h.Encode(ALL), h.Deliver(ALL), h.Acknowledge()),
+            *(h.Checkpoint(), h.Commit(ALL), h.Act(0), h.Act(3), h.Act(1), h.Poll(ALL)),
+        ],
     ),
     "a user forgotten while it waits in the queue stays due for what follows": (
         EVERY_ACTION,
         [
-            h.Late(3, 5),
-            h.Poll(2),
-            h.Tombstone(3),
-            h.Act(4),
-            h.Checkpoint(),
-            h.Act(3),
-            h.Poll(5),
-            h.Rebalance(True, True),
+            *(h.Act(3), h.Poll(1), h.Late(5, 5), h.Poll(2), h.Tombstone(5), h.Act(4), h.Checkpoint(), h.Commit(ALL)),
+            *(h.Act(5), h.Poll(5), h.Rebalance(True, True)),
         ],
     ),
     "a deadline set while a forgotten user is in a job is kept": (
         SESSIONS,
-        [h.Act(0), h.Poll(30), h.Checkpoint(), h.Tombstone(0), h.Silence(1000), h.Crash(), h.Act(0), h.Encode(30)],
+        [
+            *(h.Act(0), h.Poll(ALL), h.Checkpoint(), h.Commit(ALL), h.Tombstone(0), h.Silence(1_000), h.Crash()),
+            *(h.Act(0), h.Poll(ALL), h.Encode(ALL)),
+        ],
     ),
     "a deadline set while a forgotten user waits in the queue is kept": (
         TriggerPolicy(every_n=3, session_gap_ms=1_500),
-        [h.Act(5), h.Poll(1), h.Silence(4000), h.Tombstone(5), h.Act(2), h.Act(5)],
+        [h.Act(5), h.Poll(1), h.Silence(4_000), h.Tombstone(5), h.Act(2), h.Act(5), h.Poll(ALL), h.Encode(ALL)],
     ),
     "a mark does not pass unseen outputs": (
         EVERY_ACTION,
-        [h.Act(5), h.Poll(1), h.Checkpoint(), h.Encode(1), h.Publish(), h.TornCheckpoint(2), h.Checkpoint(), h.Crash()],
-    ),
-    "a shed user that is also in a job is not evicted": (
-        TriggerPolicy(every_n=3, first_n=2, session_gap_ms=1_500, max_staleness_ms=2_000),
         [
-            *(h.Act(user) for user in (5, 0, 0, 2)),
-            *(h.Poll(5), h.Silence(1000), h.Checkpoint(), h.Act(2), h.Act(1), h.Encode(3), h.Poll(1), h.Shed(500)),
-            *(h.Late(4, 40), h.Poll(30)),
+            *(h.Act(5), h.Poll(1), h.Checkpoint(), h.Commit(ALL), h.Encode(1), h.Deliver(1), h.TornCheckpoint(2)),
+            *(h.Checkpoint(), h.Commit(ALL), h.Crash()),
         ],
     ),
     "users that a timer made due leave memory before cold users are loaded": (
         TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, cooldown_ms=300, spread_ms=400),
         [
             *(h.Act(1), h.Late(0, 5_000), h.Act(1), h.Late(2, 5_000), h.Act(2), h.Act(3), h.Act(3, True), h.Poll(1)),
-            *(
-                h.Tombstone(1),
-                h.Poison(3),
-                h.Shed(500),
-                h.Late(5, 0),
-                h.Poll(1),
-                h.Checkpoint(),
-                h.Rebalance(True, False),
-            ),
-            *(h.Act(4), h.Poll(1), h.Poll(5), h.Late(4, 40), h.Act(2, True), h.Act(1), h.Act(4), h.Poll(30)),
+            *(h.Tombstone(1), h.Poison(3), h.Late(5, 0), h.Poll(1), h.Checkpoint(), h.Rebalance(True, False)),
+            *(h.Act(4), h.Poll(1), h.Poll(5), h.Late(4, 40), h.Act(2, True), h.Act(1), h.Act(4), h.Poll(ALL)),
             *(h.Act(3), h.Poll(1), h.ClockJump(3_000)),
         ],
     ),
     "an acknowledgement arrives after a later job of a forgotten user ended and the user was evicted": (
         TriggerPolicy(strong=frozenset({"buy"}), first_n=2, max_staleness_ms=2_000, spread_ms=400),
         [
-            *(h.Act(4), h.Act(1), h.Poll(5), h.Encode(30), h.Late(4, 300), h.Act(2), h.Tombstone(4), h.Poll(2)),
-            *(h.Publish(), h.Encode(30), h.Poll(5), h.Act(3, True), h.Late(0, 300), h.Publish()),
+            *(h.Act(4), h.Act(1), h.Poll(5), h.Encode(ALL), h.Late(4, 300), h.Act(2), h.Tombstone(4), h.Poll(2)),
+            *(h.Encode(ALL), h.Poll(5), h.Act(3, True), h.Late(0, 300), h.Deliver(1), h.Acknowledge(), h.Poll(5)),
+        ],
+    ),
+    "an embedding that was being encoded when the state was read again is not published beside the new one": (
+        EVERY_ACTION,
+        [
+            *(h.Act(5), h.Poll(ALL), h.DiskFull(1), h.Checkpoint(), h.Commit(ALL), h.Silence(1_000), h.Encode(1)),
+            *(h.Poll(ALL), h.Encode(ALL), h.Deliver(ALL), h.Acknowledge()),
+        ],
+    ),
+    "what is in flight when the state is read again counts as published": (
+        EVERY_ACTION,
+        [
+            *(h.Act(5), h.Poll(ALL), h.Encode(ALL), h.DiskFull(1), h.Checkpoint(), h.Commit(ALL), h.Silence(1_000)),
+            *(h.Deliver(ALL), h.Acknowledge(), h.Silence(1_000), h.Poll(ALL), h.Encode(ALL)),
         ],
     ),
 }

@@ -1,9 +1,9 @@
-"""Histories: what happens to one partition, as data. A fault is a step like any other."""
+"""Histories: what happens to the partitions of one application, as data. A fault is a step like any other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from streams.core.policy import Reason, TriggerPolicy
@@ -47,16 +47,38 @@ class Poison:
 
 
 @dataclass(frozen=True)
+class InTransaction:
+    """A transactional producer sends an action; nobody may read it before its transaction ends."""
+
+    user: int
+
+
+@dataclass(frozen=True)
+class EndTransactions:
+    """The transactional producer commits or aborts."""
+
+    commit: bool
+
+
+@dataclass(frozen=True)
 class Poll:
-    """The worker fetches and applies the next records."""
+    """The worker fetches records, which wait for its agent."""
+
+    records: int
+
+
+@dataclass(frozen=True)
+class LostFetch:
+    """The worker fetches records that never reach its agent."""
 
     records: int
 
 
 @dataclass(frozen=True)
 class Redeliver:
-    """The worker receives its last records once more."""
+    """The agent receives the last records of a partition once more, perhaps with newer ones behind them."""
 
+    partition: int
     records: int
 
 
@@ -76,14 +98,24 @@ class ClockJump:
 
 @dataclass(frozen=True)
 class Encode:
-    """The encoder takes users from the queue."""
+    """The encoder ends some calls."""
 
-    users: int
+    calls: int
 
 
 @dataclass(frozen=True)
-class Publish:
-    """The worker hands the oldest encoded job to its producer."""
+class EncoderFails:
+    """The next calls of the encoder fail."""
+
+    calls: int
+
+
+@dataclass(frozen=True)
+class BadUser:
+    """From now on the encoder fails on a user, or no longer does."""
+
+    user: int
+    is_bad: bool
 
 
 @dataclass(frozen=True)
@@ -99,15 +131,36 @@ class Acknowledge:
 
 
 @dataclass(frozen=True)
-class Shed:
-    """The queue sheds its least valuable user."""
+class Refuse:
+    """The oldest output in flight fails, in one of several ways."""
 
-    delay_ms: int
+    kind: int
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The worker makes its state durable."""
+    """The worker begins to make its state durable."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The broker performs and acknowledges steps of checkpoints."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
+class FailCheckpoint:
+    """The oldest step of a checkpoint in flight fails, in one of several ways."""
+
+    kind: int
+
+
+@dataclass(frozen=True)
+class DiskFull:
+    """The next writes of the worker's stores fail."""
+
+    writes: int
 
 
 @dataclass(frozen=True)
@@ -134,15 +187,30 @@ class TornRestore:
 
 @dataclass(frozen=True)
 class Rebalance:
-    """Another worker takes over; the old one, checkpointed or not, still tries to write."""
+    """Another worker takes over. The old one gives its partitions back, or freezes with everything in flight."""
 
-    checkpointed: bool
-    keeps_disk: bool
+    in_order: bool
+    old_disk: bool
+    """Whether the new one has the disk of a former owner."""
+
+
+@dataclass(frozen=True)
+class Reassign:
+    """The worker loses its partitions to another one, which polls, and gets them back."""
+
+    records: int
+
+
+@dataclass(frozen=True)
+class Wake:
+    """A frozen worker wakes, and everything that it had in flight arrives."""
 
 
 @dataclass(frozen=True)
 class Compaction:
     """The broker compacts the changelog."""
+
+    drop_tombstones: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,35 +218,60 @@ class NewRelease:
     """The worker restarts with another encoder."""
 
 
+@dataclass(frozen=True)
+class ForeignSource:
+    """The worker restarts on a source topic that was created again and has grown; then the old one is brought back."""
+
+
+@dataclass(frozen=True)
+class LostChangelog:
+    """The changelog is created again and the group's offsets are deleted, while the worker's disk stays."""
+
+
 Step = (
-    Act | Late | Duplicate | Tombstone | Poison | Poll | Redeliver | Silence | ClockJump | Encode | Publish | Deliver
-    | Acknowledge | Shed | Checkpoint | TornCheckpoint | Crash | TornRestore | Rebalance | Compaction | NewRelease
+    Act | Late | Duplicate | Tombstone | Poison | InTransaction | EndTransactions | Poll | LostFetch | Redeliver
+    | Silence | ClockJump | Encode | EncoderFails | BadUser | Deliver | Acknowledge | Refuse | Checkpoint | Commit
+    | FailCheckpoint | DiskFull | TornCheckpoint | Crash | TornRestore | Rebalance | Reassign | Wake | Compaction
+    | NewRelease | ForeignSource | LostChangelog
 )  # fmt: skip
 
-USERS = 6
+USERS = 8
+POISONS = 6
+REFUSALS = 4
 
-_KINDS: list[tuple[int, Callable[[Random], Step]]] = [
+_KINDS: list[tuple[float, Callable[[Random], Step]]] = [
     (30, lambda r: Act(r.randrange(USERS), r.random() < 0.2)),
     (8, lambda r: Late(r.randrange(USERS), r.choice([0, 5, 40, 300, 5_000]))),
     (4, lambda r: Duplicate(r.randrange(1, 12))),
     (2, lambda r: Tombstone(r.randrange(USERS))),
-    (2, lambda r: Poison(r.randrange(5))),
-    (18, lambda r: Poll(r.choice([1, 2, 5, 30]))),
-    (2, lambda r: Redeliver(r.randrange(1, 10))),
+    (2, lambda r: Poison(r.randrange(POISONS))),
+    (3, lambda r: InTransaction(r.randrange(USERS))),
+    (2, lambda r: EndTransactions(r.random() < 0.6)),
+    (20, lambda r: Poll(r.choice([1, 2, 5, 30]))),
+    (1, lambda r: LostFetch(r.choice([1, 5]))),
+    (2, lambda r: Redeliver(r.randrange(2), r.randrange(1, 10))),
     (6, lambda r: Silence(r.choice([1, 50, 150, 1_000, 4_000]))),
     (1, lambda r: ClockJump(r.choice([-3_000, -100, 100, 3_000]))),
-    (9, lambda r: Encode(r.choice([1, 3, 30]))),
-    (6, lambda _: Publish()),
-    (5, lambda r: Deliver(r.choice([1, 2, 30]))),
-    (6, lambda _: Acknowledge()),
-    (1, lambda r: Shed(r.choice([0, 500]))),
-    (6, lambda _: Checkpoint()),
-    (3, lambda r: TornCheckpoint(r.randrange(9), r.choice([0, 0, 1, 3]))),
+    (14, lambda r: Encode(r.choice([1, 3, 30]))),
+    (1, lambda r: EncoderFails(r.choice([1, 2, 3]))),
+    (1, lambda r: BadUser(r.randrange(USERS), r.random() < 0.5)),
+    (9, lambda r: Deliver(r.choice([1, 2, 30]))),
+    (9, lambda _: Acknowledge()),
+    (2, lambda r: Refuse(r.randrange(REFUSALS))),
+    (7, lambda _: Checkpoint()),
+    (12, lambda r: Commit(r.choice([1, 1, 2, 30]))),
+    (1, lambda r: FailCheckpoint(r.randrange(REFUSALS - 1))),
+    (0.3, lambda r: DiskFull(r.choice([1, 3]))),
+    (3, lambda r: TornCheckpoint(r.randrange(12), r.choice([0, 0, 1, 3]))),
     (2, lambda r: Crash(r.choice([0, 0, 1, 4]))),
     (1, lambda r: TornRestore(r.randrange(4))),
-    (2, lambda r: Rebalance(r.random() < 0.7, r.random() < 0.5)),
-    (2, lambda _: Compaction()),
+    (2, lambda r: Rebalance(r.random() < 0.5, r.random() < 0.5)),
+    (0.5, lambda r: Reassign(r.choice([0, 5]))),
+    (2, lambda _: Wake()),
+    (2, lambda r: Compaction(r.random() < 0.5)),
     (1, lambda _: NewRelease()),
+    (0.4, lambda _: ForeignSource()),
+    (0.4, lambda _: LostChangelog()),
 ]
 
 
@@ -188,13 +281,17 @@ class History:
 
     policy: TriggerPolicy
     steps: tuple[Step, ...]
+    partitions: int = 1
+    wait_ms: int = 0
+    """Time for which a micro-batch gathers users."""
 
 
 def random_history(rng: Random, steps: int) -> History:
     """Return a history of `steps` steps; the same generator state gives the same history."""
     weights = [weight for weight, _ in _KINDS]
     makers = rng.choices([make for _, make in _KINDS], weights, k=steps)
-    return History(random_policy(rng), tuple(make(rng) for make in makers))
+    partitions, wait_ms = rng.choice([1, 2, 2]), rng.choice([0, 0, 100])
+    return History(random_policy(rng), tuple(make(rng) for make in makers), partitions, wait_ms)
 
 
 def random_policy(rng: Random) -> TriggerPolicy:
@@ -223,9 +320,9 @@ def shrink(history: History, fails: Callable[[History], bool]) -> History:
         begin = 0
         while begin < len(steps):
             shorter = steps[:begin] + steps[begin + size :]
-            if fails(History(history.policy, shorter)):
+            if fails(replace(history, steps=shorter)):
                 steps = shorter
             else:
                 begin += size
         size //= 2
-    return History(history.policy, steps)
+    return replace(history, steps=steps)

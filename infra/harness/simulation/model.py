@@ -35,21 +35,29 @@ class Sequence:
 
 @dataclass
 class Model:
-    """The source log (None for a record that is not an action), and every sequence after each of its records."""
+    """A source log (None where it holds no action), and every sequence after each of its records."""
 
     length_max: int
     log: list[Event | None] = field(default_factory=list)
+    malformed: set[int] = field(default_factory=set)
+    """Offsets of records that are not actions."""
     past: dict[bytes, list[Sequence]] = field(default_factory=dict)
 
     def append(self, event: Event | None) -> None:
         """Append the next record of the log."""
         offset = len(self.log)
         self.log.append(event)
-        if event is not None:
+        if event is None:
+            self.malformed.add(offset)
+        else:
             past = self.past.setdefault(event.user, [Sequence()])
             after = self._after(past[-1], event, offset)
             if after is not past[-1]:
                 past.append(after)
+
+    def skip(self) -> None:
+        """Pass an offset without a record that anybody can read: a marker, or part of an aborted transaction."""
+        self.log.append(None)
 
     def at(self, user: bytes, offset: int) -> Sequence:
         """Return the user's sequence after all records before `offset`."""

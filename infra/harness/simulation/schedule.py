@@ -12,8 +12,13 @@ STEPS = 60
 
 
 def histories(seed: int, runs: int) -> Iterator[History]:
-    """Return the histories of a seed; the n-th does not depend on `runs`."""
-    return (random_history(Random(f"{seed}/{run}"), STEPS) for run in range(runs))
+    """Return the histories of a seed."""
+    return (history_of(seed, run) for run in range(runs))
+
+
+def history_of(seed: int, number: int) -> History:
+    """Return one history of a seed."""
+    return random_history(Random(f"{seed}/{number}"), STEPS)
 
 
 def failure(history: History, digest: Digest | None = None) -> Exception | None:
@@ -34,4 +39,4 @@ def shortest(history: History) -> History:
 def as_source(history: History) -> str:
     """Return a history as Python source, ready to become a regression test."""
     steps = "".join(f"    {step},\n" for step in history.steps)
-    return f"{history.policy}\n[\n{steps}]"
+    return f"{history.policy}\n[\n{steps}]\n{history.partitions=}, {history.wait_ms=}"

@@ -1,53 +1,78 @@
-"""A worker without Kafka, Faust or torch: the real decoding, state, codec, checkpoint and reader, kept in memory."""
+"""A worker in memory: the product's own parts over the clients, clock, disk and encoder of the simulation."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import numpy as np
+from faust.types import TP
 
-from infra.harness.simulation.broker import Broker, Fenced, Output, Transaction
-from streams.core.effects import Effects
-from streams.core.jobs import EncodeJob
+from encoder.actions.columns import SequenceBatch
+from encoder.arrays import F32
+from infra.harness.simulation.broker import Broker
+from infra.harness.simulation.clients import CHANGELOG, OUTPUT, Consumer, Died, Link, clients_of
+from infra.harness.simulation.clock import Clock, VirtualLoop
 from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
-from streams.storage.checkpoint import checkpoint
-from streams.storage.codec import CheckpointMark
+from streams.encoding.queue import EncodeQueuePolicy
+from streams.engine.delivery import BatchConsumerThread, RecordBatch
+from streams.engine.outputs import OutputsConfig
+from streams.engine.ownership import OwnedPartition
+from streams.engine.partition_host import PartitionsConfig
+from streams.engine.records import Parsing
+from streams.engine.topic_limits import TopicLimits
+from streams.ingest import InFlightLimits
+from streams.parts import PartsConfig, WorkerParts
+from streams.storage.identity import layout_of
 from streams.storage.memory_store import MemoryStore
-from streams.storage.reader import read_users
-from streams.storage.store import Record
-from streams.wire.actions import DecodeLimits, decode_actions
+from streams.storage.store import Record, StoreFailed
+from streams.telemetry.metrics import Metrics
+from streams.wire.actions import DecodeLimits
+from streams.wire.embeddings import EmbeddingCodec
 
 LIMITS = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=4, wake_users_max=3)
-DECODE = DecodeLimits(timestamp_ahead_max_ms=10**9)
-RECORDS_PER_RESTORE_WRITE = 3
-
-
-class Violation(AssertionError):
-    """An invariant is violated."""
-
-
-class Died(Exception):
-    """The worker has died."""
+QUEUE = EncodeQueuePolicy(users_max=5, batch_users_max=4, batch_ms=0.001, publishing_max=3, attempts_max=2)
+APP, SOURCE, OUT, DEAD = "app", "actions", "embeddings", "dead-letters"
+CHANGELOG_TOPIC = "changelog"
+STREAM_FETCHES = 4
+"""Fetches that wait to be ingested, as in Faust's stream."""
+ITEM_BITS = 24
+"""Bits of an item's key that a float32 holds exactly."""
 
 
 class Disk(MemoryStore):
     """A store that keeps its contents after each write, so that a crash can undo the last writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Mapping[bytes, bytes] | None = None) -> None:
         super().__init__(records_per_write=2)
-        self.effect: Callable[[str], None] = lambda _: None
-        self._past: deque[dict[bytes, bytes]] = deque([{}], maxlen=6)
+        self.records |= records or {}
+        self.link: Link | None = None
+        self.failures = 0
+        """Writes that fail next, as on a full disk."""
+        self._past: deque[dict[bytes, bytes]] = deque([dict(self.records)], maxlen=6)
+
+    def claim(self, log_id: str) -> None:
+        """Record the identity of the changelog, with a side effect."""
+        self._effect()
+        super().claim(log_id)
+        self._past.append(dict(self.records))
 
     def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
         """Write one batch per step, with a side effect before each."""
         steps = super().write_steps(records, changelog_offset)
         while True:
-            self.effect("store")
+            self._effect()
+            if self.failures:
+                self.failures -= 1
+                raise StoreFailed("the disk is full")
             if next(steps, steps) is steps:
                 return
             self._past.append(dict(self.records))
@@ -59,213 +84,451 @@ class Disk(MemoryStore):
             self._past.pop()
         self.records = dict(self._past[-1])
 
+    def _effect(self) -> None:
+        if self.link is not None:
+            self.link.effect()
+
+
+class Encoder:
+    """An encoder whose embedding is the sequence itself; like the real one it caches sequences by revision."""
+
+    embedding_dim = sequence_length = actions_needed = LIMITS.sequence_length
+    dtype = "float32"
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.extensions = self.prefills = 0
+        self.bad_users: set[bytes] = set()
+        """Users on whom it raises."""
+        self.failures = 0
+        """Calls that raise, whoever is in them."""
+        self._cache: dict[bytes, tuple[int, int, list[int]]] = {}
+        """Revision, count and items of a user's last embedding."""
+
+    def embed(self, batch: SequenceBatch) -> F32:
+        """Return one row per user: its items, oldest first, and -1 where there are none."""
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("the encoder failed")
+        if self.bad_users.intersection(batch.users):
+            raise RuntimeError("the encoder cannot embed one of these users")
+        rows = np.full((len(batch.users), self.embedding_dim), -1, np.float32)
+        for row, user in enumerate(batch.users):
+            items = self._items(batch, row, user)
+            rows[row, : len(items)] = items
+        return rows
+
+    def forget(self, users: Sequence[bytes]) -> None:
+        """Drop what is cached of these users."""
+        for user in users:
+            self._cache.pop(user, None)
+
+    def clear(self) -> None:
+        """Drop everything that is cached."""
+        self._cache.clear()
+
+    def _items(self, batch: SequenceBatch, row: int, user: bytes) -> list[int]:
+        """Append the new actions to what is cached under the same revision, as an incremental encoder does."""
+        begin, end = int(batch.starts[row]), int(batch.starts[row + 1])
+        given = [low_bits(item) for item in batch.actions["item"][begin:end].tolist()]
+        revision, count = int(batch.revisions[row]), int(batch.counts[row])
+        cached = self._cache.get(user)
+        if cached is not None and cached[0] == revision and 0 <= count - cached[1] <= len(given):
+            new = count - cached[1]
+            given = (cached[2] + given[len(given) - new :])[-self.sequence_length :]
+            self.extensions += 1
+        else:
+            self.prefills += 1
+        self._cache[user] = revision, count, given
+        return given
+
+
+def low_bits(item: int) -> int:
+    """Return the part of an item's key that an embedding of the simulation shows."""
+    return item & ((1 << ITEM_BITS) - 1)
+
+
+class EncoderThread(Executor):
+    """Runs calls in order; while it is held, calls wait until the history lets them through."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+        self.waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call at once, or keep it."""
+        future: Future[Any] = Future()
+        self.waiting.append((future, lambda: fn(*args, **kwargs)))
+        if not self.is_held:
+            self.run(len(self.waiting))
+        return future
+
+    def run(self, calls: int) -> None:
+        """Run the oldest calls."""
+        for _ in range(min(calls, len(self.waiting))):
+            future, call = self.waiting.popleft()
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Do nothing."""
+
+
+class Thread(BatchConsumerThread):
+    """The product's fetching of record batches, on the worker's own event loop."""
+
+    def __init__(self, app: App, consumer: Consumer) -> None:
+        self.app, self.consumer, self._consumer = app, app.consumer, consumer
+        self.log = SimpleNamespace(dev=lambda *args: None)
+        self._joined_at, self._epochs, self._out_of_range = {}, {}, {}
+        self._parsing = Parsing(report=True)
+        consumer._key_deserializer = self._parsing
+
+    async def call_thread(self, fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the function: there is no other thread."""
+        return await fun(*args, **kwargs)
+
+
+class FaustConsumer:
+    """Faust's consumer, as far as the partitions use it."""
+
+    flow_active = True
+    in_transaction = False
+
+    def __init__(self) -> None:
+        self._thread: Any = None
+        self._read_offset: dict[TP, int] = {}
+        self.paused: set[TP] = set()
+
+    def pause_partitions(self, tps: Collection[TP]) -> None:
+        """Fetch these no more."""
+        self.paused |= set(tps)
+
+    def resume_partitions(self, tps: Collection[TP]) -> None:
+        """Fetch these again."""
+        self.paused -= set(tps)
+
+    async def seek_wait(self, offsets: Mapping[TP, int]) -> None:
+        """Go on at other offsets."""
+        await self._thread.seek_wait(offsets)
+
+    async def earliest_offsets(self, *tps: TP) -> Mapping[TP, int]:
+        """Return the first offset of each partition."""
+        found: Mapping[TP, int] = await self._thread.earliest_offsets(*tps)
+        return found
+
+    async def highwaters(self, *tps: TP) -> Mapping[TP, int]:
+        """Return the end of each partition."""
+        found: Mapping[TP, int] = await self._thread.highwaters(*tps)
+        return found
+
+
+class App:
+    """Faust's app, as far as the partitions use it."""
+
+    consumer_generation_id = 1
+    rebalancing = False
+    conf = SimpleNamespace(broker_request_timeout=90.0)
+
+    def __init__(self, link: Link, tps: Collection[TP]) -> None:
+        self.consumer = FaustConsumer()
+        consumer = Consumer(link, isolation_level="read_committed", group_id=APP)
+        consumer.assign(tps)
+        self.consumer._thread = Thread(self, consumer)
+
+
+class KnownLimits(TopicLimits):
+    """Size limits that no broker is asked for."""
+
+    async def _read(self) -> None: ...
+
 
 @dataclass
-class InFlight:
-    """Outputs in flight to the broker."""
+class Machine:
+    """The disks of one host, by file name; they outlive its workers."""
 
-    outputs: list[Output]
-    job: EncodeJob | None
-    delivered: bool = False
+    disks: dict[str, Disk] = field(default_factory=dict)
+
+    def crash(self, lost_writes: int) -> None:
+        """Undo the last writes."""
+        for disk in self.disks.values():
+            disk.crash(lost_writes)
+
+    def copy(self) -> Machine:
+        """Return a machine whose disks hold the same."""
+        return Machine({name: Disk(disk.records) for name, disk in self.disks.items()})
 
 
-@dataclass
-class Worker:
-    """A worker that owns the partition, from one start to one crash; public attributes are for the checks."""
+class Watch(Protocol):
+    """What a simulation sees of its worker while it happens."""
 
-    broker: Broker
-    disk: Disk
-    policy: TriggerPolicy
-    version: int
-    now_ms: int
-    effect: Callable[[str], None]
-    """Called right before each side effect; may raise."""
-    on_applied: Callable[[int, int], None]
-    """Called with each range of offsets that this worker has applied for the first time."""
-    rejected: set[int] = field(default_factory=set)
-    """Source offsets of rejected records."""
-    queue: dict[bytes, int] = field(default_factory=dict)
-    """Priority of each user in the encode queue."""
-    jobs: deque[EncodeJob] = field(default_factory=deque)
-    in_flight: deque[InFlight] = field(default_factory=deque)
-    handed_over_ms: dict[bytes, int] = field(default_factory=dict)
-    """Processing time of each user's last hand-over, or of the acknowledgement after it."""
-    unencoded_since_ms: dict[bytes, int] = field(default_factory=dict)
-    """Processing time of each user's oldest action that this worker applied and no job contains."""
-    shed_users: set[bytes] = field(default_factory=set)
-    strong_users: set[bytes] = field(default_factory=set)
-    """Users with a strong action that this worker applied and no job contains."""
+    def on_restored(self, owned: OwnedPartition) -> None:
+        """See a partition that is about to be processed."""
 
-    def start(self) -> None:
-        """Fence predecessors, restore, prove the restore complete, and seed the state."""
-        self.started_ms = self.now_ms
-        self.epoch = self.broker.fence()
-        self.disk.effect = self.effect
-        self._restore()
-        mark = self.disk.mark()
-        committed = self.broker.committed_offset
-        if (mark.source_offset if mark else None) != committed:
-            raise Violation(f"the restored mark is {mark}, but offset {committed} is committed")
-        self.next_offset = mark.source_offset if mark else 0
-        self.state = PartitionState(self.policy, LIMITS)
-        outputs = self.broker.outputs[mark.output_offset if mark else 0 :]
-        self.output_offset = len(self.broker.outputs)
-        published = [output for output in outputs if output.version in (None, self.version)]
-        self.state.seed_published([o.user for o in published], np.array([o.offset for o in published], np.int64))
-        self.state.seed_deadlines(self.disk.pending())
+    def on_handed_over(self, user: bytes, *, waits: bool) -> None:
+        """See a user enter the encode queue, in which it may wait already."""
 
-    def _restore(self) -> None:
-        local = self.disk.changelog_offset
-        records = [(o, r) for o, r in sorted(self.broker.changelog.items()) if local is None or o > local]
-        for begin in range(0, len(records), RECORDS_PER_RESTORE_WRITE):
-            chunk = records[begin : begin + RECORDS_PER_RESTORE_WRITE]
-            self.disk.write([record for _, record in chunk], chunk[-1][0])
+    def on_put_back(self, users: Sequence[bytes], until_ms: int) -> None:
+        """See users leave the encode queue or a job without an embedding."""
 
-    # -- events
 
-    def poll(self, records: int) -> None:
-        """Apply the next records, in batches whose users fit into memory."""
-        end = min(self.next_offset + records, len(self.broker.source))
-        while self.next_offset < end:
-            cut = min(end, self.next_offset + LIMITS.hot_users_max)
-            self.process(self.next_offset, cut)
-            self.on_applied(self.next_offset, cut)
-            self.next_offset = cut
+class State(PartitionState):
+    """The product's state, which reports what is put back."""
 
-    def process(self, begin: int, end: int) -> None:
-        """Apply the records [begin, end) as one batch."""
-        records = self.broker.source[begin:end]
-        decoded = decode_actions(records, now_ms=self.now_ms, limits=DECODE)
-        self.rejected |= {records[each.index].offset for each in decoded.rejected}
-        if len(decoded.actions):
-            self.load(decoded.actions.users)
-            self._perform(self.state.apply(decoded.actions, self.now_ms))
+    watch: Watch | None = None
 
-    def load(self, users: Sequence[bytes]) -> None:
-        """Load users into memory; when it is full, checkpoint first, and then drain the encoder."""
-        for attempt in range(3):
-            if attempt:
-                self._checkpoint_for_room() if attempt == 1 else self.drain()
-            cold = self.state.missing(users)
-            self.state.evict(len(cold), spare=users)
-            if len(cold) <= self.state.room:
-                break
-        read = read_users(self.disk, cold, LIMITS)
-        if read.corrupt:
-            raise Violation(f"corrupt after restore: {read.corrupt}")
-        self.state.load(cold, read.stored)
+    def requeue(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """Put back users that were shed."""
+        if self.watch is not None:
+            self.watch.on_put_back(users, now_ms + delay_ms)
+        super().requeue(users, now_ms, delay_ms)
 
-    def _checkpoint_for_room(self) -> None:
-        try:
-            self.checkpoint()
-        except Fenced as error:
-            raise Died from error
+    def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+        """Put back users whose job failed."""
+        if self.watch is not None:
+            self.watch.on_put_back(users, now_ms + delay_ms)
+        super().retry_job(users, now_ms, delay_ms)
 
-    def fire_timers(self) -> None:
-        """Fire all timers that are due."""
-        for _ in range(100):
-            due_ms = self.state.next_deadline_ms
-            if due_ms is None or due_ms > self.now_ms:
-                return
-            effects = self.state.fire_timers(self.now_ms)
-            self._perform(effects)
-            for user in effects.to_load:
-                self.load([user])
-        raise Violation("firing timers does not come to an end")
 
-    def _perform(self, effects: Effects) -> None:
-        for user, priority in zip(effects.due, effects.priorities.tolist(), strict=True):
-            if user in self.queue:  # a promotion: no new hand-over, so no cooldown applies
-                self.queue[user] = max(priority, self.queue[user])
-                continue
-            if self.now_ms < self.handed_over_ms.get(user, -(10**9)) + self.policy.cooldown_ms:
-                raise Violation(f"{user!r} was handed over within its cooldown")
-            self.queue[user] = priority
-            self.shed_users.discard(user)
-            self.handed_over_ms[user] = self.now_ms
-        if effects.forgotten:
-            pairs = zip(effects.forgotten, effects.forgotten_offsets.tolist(), strict=True)
-            self.in_flight.append(InFlight([Output(user, None, offset) for user, offset in pairs], None))
+class Worker(WorkerParts):
+    """A worker process from its start to its death."""
 
-    # -- encoding
+    def __init__(
+        self,
+        broker: Broker,
+        machine: Machine,
+        policy: TriggerPolicy,
+        version: str,
+        *,
+        clock: Clock,
+        now_ms: Callable[[], int],
+        wait_ms: float = 0.0,
+        watch: Watch,
+    ) -> None:
+        self.loop, self.link, self.machine = VirtualLoop(clock), Link(broker), machine
+        self.link.on_death = self._on_death
+        for disk in machine.disks.values():
+            disk.link = self.link
+        self.thread, self.encoder = EncoderThread(), Encoder(version)
+        self.aborted: str | None = None
+        """Reason for which the worker ended itself."""
+        self.watch: Watch | None = watch
+        """What sees this worker; None once it is frozen."""
+        self._blocked_ms: dict[OwnedPartition, int] = {}
+        """Time at which a partition was last seen waiting for room, or held."""
+        metrics = Metrics()
+        super().__init__(
+            _config(self.link, policy, wait_ms, len(broker.topics[SOURCE].logs)),
+            self.encoder,
+            metrics,
+            now_ms=now_ms,
+            abort=self._abort,
+            encoder_thread=self.thread,
+        )
+        self.tps = [TP(SOURCE, number) for number in range(len(broker.topics[SOURCE].logs))]
+        self.partitions.app = self.app = App(self.link, self.tps)
+        self.partitions.loop = self.loop
+        self._watch_queue()
+        self._stream: asyncio.Queue[Collection[RecordBatch]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def encode(self, users: int) -> None:
-        """Begin a job for the users of the highest priority."""
-        taken = sorted(self.queue, key=lambda user: -self.queue[user])[:users]
-        for user in taken:
-            del self.queue[user]
-        job = self.state.begin_job(taken)
-        for user in job.sequences.users:
-            self.unencoded_since_ms.pop(user, None)
-            self.strong_users.discard(user)
-        if len(job):
-            self.jobs.append(job)
+    def _watch_queue(self) -> None:
+        queue: Any = self.queue
+        put = queue.put
 
-    def publish(self) -> None:
-        """Hand the oldest encoded job to the producer, without outdated users."""
-        if not self.jobs:
+        def observed(owner: Any, users: Any, priorities: Any, reasons: Any) -> None:
+            watch = self.watch
+            for user in users:
+                if watch is not None:
+                    watch.on_handed_over(user, waits=user in queue._priority_of)
+            put(owner, users, priorities, reasons)
+
+        queue.put = observed
+
+    # -- life
+
+    def start(self, *, holds: bool = True) -> None:
+        """Join the group, and acquire every partition as far as that needs no time; then hold what histories hold."""
+        for work in (self._join(), self.queue.run(), self.ingest.run_timers(), self._ingest_all()):
+            self._tasks.append(self.loop.create_task(work))
+        self.loop.settle()
+        self.hold(holds=holds)
+
+    def hold(self, *, holds: bool) -> None:
+        """Let outputs, steps of transactions and the encoder wait for the history, or no more."""
+        self.thread.is_held = holds
+        if holds:
+            self.link.held = frozenset({OUTPUT, CHANGELOG})
             return
-        job = self.jobs.popleft()
-        job = job.select(self.state.drop_outdated(job))
-        starts, items = job.sequences.starts.tolist(), job.sequences.actions["item"].tolist()
-        outputs = [
-            Output(user, self.version, int(job.offsets[row]), tuple(items[starts[row] : starts[row + 1]]))
-            for row, user in enumerate(job.sequences.users)
-        ]
-        self.in_flight.append(InFlight(outputs, job))
+        for _ in range(3):
+            self.link.release()
+            self.thread.run(len(self.thread.waiting))
+            self.loop.settle()
 
-    def deliver(self, outputs: int) -> None:
-        """Let the broker receive the oldest outputs in flight, in order."""
-        for sent in [each for each in self.in_flight if not each.delivered][:outputs]:
-            self.broker.outputs += sent.outputs
-            sent.delivered = True
+    def die(self) -> None:
+        """End at once, and leave nothing running."""
+        self.link.cut()
+        self.loop.stopped = False
+        for _ in range(20):
+            left = asyncio.all_tasks(self.loop)
+            if not left:
+                break
+            for task in left:
+                task.cancel()
+            self.loop.settle()
+        self.loop.stopped = True
 
-    def acknowledge(self) -> None:
-        """Process the acknowledgements of outputs that the broker has received."""
-        while self.in_flight and self.in_flight[0].delivered:
-            sent = self.in_flight.popleft()
-            self.output_offset += len(sent.outputs)
-            if sent.job is not None:
-                users = sent.job.sequences.users
-                self.state.finish_job(users, sent.job.offsets, self.now_ms)
-                self.handed_over_ms |= dict.fromkeys(users, self.now_ms)
+    @property
+    def is_dead(self) -> bool:
+        """Whether the worker has died."""
+        return self.link.is_dead
 
-    def shed(self, delay_ms: int) -> None:
-        """Shed the queued user of the lowest priority."""
-        if self.queue:
-            user = min(self.queue, key=lambda user: self.queue[user])
-            del self.queue[user]
-            self.handed_over_ms.pop(user, None)
-            self.shed_users.add(user)
-            self.state.requeue([user], self.now_ms, delay_ms)
+    @property
+    def failures(self) -> list[Any]:
+        """What a task has raised that no task of a worker may raise."""
+        ended = [task.exception() for task in self._tasks if task.done() and not task.cancelled()]
+        unobserved = [each.get("exception", each) for each in self.loop.failures]
+        return [each for each in (*ended, *unobserved) if each is not None]
 
-    def drain(self) -> None:
-        """Encode and publish everything in the queue."""
-        while self.queue or self.jobs or self.in_flight:
-            self.encode(100)
-            self.publish()
-            self.deliver(100)
-            self.acknowledge()
-        self._checkpoint_for_room()
+    def _abort(self, reason: str) -> None:
+        self.aborted = reason
+        self.link.cut()
+        raise Died(reason)
 
-    # -- checkpoints
+    def _on_death(self) -> None:
+        self.loop.stopped = True
+
+    async def _join(self) -> None:
+        await self.outputs.start()
+        changelogs = frozenset(TP(CHANGELOG_TOPIC, tp.partition) for tp in self.tps)
+        self.app.consumer.pause_partitions(self.tps)
+        await self.partitions.on_assigned(changelogs, self.app.consumer_generation_id)
+
+    async def _ingest_all(self) -> None:
+        while True:
+            await self.on_batches(await self._stream.get())
+
+    # -- what the history makes it do
+
+    def poll(self, records: int, *, is_lost: bool = False) -> None:
+        """Fetch records, as many at a time as there may be users in memory; with `is_lost` they reach no agent."""
+        thread: Thread = self.app.consumer._thread
+        while records > 0 and self._stream.qsize() < STREAM_FETCHES:
+            active = [tp for tp in self.tps if tp not in self.app.consumer.paused]
+            fetched = self.do(thread._fetch_records(thread._consumer, active, 0, min(records, LIMITS.hot_users_max)))
+            if not fetched:
+                return
+            records -= sum(len(batch.records) for batch in fetched.values()) or records
+            if not is_lost:
+                self._stream.put_nowait(tuple(fetched.values()))
+
+    def redeliver(self, batch: RecordBatch) -> None:
+        """Receive a batch once more."""
+        self._stream.put_nowait((batch,))
+
+    def do(self, work: Any) -> Any:
+        """Run a coroutine of this worker to its end, which needs no time."""
+        task = self.loop.create_task(work)
+        self.loop.settle()
+        return task.result() if task.done() and not task.cancelled() else None
 
     def checkpoint(self) -> None:
-        """Run the real checkpoint; raise `Fenced`, or what `effect` raises."""
-        mark = CheckpointMark(self.next_offset, self.output_offset)
-        transaction = Transaction(self.broker, self.epoch, self.effect)
-        run(checkpoint(self.state, mark, self, transaction, self.disk))
+        """Begin a checkpoint of every partition."""
+        if not self.is_dead:
+            self.do(self._checkpoint())
 
-    async def acknowledged(self) -> None:
-        """Let all outputs reach the broker; implements `streams.storage.checkpoint.Outputs`."""
-        self.effect("outputs")
-        self.deliver(len(self.in_flight))
+    async def _checkpoint(self) -> None:
+        for owned in list(self.partitions.ready.values()):
+            self.partitions.checkpoint_soon(owned)
+
+    def run_until(self, at_s: float) -> None:
+        """Live until then."""
+        self.loop.run_until(at_s)
+
+    def spawn(self, work: Any) -> None:
+        """Begin a coroutine of this worker."""
+        self.loop.create_task(work)
+
+    def assign(self) -> None:
+        """Get every partition again under a new generation of the group."""
+        self.app.consumer_generation_id += 1
+        self.do(self._join())
+
+    def unwatch(self) -> None:
+        """Report nothing more: the worker is frozen, and its partitions have a new owner."""
+        self.watch = None
+        for owned in self.partitions.ready.values():
+            state: Any = owned.state
+            state.watch = None
+
+    def is_flowing(self, owned: OwnedPartition) -> bool:
+        """Whether nothing keeps the partition from firing its timers now."""
+        partition = owned.tp.partition
+        blocked = (
+            owned in self.ingest._firing or partition in self.partitions.held or partition in self.partitions.halted
+        )
+        if blocked:
+            self._blocked_ms[owned] = self._now_ms()
+        return not blocked
+
+    def flows_since_ms(self, owned: OwnedPartition) -> int:
+        """Return when the partition was last seen blocked."""
+        return self._blocked_ms.get(owned, 0)
+
+    # -- PartitionHost
+
+    def new_state(self) -> PartitionState:
+        """Return an empty state."""
+        state = State(self._config.policy, self._shared_limits())
+        state.watch = self.watch
+        return state
+
+    def open_store(self, path: Path) -> Any:
+        """Open a local database of this machine."""
+        disk = self.machine.disks.setdefault(path.name, Disk())
+        disk.link = self.link
+        return disk
+
+    def destroy_store(self, path: Path) -> None:
+        """Delete a local database."""
+        self.link.effect()
+        self.machine.disks[path.name] = Disk()
+
+    def on_ready(self, owned: OwnedPartition) -> None:
+        """Begin to process a partition."""
+        if self.watch is not None:
+            self.watch.on_restored(owned)
+        super().on_ready(owned)
 
 
-def run(steps: Coroutine[Any, Any, Any]) -> None:
-    """Run a coroutine that awaits nothing external."""
-    try:
-        while True:
-            steps.send(None)
-    except StopIteration:
-        return
+def _config(link: Link, policy: TriggerPolicy, wait_ms: float, partitions: int) -> PartsConfig:
+    clients, limits = clients_of(link), KnownLimits({}, ())
+    queue = EncodeQueuePolicy(
+        **{name: getattr(QUEUE, name) for name in QUEUE.__dataclass_fields__} | {"wait_ms": wait_ms}
+    )
+    return PartsConfig(
+        policy=policy,
+        state=LIMITS,
+        hot_users_worker_max=LIMITS.hot_users_max * partitions,
+        decode=DecodeLimits(timestamp_ahead_max_ms=10**9),
+        queue=queue,
+        outputs=OutputsConfig(OUT, DEAD, EmbeddingCodec.FLOAT32, {}, request_timeout_ms=1_000, clients=clients),
+        partitions=PartitionsConfig(
+            app_id=APP,
+            source_topic=SOURCE,
+            changelog_topic=CHANGELOG_TOPIC,
+            client={},
+            data_dir=Path("/simulated"),
+            checkpoint_interval_ms=1_000,
+            transaction_timeout_ms=10_000,
+            session_timeout_ms=6_000,
+            source_partitions=partitions,
+            layout=layout_of(LIMITS),
+            limits=limits,
+            clients=clients,
+        ),
+        checkpoint_events_max=1_000,
+        in_flight_max=InFlightLimits(records=40),
+    )

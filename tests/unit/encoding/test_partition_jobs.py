@@ -71,6 +71,25 @@ def test_shed_users_are_handed_over_again_after_the_delay() -> None:
     assert (job.sequences.users, job.offsets.tolist()) == ([b"a", b"b"], [0, 1])
 
 
+def test_a_closed_partition_publishes_nothing_more() -> None:
+    """What was encoded while the partition was lost is dropped: another owner may have published something newer."""
+    state = state_of(TriggerPolicy(), [b"a"])
+    owned = OwnedPartition(TP("actions", 0), state, NONE, NONE, 0, 0, 0)
+    jobs, outputs = jobs_of(owned)
+    published: list[EmbeddingBatch] = []
+
+    async def publish(partition: int, embeddings: EmbeddingBatch) -> int:
+        published.append(embeddings)
+        return len(published)
+
+    outputs.publish = publish  # type: ignore[attr-defined]
+    for offset, is_closed in ((0, False), (1, True)):
+        state.apply(batch([b"a"], [1 + offset], offset=offset), NOW_MS)
+        job, owned.is_closed = jobs.begin_job([b"a"]), is_closed
+        asyncio.run(jobs.publish(job, np.zeros((1, 2), np.float32)))
+    assert [each.source_offsets.tolist() for each in published] == [[0]]
+
+
 class Gated:
     """A runtime that embeds nothing before `gate` is set, and records the users of each call."""
 

@@ -210,6 +210,27 @@ def test_a_producer_is_replaced_before_its_count_runs_out() -> None:
     assert len(log.producers) == 5
 
 
+def test_a_lane_settles_when_all_earlier_calls_have_ended() -> None:
+    """Settling waits for what is in flight or has yet to get its turn, whether it succeeds or fails."""
+
+    async def scenario(log: Log, lane_of: Callable[..., Lane]) -> None:
+        lane = lane_of()
+        log.stuck.add(OUT)
+        first, second = (asyncio.create_task(lane.append(one(text))) for text in "12")
+        settled = asyncio.create_task(lane.settle())
+        await asyncio.sleep(0.01)
+        assert not settled.done()
+        log.refusing[OUT] = KafkaError("not now")
+        log.stuck.clear()
+        await settled
+        await asyncio.sleep(0)
+        assert first.done()
+        assert second.done()
+        await asyncio.gather(first, second, return_exceptions=True)
+
+    in_loop(scenario)
+
+
 def test_a_lane_is_busy_while_it_finds_out_whether_it_works_again() -> None:
     """After a failure one call is let through at a time; an idle lane is never busy."""
 

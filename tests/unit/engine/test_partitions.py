@@ -98,6 +98,9 @@ class Host:
         self.lost: list[int] = []
         self.while_revoking: Callable[[], Any] | None = None
 
+    def destroy_store(self, path: Path) -> None:
+        """Do nothing: there is no database."""
+
     async def on_revoking(self, owned: Collection[OwnedPartition]) -> None:
         """Let the test do something in the meantime, once."""
         if self.while_revoking is not None:
