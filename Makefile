@@ -34,7 +34,7 @@ lint: $(STAMP)  ## Check style, types and import rules
 install: $(STAMP)  ## Create .venv with everything, as every other target does when it has to
 
 simulate: $(STAMP)  ## Run random histories of faults in memory; SEED=7 RUNS=10000, without SEED a new one is drawn
-	$(BIN)/python -m infra.harness.simulation $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000)
+	$(BIN)/python -m infra.harness.simulation $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000) --processes $(or $(PROCESSES),1)
 
 chaos: $(STAMP)  ## Inject faults into real processes and check the outcome; SEED=7 MINUTES=60 BROKERS=3
 	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10) --brokers $(or $(BROKERS),3)

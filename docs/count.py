@@ -29,7 +29,7 @@ def main() -> None:
 def counts() -> dict[str, int]:
     """Return the numbers that do not need the tests to be collected, by what they count."""
     return {
-        "mutations of the core that the simulation must find": len(test_mutations.MUTATIONS),
+        "mutations of the product that the simulation must find": len(test_mutations.MUTATIONS),
         "mutations of a real worker that the checker must find": len(broken_worker.BROKEN),
         "kinds of trouble that a real worker must survive": len(broken_worker.TROUBLE),
         "regressions kept as histories": len(REGRESSIONS),

@@ -296,9 +296,8 @@ class Ingest:
 
     def _perform(self, owned: OwnedPartition, effects: Effects) -> None:
         jobs = self._jobs.get(owned)
-        if jobs is None:
-            return
-        self._queue.put(jobs, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
+        if jobs is not None:  # otherwise the partition is being given back, and its due users stay due in its state
+            self._queue.put(jobs, effects.due, effects.priorities.tolist(), effects.reasons.tolist())
         for reason, fired in enumerate(np.bincount(effects.reasons).tolist()):
             if fired:
                 self._metrics.triggers.inc(fired, reason=Reason(reason).label)

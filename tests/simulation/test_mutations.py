@@ -12,17 +12,21 @@ import pytest
 
 from encoder.actions.columns import ActionBatch
 from encoder.arrays import I64
+from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker
 from infra.harness.simulation.history import History
 from infra.harness.simulation.schedule import failure, histories
 from streams.core import partition_state, snapshots
+from streams.core.effects import Effects
 from streams.core.layout import LONG_AGO
+from streams.core.policy import TriggerPolicy
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
 from streams.engine import acquisition, checkpoints, proof
 from streams.engine.delivery import BatchConsumerThread
 from streams.engine.lanes import Lane
 from streams.engine.ownership import OwnedPartition
+from streams.ingest import Ingest
 from streams.storage import checkpoint as checkpoint_module
 from streams.storage import codec
 from streams.storage.codec import encode, encode_mark
@@ -31,6 +35,12 @@ from streams.storage.store import OFFSET_KEY, Record
 from tests.simulation.test_simulation import REGRESSIONS
 
 HISTORIES = 400
+DIRECTED: list[list[h.Step]] = [
+    [h.Tombstone(0), h.Poison(0), h.Poll(2), h.Checkpoint(), h.Commit(30), h.Crash()],
+    [h.Act(1), h.Tombstone(1), h.Late(1, 5_000), h.Poll(3)],
+    [h.Act(5), h.Poll(1), h.Encode(1), h.Refuse(0), h.Tombstone(5), h.Poll(1), h.Deliver(1), h.Acknowledge()],
+]
+"""Histories for mutations that random ones find late."""
 Patch = pytest.MonkeyPatch
 
 
@@ -238,6 +248,17 @@ def outputs_in_flight_are_overlooked(patch: Patch) -> None:
     patch.setattr(Lane, "settle", hasty)
 
 
+def tombstones_are_lost_while_giving_back(patch: Patch) -> None:
+    """Perform nothing for a partition that is being given back, although its next checkpoint commits the events."""
+    perform = Ingest._perform
+
+    def careless(self: Ingest, owned: OwnedPartition, effects: Effects) -> None:
+        if owned in self._jobs:
+            perform(self, owned, effects)
+
+    patch.setattr(Ingest, "_perform", careless)
+
+
 MUTATIONS: list[Callable[[Patch], None]] = [
     no_dedupe_by_offset,
     no_dedupe_by_event_id,
@@ -261,6 +282,7 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     high_watermark_for_last_stable_offset,
     former_owner_publishes,
     outputs_in_flight_are_overlooked,
+    tombstones_are_lost_while_giving_back,
 ]
 
 
@@ -268,5 +290,6 @@ MUTATIONS: list[Callable[[Patch], None]] = [
 def test_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
     """Some known or generated history violates an invariant under this mutation."""
     mutation(monkeypatch)
-    known = (History(policy, tuple(steps)) for policy, steps in REGRESSIONS.values())
+    cases = [*REGRESSIONS.values(), *((TriggerPolicy(), steps) for steps in DIRECTED)]
+    known = (History(policy, tuple(steps), count) for policy, steps in cases for count in (1, 2))
     assert any(failure(history) is not None for history in (*known, *histories(2024, HISTORIES)))

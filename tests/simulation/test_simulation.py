@@ -146,6 +146,13 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Poll(ALL), h.Encode(ALL), h.Deliver(ALL), h.Acknowledge()),
         ],
     ),
+    "the tombstone of a user forgotten while the partition is given back is published": (
+        TriggerPolicy(strong=frozenset({"buy"}), session_gap_ms=3_000, spread_ms=400),
+        [
+            *(h.Tombstone(5), h.Poll(5), h.Late(7, 40), h.Refuse(3), h.Poll(2), h.Tombstone(4), h.Act(6)),
+            *(h.Tombstone(0), h.Act(2), h.Tombstone(1), h.Poll(5), h.Reassign(5)),
+        ],
+    ),
     "what is in flight when the state is read again counts as published": (
         EVERY_ACTION,
         [
@@ -156,11 +163,12 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
 }
 
 
+@pytest.mark.parametrize("partitions", [1, 2])
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_regression(name: str) -> None:
+def test_regression(name: str, partitions: int) -> None:
     """A history that once violated an invariant no longer does."""
     policy, steps = REGRESSIONS[name]
-    run_history(h.History(policy, tuple(steps)))
+    run_history(h.History(policy, tuple(steps), partitions))
 
 
 def test_every_reason_is_met() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from encoder.model import EncoderConfig
-from streams.app import WorkerApp, load_encoder
+from streams.app import _parts_config, load_encoder
 from streams.config.groups import EncoderSettings, StateSettings
 from streams.config.settings import Settings
-from streams.core.layout import StateLimits
-from streams.core.policy import TriggerPolicy
 from streams.errors import SettingsError
+from streams.parts import WorkerParts
+from streams.telemetry.metrics import Metrics
 from tests.unit.inference.histories import random_release
 
 STREAMING = EncoderConfig(
@@ -59,13 +59,15 @@ def test_a_state_shorter_than_the_release_looks_back_is_refused(
 def test_partitions_share_the_users_that_a_worker_may_have_in_memory(assigned: int, each: int) -> None:
     """With four partitions instead of two, each state holds half as many users, so the worker holds no more."""
     bounds = Settings(state=StateSettings(hot_users_worker_max=600, hot_users_max=300), kafka={"poll_records_max": 100})
-    worker: Any = SimpleNamespace(
-        settings=bounds,
-        partitions=SimpleNamespace(assigned=frozenset(range(assigned))),
-        _policy=TriggerPolicy(),
-        _limits=StateLimits(hot_users_max=300),
-    )
-    assert WorkerApp.new_state(worker).room == each
+    worker = parts_of(bounds)
+    worker.partitions.assigned = frozenset(range(assigned))
+    assert worker.new_state().room == each
+
+
+def parts_of(settings: Settings) -> WorkerParts:
+    """Return a worker's parts without an encoder."""
+    runtime: Any = None
+    return WorkerParts(_parts_config(settings), runtime, Metrics(), now_ms=lambda: 0, abort=lambda reason: None)
 
 
 @pytest.mark.parametrize(("user_ttl_ms", "incarnations"), [(0, [1, 1]), (1_000, [1, 2])])
@@ -73,9 +75,8 @@ def test_a_partition_that_returns_at_its_offset_keeps_its_cache_only_without_a_t
     user_ttl_ms: int, incarnations: list[int]
 ) -> None:
     """Another worker may have forgotten users in the meantime without having applied an event."""
-    settings = Settings(state=StateSettings(user_ttl_ms=user_ttl_ms))
-    worker: Any = SimpleNamespace(settings=settings, _revoked_at={}, _incarnations={})
+    worker = parts_of(Settings(state=StateSettings(user_ttl_ms=user_ttl_ms)))
     owned: Any = SimpleNamespace(tp=SimpleNamespace(partition=3), rebuilt=False, next_offset=40)
-    seen = [WorkerApp._incarnation(worker, owned)]
+    seen = [worker._incarnation(owned)]
     worker._revoked_at[3] = 40
-    assert [*seen, WorkerApp._incarnation(worker, owned)] == incarnations
+    assert [*seen, worker._incarnation(owned)] == incarnations

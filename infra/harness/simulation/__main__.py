@@ -13,13 +13,14 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from random import SystemRandom
 from typing import Annotated
 
 import typer
 
-from infra.harness.simulation.schedule import as_source, failure, history_of, shortest
+from infra.harness.simulation.schedule import as_source, history_of, outcome, shortest
 
 PROGRESS_EVERY_S = 10.0
 HISTORIES_PER_CHUNK = 20
@@ -59,16 +60,10 @@ def simulate(
 def _outcomes(seed: int, runs: int, processes: int) -> Iterator[tuple[str | None, bytes]]:
     """Yield the violation and the digest of each history, in order."""
     if processes == 1:
-        yield from map(partial(_outcome, seed), range(runs))
+        yield from map(partial(outcome, seed), range(runs))
         return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(partial(_outcome, seed), range(runs), chunksize=HISTORIES_PER_CHUNK)
-
-
-def _outcome(seed: int, number: int) -> tuple[str | None, bytes]:
-    digest = hashlib.sha256()
-    error = failure(history_of(seed, number), digest)
-    return None if error is None else repr(error), digest.digest()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(outcome, seed), range(runs), chunksize=HISTORIES_PER_CHUNK)
 
 
 if __name__ == "__main__":

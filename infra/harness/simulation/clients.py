@@ -413,9 +413,9 @@ class SimulatedCluster(Cluster):
         return described
 
 
-REFUSALS: tuple[tuple[Exception, bool], ...] = (
-    (KafkaError("not the leader of this partition"), False),
-    (KafkaTimeoutError("no answer"), False),
-    (KafkaTimeoutError("no answer, although the broker has it"), True),
+REFUSALS: tuple[tuple[Callable[[], Exception], bool], ...] = (
+    (partial(KafkaError, "not the leader of this partition"), False),
+    (partial(KafkaTimeoutError, "no answer"), False),
+    (partial(KafkaTimeoutError, "no answer, although the broker has it"), True),
 )
 """Ways in which a request fails: the error, and whether the broker has performed the request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from random import Random
 
@@ -28,6 +29,13 @@ def failure(history: History, digest: Digest | None = None) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def outcome(seed: int, number: int) -> tuple[str | None, bytes]:
+    """Return the violation of one history of a seed, None without one, and the digest of its event log."""
+    digest = hashlib.sha256()
+    error = failure(history_of(seed, number), digest)
+    return None if error is None else repr(error), digest.digest()
 
 
 def shortest(history: History) -> History:

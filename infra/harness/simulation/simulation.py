@@ -376,8 +376,8 @@ class Simulation:
         (bad.add if step.is_bad else bad.discard)(b"u%d" % step.user)
 
     def _fail(self, kind: str, refusal: int) -> None:
-        error, is_applied = (MessageSizeTooLargeError(), False) if refusal == len(REFUSALS) else REFUSALS[refusal]
-        self.worker.link.fail(kind, error, is_applied=is_applied)
+        error, is_applied = (MessageSizeTooLargeError, False) if refusal == len(REFUSALS) else REFUSALS[refusal]
+        self.worker.link.fail(kind, error(), is_applied=is_applied)
         self._repeats |= self.worker.link.has_unknown
 
     def _commit(self, step: h.Commit) -> None:

@@ -60,4 +60,4 @@ def test_an_overwritten_log_is_noticed_at_acquisition(tmp_path: Path, monkeypatc
     found = LastRecord(98, 6)
     with pytest.raises(SourceTruncated, match="partition 2 of actions holds another record at offset 98"):
         proven(mark, tmp_path)
-    assert [args[1:] for args in asked] == [({}, mark, 10, 130)] * 2
+    assert [args[1:5] for args in asked] == [({}, mark, 10, 130)] * 2
