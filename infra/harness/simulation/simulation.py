@@ -324,7 +324,7 @@ class Simulation:
     def _start(self, machine: Machine, *, holds: bool = True, effects: int | None = None) -> None:
         self.machine = machine
         self._put_back_ms = dict[bytes, int]()
-        """Processing time until which users wait whose last attempt failed."""
+        """Processing time until which users wait who are in the queue or a job, or whose last attempt failed."""
         self.worker = Worker(
             self.broker,
             machine,
@@ -656,10 +656,11 @@ class Simulation:
         worker, policy, state = self.worker, self.history.policy, owned.state._sequences
         wait_ms = 0 if policy.every_n == 1 else policy.max_staleness_ms or NEVER_MS
         for user, waiting in self._unencoded.items():
-            if not waiting or self._partition_of[user] != owned.tp.partition or user in worker.queue._priority_of:
+            if not waiting or self._partition_of[user] != owned.tp.partition:
                 continue
             row = state.row_of.get(user)
-            if row is not None and state.live["in_job"][row]:
+            if user in worker.queue._priority_of or (row is not None and state.live["in_job"][row]):
+                self._put_back_ms[user] = max(self._clock_ms(), self._put_back_ms.get(user, 0))
                 continue
             # A cooldown may have begun under an earlier worker, and a deadline on a clock that has been set back since.
             from_ms = max(self._ready_ms[owned.tp.partition], self._trusted_ms)

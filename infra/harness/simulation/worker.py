@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
-from faust.types import TP
+from aiokafka.structs import TopicPartition
 
 from encoder.actions.columns import SequenceBatch
 from encoder.arrays import F32
@@ -199,29 +199,29 @@ class FaustConsumer:
 
     def __init__(self) -> None:
         self._thread: Any = None
-        self._read_offset: dict[TP, int] = {}
-        self.paused: set[TP] = set()
+        self._read_offset: dict[TopicPartition, int] = {}
+        self.paused: set[TopicPartition] = set()
 
-    def pause_partitions(self, tps: Collection[TP]) -> None:
+    def pause_partitions(self, tps: Collection[TopicPartition]) -> None:
         """Fetch these no more."""
         self.paused |= set(tps)
 
-    def resume_partitions(self, tps: Collection[TP]) -> None:
+    def resume_partitions(self, tps: Collection[TopicPartition]) -> None:
         """Fetch these again."""
         self.paused -= set(tps)
 
-    async def seek_wait(self, offsets: Mapping[TP, int]) -> None:
+    async def seek_wait(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Go on at other offsets."""
         await self._thread.seek_wait(offsets)
 
-    async def earliest_offsets(self, *tps: TP) -> Mapping[TP, int]:
+    async def earliest_offsets(self, *tps: TopicPartition) -> Mapping[TopicPartition, int]:
         """Return the first offset of each partition."""
-        found: Mapping[TP, int] = await self._thread.earliest_offsets(*tps)
+        found: Mapping[TopicPartition, int] = await self._thread.earliest_offsets(*tps)
         return found
 
-    async def highwaters(self, *tps: TP) -> Mapping[TP, int]:
+    async def highwaters(self, *tps: TopicPartition) -> Mapping[TopicPartition, int]:
         """Return the end of each partition."""
-        found: Mapping[TP, int] = await self._thread.highwaters(*tps)
+        found: Mapping[TopicPartition, int] = await self._thread.highwaters(*tps)
         return found
 
 
@@ -232,7 +232,7 @@ class App:
     rebalancing = False
     conf = SimpleNamespace(broker_request_timeout=90.0)
 
-    def __init__(self, link: Link, tps: Collection[TP]) -> None:
+    def __init__(self, link: Link, tps: Collection[TopicPartition]) -> None:
         self.consumer = FaustConsumer()
         consumer = Consumer(link, isolation_level="read_committed", group_id=APP)
         consumer.assign(tps)
@@ -327,7 +327,7 @@ class Worker(WorkerParts):
             abort=self._abort,
             encoder_thread=self.thread,
         )
-        self.tps = [TP(SOURCE, number) for number in range(len(broker.topics[SOURCE].logs))]
+        self.tps = [TopicPartition(SOURCE, number) for number in range(len(broker.topics[SOURCE].logs))]
         self.partitions.app = self.app = App(self.link, self.tps)
         self.partitions.loop = self.loop
         self._watch_queue()
@@ -402,7 +402,7 @@ class Worker(WorkerParts):
 
     async def _join(self) -> None:
         await self.outputs.start()
-        changelogs = frozenset(TP(CHANGELOG_TOPIC, tp.partition) for tp in self.tps)
+        changelogs = frozenset(TopicPartition(CHANGELOG_TOPIC, tp.partition) for tp in self.tps)
         self.app.consumer.pause_partitions(self.tps)
         await self.partitions.on_assigned(changelogs, self.app.consumer_generation_id)
 
