@@ -31,7 +31,7 @@ from infra.kafka.cluster import Cluster
 from infra.kafka.node import BrokerOptions
 
 KILLS_PER_HOUR = 230
-RESTARTS_PER_HOUR = {1: 26, 3: 60}
+RESTARTS_PER_HOUR = {1: 26, 3: 70}
 """By number of brokers: while the only one is away, nothing else can be tested."""
 REBALANCES_LONG_RUN, REBALANCES_SHORT_RUN = 100, 6
 LONG_MINUTES = 30
@@ -152,23 +152,25 @@ def _draws(plan: Plan, context: FaultContext, elapsed_s: Callable[[], float]) ->
     context.rng.shuffle(alone)
     for fault in alone:
         yield (fault,)
-        yield _pair(context, elapsed_s())
+        yield next_pair(context, elapsed_s())
     while True:
-        yield _pair(context, elapsed_s())
+        yield next_pair(context, elapsed_s())
 
 
-def _pair(context: FaultContext, elapsed_s: float) -> tuple[Fault, ...]:
+def next_pair(context: FaultContext, elapsed_s: float) -> tuple[Fault, ...]:
     """Draw two faults that may strike together, including those that are behind their pace."""
     hours = (elapsed_s + 60) / 3600
     wanted = set()
     if context.run.supervisor.kills < KILLS_PER_HOUR * hours:
         wanted.add("worker-killed")
     brokers = len(context.cluster.brokers)
-    if context.broker_restarts < RESTARTS_PER_HOUR[brokers] * hours:
+    restarts_behind = RESTARTS_PER_HOUR[brokers] * hours - context.broker_restarts
+    if restarts_behind > 0:
         restarting = [
             each for each in usable(brokers) if each.group is Group.BROKER and each.steps is not broker.frozen
         ]
-        wanted.add(context.rng.choice(restarting).name)
+        is_far = brokers > 1 and restarts_behind >= brokers
+        wanted.add("brokers-rolled" if is_far else context.rng.choice(restarting).name)
     found = [pair for pair in pairs(brokers) if wanted <= {fault.name for fault in pair}]
     return context.rng.choice([pair for pair in found if all(is_possible(fault, brokers) for fault in pair)])
 

@@ -8,11 +8,11 @@ import re
 import struct
 import time
 
-from infra.field_cases import raw
 from infra.field_cases.case import Numbers, case, expect
 from infra.field_cases.field import Field
 from infra.field_cases.records import Record, good, transaction, users, users_of_partition
 from infra.field_cases.site import Site
+from infra.harness import raw
 from infra.harness.events import partition_of
 
 CODECS = ("gzip", "snappy", "lz4", "zstd")

@@ -17,6 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
+from infra.harness.events import partition_of
 from infra.harness.history import LogRecord
 
 VALUE_BYTES_MAX = 65_536
@@ -66,9 +67,11 @@ class Rejected(Exception):
 class Model:
     """Every user as it must be after the input fed so far."""
 
-    def __init__(self, sequence_length: int, sample_every: int = 0) -> None:
+    def __init__(self, sequence_length: int, sample_every: int = 0, partitions: int = 0) -> None:
+        """Expect each user in its partition of so many; with 0 every record counts as being in the right one."""
         self._length_max = sequence_length
         self._sample_every = sample_every
+        self._partitions = partitions
         self.users: dict[bytes, ModelUser] = {}
         self.rejected: dict[tuple[int, int], tuple[str, LogRecord]] = {}
         """Reason and record as received, by (partition, offset)."""
@@ -90,12 +93,23 @@ class Model:
             self.ends[record.partition] = record.offset + 1
             self.events += 1
             try:
-                row = parse(record)
+                name, row = parse(record, self._partitions)
             except Rejected as rejected:
                 self.rejected[record.partition, record.offset] = (str(rejected), record)
                 continue
-            assert record.key is not None
-            self._apply(record, record.key, row)
+            self._apply(record, name, row)
+
+    def move(self, partition: int, to: int, offset_max: int) -> None:
+        """Continue a partition at another offset, after `settle`: sequences stay, and offsets are lowered.
+
+        `offset_max` is the last offset that still means something: `to` - 1 in a truncated log, -1 in another one.
+        """
+        self.ends[partition] = to
+        for user in self.users.values():
+            if user.partition == partition:
+                user.applied_offset = min(user.applied_offset, offset_max)
+                user.versions.clear()
+                user.tombstones.clear()
 
     def settle(self) -> None:
         """Keep each user's present version, and drop the earlier ones."""
@@ -141,17 +155,21 @@ class Model:
         return True
 
 
-def parse(record: LogRecord) -> Row | None:
-    """Return the action of a record, or None for a tombstone; raise `Rejected` with the reason if it is neither."""
+def parse(record: LogRecord, partitions: int = 0) -> tuple[bytes, Row | None]:
+    """Return user and action of a record, None as the action of a deletion; raise `Rejected` if it is neither."""
     if record.key is None:
         raise Rejected("key-missing")
-    if record.value is None:
-        if not _is_id(record.key):
-            raise Rejected("key-invalid")
-        return None
-    if len(record.value) > VALUE_BYTES_MAX:
+    name, row = (_deleted(record, partitions), None) if record.value is None else (record.key, _row(record))
+    if partitions and partition_of(name, partitions) != record.partition:
+        raise Rejected("wrong-partition")
+    return name, row
+
+
+def _row(record: LogRecord) -> Row:
+    value = record.value or b""
+    if len(value) > VALUE_BYTES_MAX:
         raise Rejected("value-too-large")
-    event = _object(record.value[5:] if record.value[:1] == b"\0" else record.value)
+    event = _object(value[5:] if value[:1] == b"\0" else value)
     row = (
         item_key(_text(event, "item_id", ID_CHARS_MAX)),
         name_code(_text(event, "action", 64)),
@@ -167,6 +185,42 @@ def parse(record: LogRecord) -> Row | None:
     return row
 
 
+def _deleted(record: LogRecord, partitions: int) -> bytes:
+    """Return the user that a record without a value forgets.
+
+    The key is the plain id, or the id as JSON text, in a JSON object or behind a schema id. Forms other than the plain
+    id are understood only in the user's own partition.
+    """
+    key = record.key or b""
+    if any(name == "ce_type" for name, _ in record.headers):
+        raise Rejected("deletion-unclear")
+    inner = key[5:] if key[:1] == b"\0" and len(key) > 5 else key
+    user = _user_in_json(inner)
+    if user is None:
+        user = inner
+    if any(byte < 0x20 for byte in user):
+        raise Rejected("deletion-unclear")
+    if user != key and partition_of(user, partitions or 1) != (record.partition if partitions else 0):
+        raise Rejected("deletion-unclear")
+    if not _is_id(user):
+        raise Rejected("key-invalid")
+    return user
+
+
+def _user_in_json(key: bytes) -> bytes | None:
+    """Return the id in a key that is JSON text or a JSON object, None if it is neither."""
+    if key[:1] not in (b'"', b"{"):
+        return None
+    try:
+        found = json.loads(key)
+    except (ValueError, RecursionError):
+        return None
+    user = found.get("user_id") if isinstance(found, dict) else found
+    if not isinstance(user, str) or not user:
+        raise Rejected("deletion-unclear")
+    return user.encode()
+
+
 def _object(value: bytes) -> dict[str, Any]:
     try:
         text = value.decode()
@@ -174,7 +228,7 @@ def _object(value: bytes) -> dict[str, Any]:
         raise Rejected("not-utf8") from None
     try:
         event = json.loads(text, parse_constant=_no_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Rejected("not-json") from None
     if not isinstance(event, dict):
         raise Rejected("field-type")

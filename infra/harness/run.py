@@ -46,7 +46,15 @@ class Run:
         """Work that was left when `rest` last looked."""
         oracle = deployment.oracle()
         state, topic = deployment.settings.state, deployment.settings.topics.actions
-        rules = Rules(state.sequence_length, state.chunk_length, oracle.version, topic, SAMPLE_EVERY, self.explained)
+        rules = Rules(
+            state.sequence_length,
+            state.chunk_length,
+            oracle.version,
+            topic,
+            SAMPLE_EVERY,
+            self.explained,
+            deployment.settings.topics.partitions,
+        )
         self.checker = Checker(rules, oracle)
 
     def __enter__(self) -> Run:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import kafka
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, LeaderNotAvailableError
 
 from infra.harness.history import History, LogRecord
 from streams.config.settings import Settings
@@ -15,6 +15,10 @@ from streams.kafka_records import tolerate_header_names
 
 POLL_MS = 200
 PARTITION_FETCH_BYTES_MAX = 4 << 20
+RECONNECT_MAX_MS, ENDS_MS = 500, 2_000
+"""Limits of waits that are 30 s by default and would look like workers that do not resume. kafka-python asks a broker
+that leads a partition no longer for its end again and again, and never who leads it now; a new client asks that first.
+"""
 
 
 class HistoryReader:
@@ -50,10 +54,17 @@ class HistoryReader:
         self._next.pop(topic, None)
         self.close()
 
+    def skip(self, topic: str, positions: Mapping[int, int]) -> None:
+        """Continue to read some partitions of a topic at other offsets, because the log has lost records."""
+        self._next[topic] = {**self._next.get(topic, {}), **positions}
+        self.close()
+
     def committed(self) -> dict[int, int]:
         """Return the group's committed offset per input partition; partitions without one are absent."""
         with self._reconnect_on_failure():
-            self._admin = self._admin or kafka.KafkaAdminClient(bootstrap_servers=self._servers)
+            self._admin = self._admin or kafka.KafkaAdminClient(
+                bootstrap_servers=self._servers, reconnect_backoff_max_ms=RECONNECT_MAX_MS
+            )
             found: Mapping[Any, Any] = self._admin.list_group_offsets(self._settings.app_id)[self._settings.app_id]
         topic = self._settings.topics.actions
         return {tp.partition: each.offset for tp, each in found.items() if tp.topic == topic and each.offset >= 0}
@@ -62,7 +73,7 @@ class HistoryReader:
         """Return the offset after the last committed record per partition of a topic, by default the input topic."""
         with self._reconnect_on_failure():
             tps = self._partitions(topic or self._settings.topics.actions)
-            ends: Mapping[Any, int] = self._connected().end_offsets(tps)
+            ends = self._ends(tps)
         return {tp.partition: end for tp, end in ends.items()}
 
     def close(self) -> None:
@@ -81,6 +92,7 @@ class HistoryReader:
         self._consumer = self._consumer or tolerate_header_names(
             kafka.KafkaConsumer(
                 bootstrap_servers=self._servers,
+                reconnect_backoff_max_ms=RECONNECT_MAX_MS,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
                 isolation_level="read_committed",
@@ -88,6 +100,14 @@ class HistoryReader:
             )
         )
         return self._consumer
+
+    def _ends(self, tps: list[Any]) -> Mapping[Any, int]:
+        """Return the ends of partitions; raise `KafkaError` if one has no leader, which kafka-python leaves out."""
+        try:
+            ends: Mapping[Any, int] = self._connected().end_offsets(tps, timeout_ms=ENDS_MS)
+        except KeyError as error:
+            raise LeaderNotAvailableError(str(error)) from None
+        return ends
 
     @contextmanager
     def _reconnect_on_failure(self) -> Iterator[None]:
@@ -110,7 +130,7 @@ class HistoryReader:
                     consumer.seek(tp, start[tp.partition])
                 else:
                     consumer.seek_to_beginning(tp)
-            ends = consumer.end_offsets(tps)
+            ends = self._ends(tps)
             records: list[LogRecord] = []
             while any(consumer.position(tp) < ends[tp] for tp in tps):
                 for batch in consumer.poll(POLL_MS).values():

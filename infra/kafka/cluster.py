@@ -20,6 +20,8 @@ from infra.kafka.broker import READY_S, Broker, with_fresh_ports
 from infra.kafka.node import BrokerOptions, new_cluster_id, plan_nodes
 
 SIZE = 3
+UNCLEAN = 1
+"""Type of election at which a replica need not be in sync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,28 @@ class Cluster:
 
     def leader(self, topic: str, partition: int) -> Broker:
         """Return the broker that leads a partition."""
-        with self._admin() as admin:
-            (described,) = admin.describe_topics([topic])
-        (leader,) = (each["leader_id"] for each in described["partitions"] if each["partition_index"] == partition)
+        leader = self._described(topic, partition)["leader_id"]
         (broker,) = (broker for broker in self.brokers if broker.id == leader)
         return broker
+
+    def replicas(self, topic: str, partition: int) -> Replicas:
+        """Return the brokers that have a partition."""
+        return _replicas(self._described(topic, partition))
+
+    def place(self, topic: str, partition: int, brokers: Sequence[Broker]) -> None:
+        """Begin to move a partition to these brokers, the first of which is its preferred leader."""
+        tp = kafka.TopicPartition(topic, partition)
+        with self._admin() as admin:
+            problem = admin.alter_partition_reassignments({tp: [broker.id for broker in brokers]}).get(tp)
+        if problem is not None:
+            raise BrokerFailed(
+                f"{topic}, partition {partition}, cannot be moved", str(problem), "see the brokers' logs"
+            )
+
+    def elect_unclean(self, topic: str, partition: int) -> None:
+        """Make a replica that is not in sync the leader of a partition without one: acknowledged records are lost."""
+        with self._admin() as admin:
+            admin.elect_leaders(UNCLEAN, {topic: [partition]})
 
     def is_in_sync(self) -> bool:
         """Return whether every partition of every topic has all its replicas in sync."""
@@ -97,6 +116,12 @@ class Cluster:
     def __exit__(self, *exc_info: object) -> None:
         """Stop the cluster."""
         self.stop()
+
+    def _described(self, topic: str, partition: int) -> Mapping[str, Any]:
+        with self._admin() as admin:
+            (described,) = admin.describe_topics([topic])
+        (found,) = (each for each in described["partitions"] if each["partition_index"] == partition)
+        return found  # type: ignore[no-any-return]
 
     def _registered(self) -> int:
         with self._admin() as admin:

@@ -9,18 +9,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from infra.chaos.checks.violations import Kind
+from infra.chaos.checks.violations import Kind, Violation
 from infra.chaos.fault_context import FaultContext, play
-from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, pairs, usable
-from infra.chaos.faults.cluster import internal_partition
+from infra.chaos.faults.catalogue import BY_NAME, CATALOGUE, Group, pairs, usable
+from infra.chaos.faults.cluster import internal_partition, while_others_go_on
 from infra.chaos.faults.workers import rebalances_seen
 from infra.chaos.round import Round, is_permitted
-from infra.chaos.schedule import Outcome, Plan
+from infra.chaos.schedule import Outcome, Plan, next_pair
 from infra.harness.deployment import deploy
 from infra.harness.run import Run
 from infra.harness.stall_monitor import StallMonitor
@@ -131,6 +132,22 @@ def test_one_broker_leaves_out_the_faults_of_several() -> None:
     assert usable(brokers=3) == list(CATALOGUE)
 
 
+@pytest.mark.parametrize(("restarts", "rolled"), [(0, True), (11, False), (40, False)])
+def test_a_schedule_that_is_behind_catches_up(restarts: int, *, rolled: bool) -> None:
+    """Far behind with restarts of brokers, the next pair rolls all of them; behind with kills, it kills workers."""
+    supervisor = SimpleNamespace(kills=0)
+    context: Any = SimpleNamespace(
+        run=SimpleNamespace(supervisor=supervisor),
+        cluster=SimpleNamespace(brokers=[1, 2, 3]),
+        broker_restarts=restarts,
+        rng=random.Random(SEED),
+    )
+    pair = next_pair(context, elapsed_s=540.0)
+    assert "worker-killed" in {fault.name for fault in pair}
+    assert ("brokers-rolled" in {fault.name for fault in pair}) == rolled
+    assert restarts == 40 or Group.BROKER in {fault.group for fault in pair}
+
+
 def test_the_result_counts_the_outputs_that_a_fault_explained() -> None:
     """Counts run through all rounds, so those of the last round are the totals."""
     outcome = Outcome(Plan(SEED, 1.0))
@@ -174,6 +191,32 @@ def test_faults_run_side_by_side_and_heal_also_when_one_breaks() -> None:
     with pytest.raises(RuntimeError):
         play(context, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
     assert events == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
+
+
+class _Watched:
+    """The part of a context that looks at the partitions beside a broken one; commits of `moving` advance."""
+
+    def __init__(self, moving: set[int], *, exits: int = 0) -> None:
+        self.found: list[Violation] = []
+        self.deployment = SimpleNamespace(settings=SimpleNamespace(topics=SimpleNamespace(partitions=3)))
+        supervisor = SimpleNamespace(exits=[], running=lambda: [0])
+        offsets = iter((dict.fromkeys(range(3), 5), {number: 9 if number in moving else 5 for number in range(3)}))
+        self.run = SimpleNamespace(supervisor=supervisor, reader=SimpleNamespace(committed=lambda: next(offsets)))
+        self._exits = exits
+
+    def watch(self) -> list[int]:
+        """Return the partitions that are reported as held up by partition 0."""
+        context: Any = self
+        for _ in while_others_go_on(context, 0, 1.0):
+            self.run.supervisor.exits.extend(range(self._exits))
+        return [each.partition for each in self.found if each.kind is Kind.HELD_UP]
+
+
+def test_a_partition_that_a_broken_one_holds_up_is_reported() -> None:
+    """While one partition has no leader, the commits of every other one advance, unless their worker was disturbed."""
+    assert _Watched({1, 2}).watch() == []
+    assert _Watched({1}).watch() == [2]
+    assert _Watched({1}, exits=1).watch() == []
 
 
 @pytest.mark.broker

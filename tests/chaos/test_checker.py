@@ -23,6 +23,7 @@ from streams.core.policy import TriggerPolicy
 from streams.storage.codec import CheckpointMark, chunk_key, encode, encode_mark
 from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
+from streams.storage.rebase import rebase
 from streams.wire.actions import DecodeLimits, decode_actions
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings, encode_tombstone
 
@@ -308,6 +309,96 @@ def test_a_missing_altered_or_needless_dead_letter_is_named(encoder: EncoderRunt
     headers = tuple((name, b"4" if name == "source-offset" else value) for name, value in letter.headers)
     needless = with_letters(letter, replace(letter, headers=headers))
     assert needless.judge(encoder).kinds() == {Kind.DEAD_LETTER_WRONG: 1}
+
+
+def settled(run: RecordedRun, encoder: EncoderRuntime, source_id: bytes = b"") -> Checker:
+    """Return a checker that has judged a run, whose outputs name a log, and has settled."""
+    rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, partitions=1)
+    checker = Checker(rules, encoder)
+    checker.feed(replace(run.history, outputs=[of_log(each, source_id) for each in run.history.outputs]))
+    assert not checker.judge({0: run.committed}).violations
+    checker.settle()
+    return checker
+
+
+def of_log(record: LogRecord, source_id: bytes) -> LogRecord:
+    """Return an output that names a log."""
+    return replace(record, headers=(*record.headers, ("source-id", source_id)))
+
+
+def moved(
+    run: RecordedRun, encoder: EncoderRuntime, to: int, offset_max: int, *, rebased_to: int | None = None
+) -> History:
+    """Return what follows an operator's move: the marks and heads of a rewrite, then an event, its output and state."""
+    changelog: list[LogRecord] = []
+    store, base = MemoryStore(), len(run.history.changelog)
+    for record in run.history.changelog:
+        if record.value is not None and record.key != b"m":
+            store.put(record.key or b"", record.value)
+    state = PartitionState(TriggerPolicy(), LIMITS)
+
+    def append(records: object) -> None:
+        for key, value in records:  # type: ignore[attr-defined]
+            changelog.append(LogRecord(0, base + len(changelog), NOW_MS, key, value))
+            if value is not None:
+                store.put(key, value)
+
+    heads = [(key[1:], value) for key, value in store.records.items() if key[:1] == b"u"]
+    append([encode_mark(CheckpointMark(run.committed, 0, unfinished="streamformer state skip"))])
+    append(rebase(heads, offset_max if rebased_to is None else rebased_to)[0])
+    append([encode_mark(CheckpointMark(to, 0))])
+    event = {"user_id": "ann", "item_id": "y", "action": "save", "timestamp_ms": NOW_MS + 990, "event_id": "new"}
+    record = LogRecord(0, to, NOW_MS + 2_000, b"ann", json.dumps(event).encode())
+    received = _Received(record.key, record.value, record.offset, record.timestamp_ms)
+    decoded = decode_actions([received], now_ms=NOW_MS + 10_000, limits=DecodeLimits())
+    state.load([b"ann"], read_users(store, [b"ann"], LIMITS).stored)
+    due = state.apply(decoded.actions, NOW_MS).due
+    outputs = [LogRecord(0, 1_000, NOW_MS + 9_000, *message) for message in embeddings(encoder, state, due)]  # type: ignore[arg-type]
+    append([*encode(state.begin_checkpoint(), LIMITS), encode_mark(CheckpointMark(to + 1, 0))])
+    return History([record], changelog, outputs)
+
+
+@pytest.mark.parametrize(("to", "offset_max"), [(60, 59), (0, -1)], ids=["skip", "adopt"])
+def test_a_move_of_the_operator_is_followed(encoder: EncoderRuntime, to: int, offset_max: int) -> None:
+    """After a truncation or in another log, sequences go on, and offsets below those of before are new."""
+    run = faithful(encoder)
+    history = moved(run, encoder, to, offset_max)
+    history = replace(history, outputs=[of_log(each, b"new") for each in history.outputs])
+    checker = settled(run, encoder, b"old")
+    checker.move(0, to, offset_max)
+    checker.feed(history)
+    assert [str(one) for one in checker.judge({0: to + 1}).violations] == []
+    unexpected = settled(run, encoder, b"old")
+    unexpected.feed(history)
+    assert Kind.WRONG_CHECKPOINT in unexpected.judge({0: to + 1}).kinds()
+
+
+def test_a_move_that_is_not_carried_out_or_carried_out_wrongly_is_named(encoder: EncoderRuntime) -> None:
+    """A missing mark, heads that keep offsets of the lost log, and outputs that name the old log are violations."""
+    run = faithful(encoder)
+    checker = settled(run, encoder)
+    checker.move(0, 60, 59)
+    assert Kind.WRONG_CHECKPOINT in checker.judge({0: run.committed}).kinds()
+    history = moved(run, encoder, 60, 59, rebased_to=10_000)
+    checker = settled(run, encoder)
+    checker.move(0, 60, 59)
+    checker.feed(history)
+    assert Kind.WRONG_STATE in checker.judge({0: 61}).kinds()
+    history = moved(run, encoder, 60, 59)
+    checker = settled(run, encoder, b"old")
+    checker.move(0, 60, 59)
+    checker.feed(replace(history, outputs=[of_log(each, b"old") for each in history.outputs]))
+    assert Kind.WRONG_OUTPUT in checker.judge({0: 61}).kinds()
+
+
+def test_misplaced_records_are_rejected_by_the_model(encoder: EncoderRuntime) -> None:
+    """Where the number of partitions is known, a record of a user of another partition must be a dead letter."""
+    run = faithful(encoder)
+    rules = Rules(LIMITS.sequence_length, LIMITS.chunk_length, encoder.version, TOPIC, partitions=4)
+    checker = Checker(rules, encoder)
+    checker.feed(run.history)
+    assert {Kind.DEAD_LETTER_MISSING, Kind.FOREIGN} <= set(checker.judge({0: run.committed}).kinds())
+    assert {reason for reason, _ in checker.model.rejected.values()} >= {"wrong-partition"}
 
 
 def test_what_was_judged_is_forgotten_and_what_follows_is_still_found(encoder: EncoderRuntime) -> None:

@@ -206,8 +206,8 @@ REJECTED: dict[RejectReason, Event] = {
     RejectReason.TIMESTAMP_FUTURE: action("dan", 1, timestamp_ms=1 << 53),
 }
 OF_A_PLACE = {RejectReason.WRONG_PARTITION, RejectReason.DELETION_UNCLEAR}
-"""Reasons that depend on the partition of a record, which the model of a run does not judge; the cases from the field
-5 and 6 hold a real worker to them."""
+"""Reasons that depend on the partition of a record; the cases from the field 5 and 6 and the fault `poison` hold a
+real worker to them."""
 
 
 def test_every_kind_of_poison_becomes_a_dead_letter(run: Run) -> None:

@@ -44,6 +44,8 @@ class Rules:
     """Number N such that every embedding of one user in N is recomputed, and only the last of the others; 0: none."""
     explained: Sequence[Explained] = ()
     """Times in which outputs may be stale or repeated: a frozen worker woke up, or acknowledgements were lost."""
+    partitions: int = 0
+    """Number of partitions; with 0, records in the partition of another user are not noticed."""
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class Checker:
     """Compares topics with the model, as they grow."""
 
     def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
-        self.model = Model(rules.sequence_length, rules.sample_every)
+        self.model = Model(rules.sequence_length, rules.sample_every, rules.partitions)
         self._rules = rules
         self._state = StateChecks(self.model, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
         self._outputs = OutputChecks(self.model, rules.encoder_version, encoder, rules.explained)
@@ -121,6 +123,17 @@ class Checker:
         self.model.settle()
         self._dead.clear()
         self._violations.clear()
+
+    def move(self, partition: int, to: int, offset_max: int) -> None:
+        """Expect that an operator continues a partition at another offset; after `settle`, before the move is read.
+
+        `offset_max` is the last offset of users and outputs that still means something: `to` - 1 after a truncation, -1
+        in another log.
+        """
+        self._settled[partition] = to
+        self.model.move(partition, to, offset_max)
+        self._state.move(partition, to)
+        self._outputs.move(partition, offset_max)
 
     def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
         """Committed offsets are never ahead of the state, and at rest not behind the log either."""

@@ -52,6 +52,10 @@ class OutputChecks:
         self._users: dict[bytes, _Published] = defaultdict(_Published)
         self.counts: Counter[str] = Counter()
         self._sample: list[_Sampled] = []
+        self._source_ids: dict[int, bytes] = {}
+        """Log that the outputs of a partition name."""
+        self._past_ids: set[tuple[int, bytes]] = set()
+        """Logs that they named before an operator's move, by partition."""
 
     def feed(self, records: Iterable[LogRecord]) -> list[Violation]:
         """Check output records, in order."""
@@ -63,7 +67,9 @@ class OutputChecks:
     def _record(self, record: LogRecord) -> Iterator[Violation]:
         headers = dict(record.headers)
         name, offset = record.key or b"", int(headers.get("source-offset", b"-1"))
-        if problem := self._untruth(name, offset, record.value, headers):
+        source_id = headers.get("source-id", b"")
+        problem = self._untruth(name, offset, record.value, headers) or self._other_log(record.partition, source_id)
+        if problem:
             yield Violation(Kind.WRONG_OUTPUT, name, record.partition, offset, problem)
             return
         self.counts["tombstones" if record.value is None else "embeddings"] += 1
@@ -94,6 +100,22 @@ class OutputChecks:
         found = int(headers["event-time-ms"]), int(headers["sequence-length"])
         must = version.newest_ms, version.length
         return "" if found == must else f"event-time-ms and sequence-length are {found}, must be {must}"
+
+    def _other_log(self, partition: int, source_id: bytes) -> str:
+        """Describe a header that names another log than the outputs before it, or one of before a move."""
+        known = self._source_ids.setdefault(partition, source_id)
+        if source_id == known and (partition, source_id) not in self._past_ids:
+            return ""
+        return f"the header source-id is {source_id!r}, and the log is another"
+
+    def move(self, partition: int, offset_max: int) -> None:
+        """Lower the source offsets of a partition's outputs, whose log an operator has changed."""
+        if partition in self._source_ids:
+            self._past_ids.add((partition, self._source_ids.pop(partition)))
+        for name, published in self._users.items():
+            if name in self._model.users and self._model.users[name].partition == partition:
+                published.source_offset = min(published.source_offset, offset_max)
+                published.firsts.clear()
 
     def _again(self, record: LogRecord, name: bytes, offset: int, newest: int) -> Iterator[Violation]:
         kind = Kind.REPEATED if offset == newest else Kind.STALE

@@ -50,6 +50,8 @@ class Kind(StrEnum):
     """Progress did not resume in time after a fault was healed."""
     UNSEEN_STALL = "unseen-stall"
     """A partition did not move for longer than the watchdog allows, and no worker noticed."""
+    HELD_UP = "held-up"
+    """A partition did not move because another one could not."""
     UNEXPECTED_EXIT = "unexpected-exit"
     """A worker ended in an undocumented way."""
 

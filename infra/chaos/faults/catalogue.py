@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from infra.chaos.fault_context import FaultContext, Steps
-from infra.chaos.faults import broker, changelog, cluster, disk, encoder, input, workers
+from infra.chaos.faults import broker, changelog, cluster, disk, encoder, input, limits, source, transactions, workers
 from infra.harness.supervisor import ABORTED, CANNOT_START
 
 
@@ -20,6 +20,7 @@ class Group(Enum):
     OUTPUT = "output"
     DISK = "disk"
     ENCODER = "encoder"
+    LIMITS = "limits"
     INPUT = "input"
     ALONE = "alone"
 
@@ -55,6 +56,11 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("oversized", Group.INPUT, input.oversized),
     Fault("disorder", Group.INPUT, input.disordered),
     Fault("transactional-upstream", Group.INPUT, input.transactional),
+    Fault("compressed", Group.INPUT, input.compressed),
+    Fault("transaction-open", Group.INPUT, transactions.left_open),
+    Fault("few-hot-users", Group.LIMITS, limits.few_hot_users),
+    Fault("short-queue", Group.LIMITS, limits.short_queue),
+    Fault("patient-triggers", Group.LIMITS, limits.patient_triggers),
     Fault("broker-bounced", Group.BROKER, broker.bounced, _EITHER, explains=True),
     Fault("broker-frozen-30s", Group.BROKER, broker.frozen, _EITHER, explains=True),
     Fault("source-leader-killed", Group.BROKER, cluster.source_leader_killed, explains=True, brokers_min=3),
@@ -63,6 +69,11 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("dead-letter-leader-killed", Group.BROKER, cluster.dead_letter_leader_killed, explains=True, brokers_min=3),
     Fault("offsets-leader-killed", Group.BROKER, cluster.offsets_leader_killed, explains=True, brokers_min=3),
     Fault("transactions-leader-killed", Group.BROKER, cluster.transactions_leader_killed, explains=True, brokers_min=3),
+    Fault("source-leaderless-30s", Group.BROKER, cluster.source_leaderless, explains=True, brokers_min=3),
+    Fault("changelog-leaderless-30s", Group.BROKER, cluster.changelog_leaderless, explains=True, brokers_min=3),
+    Fault("output-leaderless-30s", Group.BROKER, cluster.output_leaderless, explains=True, brokers_min=3),
+    Fault("dead-letters-leaderless-30s", Group.BROKER, cluster.dead_letters_leaderless, explains=True, brokers_min=3),
+    Fault("in-sync-too-few", Group.BROKER, cluster.in_sync_too_few, explains=True, brokers_min=3),
     Fault("brokers-rolled", Group.BROKER, cluster.rolled, explains=True, brokers_min=3),
     Fault("sst-truncated", Group.DISK, disk.sst_truncated),
     Fault("sst-altered", Group.DISK, disk.sst_altered, _ABORTED),
@@ -82,6 +93,10 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("changelog-truncated", Group.ALONE, changelog.truncated, once=True),
     Fault("changelog-emptied", Group.ALONE, changelog.emptied, once=True),
     Fault("changelog-recreated", Group.ALONE, changelog.recreated, once=True),
+    Fault("source-expired", Group.ALONE, source.expired, once=True),
+    Fault("source-recreated", Group.ALONE, source.recreated, once=True),
+    Fault("source-truncated", Group.ALONE, source.truncated, explains=True, once=True, brokers_min=3),
+    Fault("unclean-election", Group.ALONE, source.unclean_election, _EITHER, explains=True, once=True, brokers_min=3),
     Fault("worker-frozen-70s", Group.WORKERS, workers.frozen_70, _ABORTED, explains=True, once=True),
     Fault("rebalances", Group.ALONE, workers.rebalanced_often, once=True),
 )
@@ -103,6 +118,9 @@ PAIRED: frozenset[frozenset[Group]] = frozenset(
         (Group.DISK, Group.INPUT),
         (Group.ENCODER, Group.INPUT),
         (Group.OUTPUT, Group.INPUT),
+        (Group.LIMITS, Group.INPUT),
+        (Group.LIMITS, Group.BROKER),
+        (Group.LIMITS, Group.WORKERS),
     )
 )
 

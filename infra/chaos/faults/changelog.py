@@ -61,7 +61,7 @@ def _try(context: FaultContext, name: str, harm: Harm) -> Steps:
 
 def _damage(context: FaultContext, run: Run, workload: Workload, what: str, harm: Harm, *, cold: bool) -> Steps:
     run.supervisor.scale(1)
-    yield from _wait(run, FEED_S)
+    yield from wait_at_work(run, FEED_S)
     workload.calm(10)
     run.rest(30)
     run.supervisor.stop()
@@ -71,12 +71,13 @@ def _damage(context: FaultContext, run: Run, workload: Workload, what: str, harm
     committed = run.reader.committed()
     workload.options = replace(workload.options, rate=200.0)
     run.supervisor.scale(1)
-    yield from _wait(run, 3.0)
+    yield from wait_at_work(run, 3.0)
     workload.calm(10)
     yield from _outcome(context, run, what, committed)
 
 
-def _wait(run: Run, seconds: float) -> Steps:
+def wait_at_work(run: Run, seconds: float) -> Steps:
+    """Let time pass while the supervisor of an application of its own restarts workers."""
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         run.supervisor.tick()

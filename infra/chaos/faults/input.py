@@ -1,16 +1,17 @@
-"""Send difficult input: records that are no actions, huge ones, duplicates, disorder, transactions."""
+"""Send difficult input: strange records, huge ones, duplicates, disorder, transactions, compression."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from infra.chaos.fault_context import FaultContext, Steps
+from infra.chaos.fault_context import FaultContext, Steps, set_topic_config
+from infra.harness.workload import CODECS
 
 SECONDS = (8.0, 12.0)
 
 
 def poison(context: FaultContext) -> Steps:
-    """Make one record in ten no action, for each reason that exists."""
+    """Make one record in ten strange: no action, damaged, misplaced, with odd headers, or an unclear deletion."""
     yield from _with(context, poison=0.1)
 
 
@@ -27,6 +28,20 @@ def disordered(context: FaultContext) -> Steps:
 def transactional(context: FaultContext) -> Steps:
     """Produce in transactions and abort one in five: control records leave gaps between offsets."""
     yield from _with(context, transactional=True)
+
+
+def compressed(context: FaultContext) -> Steps:
+    """Compress the input with each codec in turn, and let the broker compress what the workers write."""
+    names, codecs = context.deployment.settings.topics, [*CODECS]
+    topics = (names.embeddings, names.dead_letter, context.deployment.settings.changelog_topic)
+    context.rng.shuffle(codecs)
+    try:
+        for topic, codec in zip(topics, codecs, strict=False):
+            set_topic_config(context.servers, topic, {"compression.type": codec})
+        yield from _with(context, compressed=True, poison=0.02)
+    finally:
+        for topic in topics:
+            set_topic_config(context.servers, topic, {"compression.type": "producer"})
 
 
 def _with(context: FaultContext, **options: Any) -> Steps:

@@ -15,7 +15,7 @@ CRC_AT, COVERED_FROM = 17, 21
 ANSWER_S = 10.0
 
 
-def batch_with_header(key: bytes, value: bytes, name: bytes) -> bytes:
+def batch_with_header(key: bytes | None, value: bytes | None, name: bytes) -> bytes:
     """Return a batch of one record whose header has a name of two arbitrary bytes."""
     builder = DefaultRecordBatchBuilder(2, 0, False, -1, -1, -1, 1 << 20)
     builder.append(0, time.time_ns() // 1_000_000, key, value, [(PLACEHOLDER, b"x")])
