@@ -35,6 +35,9 @@ Change = Embedding | Tombstone
 
 ANSWER_MS = 5_000
 """Time that the broker has to respond at the start."""
+RECONNECT_MAX_MS = 1_000
+"""Longest time between two attempts to reach a broker, as in Kafka's Java clients; kafka-python would wait up to 30 s
+after a broker is back."""
 CHECK_ADDRESS = "check the address and that the broker is up"
 
 
@@ -69,7 +72,11 @@ class EmbeddingSubscriber:
             BrokerUnreachable: No broker responds.
             CannotStart: The topic or one of the partitions does not exist.
         """
-        options = {**(client or {}), "bootstrap_servers": bootstrap_servers}
+        options = {
+            "reconnect_backoff_max_ms": RECONNECT_MAX_MS,
+            **(client or {}),
+            "bootstrap_servers": bootstrap_servers,
+        }
         self._freshest = Freshest(users_max)
         self.malformed = 0
         """Number of records skipped because they are not embeddings."""

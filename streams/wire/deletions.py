@@ -49,8 +49,8 @@ def plain_user(key: bytes, placement: Placement | None) -> bytes:
         return key
     if plain is None and not _is_binary(inner):
         plain = inner
-    if plain is None:
-        raise UnclearDeletion("the key is binary, for example a number; send the user id as UTF-8 text")
+    if plain is None or _is_binary(plain):
+        raise UnclearDeletion("the key is no text, for example a number; send the user id as UTF-8 text")
     if placement is None or not placement.holds(plain):
         shown = plain[:80].decode(errors="replace")
         raise UnclearDeletion(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka.errors import KafkaConnectionError
 
-from streams.subscriber import Change, Freshest, as_json
+from streams.errors import BrokerUnreachable
+from streams.subscriber import Change, EmbeddingSubscriber, Freshest, as_json
 from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata, Tombstone
 
 
@@ -16,6 +20,27 @@ def embedding(user: str, offset: int, version: str = "v1", source_id: str = "") 
     """Return an embedding of a user at a source offset."""
     metadata = EmbeddingMetadata(version, 2, EmbeddingCodec.FLOAT32, 5, 3, "every_n", offset, 9, source_id)
     return Embedding(user, np.array([0.1, -2.0], np.float32), metadata)
+
+
+class Refused:
+    """A consumer that notes its options and reaches no broker."""
+
+    options: dict[str, Any]
+
+    def __init__(self, **options: Any) -> None:
+        Refused.options = options
+        raise KafkaConnectionError
+
+
+@pytest.mark.parametrize(("client", "wait_ms"), [({}, 1_000), ({"reconnect_backoff_max_ms": 7}, 7)])
+def test_a_broker_that_is_back_is_reached_within_a_second(
+    client: dict[str, Any], wait_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts to connect are at most a second apart, not kafka-python's 30 s; a caller may choose another time."""
+    monkeypatch.setattr("streams.subscriber.KafkaConsumer", Refused)
+    with pytest.raises(BrokerUnreachable):
+        EmbeddingSubscriber("127.0.0.1:1", client=client)
+    assert Refused.options["reconnect_backoff_max_ms"] == wait_ms
 
 
 def accepted(*changes: Change, users_max: int = 100) -> list[bool]:

@@ -56,9 +56,10 @@ def test_an_encoded_key_is_understood_where_its_user_is(key: bytes) -> None:
     "key", [struct.pack(">q", 42), struct.pack("<q", 42), b"[1]\x01", b'{"id": "ann"}', b'"\x00"', b"42\n", b"\x00"]
 )
 def test_a_key_without_an_id_is_rejected(key: bytes) -> None:
-    """Numbers in bytes, objects without `user_id` and control characters forget nobody and say why."""
-    users, [rejected] = decode(Deletion(key))
-    assert (users, rejected.reason) == ([], RejectReason.DELETION_UNCLEAR)
+    """Numbers in bytes, objects without `user_id` and control characters forget nobody and say why, everywhere."""
+    for partition in range(4):
+        users, [rejected] = decode(Deletion(key), Placement(partition, 4))
+        assert (users, rejected.reason) == ([], RejectReason.DELETION_UNCLEAR)
 
 
 @pytest.mark.parametrize("key", [b"ann", b'ann"', b'"ann', b"{ann}", "ünï".encode(), b"42", b" "])
