@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from infra.field_cases.raw import batch_with_header, produce
 from infra.harness.freshness import reading
+from infra.harness.raw import batch_with_header, produce
 from infra.harness.whole_topic import read_topic
 from infra.harness.worker_process import with_values
 from infra.kafka.broker import Broker
