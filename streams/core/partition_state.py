@@ -26,7 +26,7 @@ The encode queue begins each job once and ends it once:
     job = state.begin_job(users)            # the users that are still due, with their sequences as of now
     rows = state.drop_outdated(job)         # after encoding: ends the job of outdated users, returns the other rows
     state.finish_job(users, offsets, now_ms)    # the output topic has acknowledged the embeddings, or
-    state.retry_job(users, now_ms, delay_ms)    # encoding or publishing failed: due again after the delay
+    state.retry_job(job, now_ms, delay_ms)  # encoding or publishing failed: due again after the delay
     state.requeue(users, now_ms, delay_ms)  # shed from the queue before a job took them: due again after the delay
 
 A checkpoint (see streams.storage.checkpoint) begins once and ends once:
@@ -253,9 +253,13 @@ class PartitionState:
         """
         self._delay(users, "queued", now_ms + delay_ms)
 
-    def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
-        """End the failed job of distinct `users`: those still due are due again after the delay."""
-        self._delay(users, "in_job", now_ms + delay_ms)
+    def retry_job(self, job: EncodeJob, now_ms: int, delay_ms: int) -> None:
+        """End a failed job: its users who are still due are due again after the delay, unless a later job has them."""
+        users = job.sequences.users
+        hot = self._hot(users)
+        rows = self._sequences.rows_of([users[index] for index in hot.tolist()])
+        latest = hot[self._sequences.live["job_offset"][rows] == job.offsets[hot]]
+        self._delay([users[index] for index in latest.tolist()], "in_job", now_ms + delay_ms)
 
     def seed_published(self, users: Sequence[bytes], offsets: I64) -> None:
         """Record up to which source offsets the output topic holds embeddings of distinct `users` by this encoder.

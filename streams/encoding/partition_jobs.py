@@ -113,7 +113,7 @@ class PartitionJobs:
                 PUBLISH_RETRY_MS,
             )
             self._metrics.publish_failures.inc(len(job))
-            state.retry_job(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
+            state.retry_job(job, self._now_ms(), PUBLISH_RETRY_MS)
             return
         self._owned.output_offset = max(end, self._owned.output_offset)
         now_ms = self._now_ms()
@@ -141,15 +141,15 @@ class PartitionJobs:
                 await self._outputs.dead_letters(tp.partition, letters)
         except TimeoutError:
             logger.warning("the dead letters of %d users that the encoder rejected are not acknowledged", len(letters))
-        by_delay: dict[int, list[bytes]] = {}
-        for user in job.sequences.users:
-            by_delay.setdefault(self._rejected_delay_ms(user), []).append(user)
-        for delay_ms, users in by_delay.items():
-            self._owned.state.retry_job(users, self._now_ms(), delay_ms)
+        by_delay: dict[int, list[int]] = {}
+        for row, user in enumerate(job.sequences.users):
+            by_delay.setdefault(self._rejected_delay_ms(user), []).append(row)
+        for delay_ms, rows in by_delay.items():
+            self._owned.state.retry_job(job.select(np.array(rows)), self._now_ms(), delay_ms)
 
     async def retry(self, job: EncodeJob) -> None:
         """End the job of users that the encoder did not get to; they are due again later."""
-        self._owned.state.retry_job(job.sequences.users, self._now_ms(), PUBLISH_RETRY_MS)
+        self._owned.state.retry_job(job, self._now_ms(), PUBLISH_RETRY_MS)
 
     def _rejected_delay_ms(self, user: bytes) -> int:
         failures = self._failures.pop(user, 0)

@@ -153,6 +153,13 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
             *(h.Tombstone(0), h.Act(2), h.Tombstone(1), h.Poll(5), h.Reassign(5)),
         ],
     ),
+    "a failed job does not end a later one of the same user": (
+        EVERY_ACTION,
+        [
+            *(h.Late(3, 5), h.Poll(ALL), h.Act(3), h.Encode(1), h.Poll(2), h.Encode(3), h.Refuse(3)),
+            *(h.Silence(1_000), h.Encode(ALL), h.Deliver(ALL), h.Acknowledge()),
+        ],
+    ),
     "what is in flight when the state is read again counts as published": (
         EVERY_ACTION,
         [

@@ -3,262 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
 from aiokafka.structs import TopicPartition
 
-from encoder.actions.columns import SequenceBatch
-from encoder.arrays import F32
 from infra.harness.simulation.broker import Broker
-from infra.harness.simulation.clients import CHANGELOG, OUTPUT, Consumer, Died, Link, clients_of
+from infra.harness.simulation.clients import clients_of
 from infra.harness.simulation.clock import Clock, VirtualLoop
-from streams.core.layout import StateLimits
+from infra.harness.simulation.faust_app import APP, App
+from infra.harness.simulation.link import CHANGELOG, OUTPUT, Died, Link
+from infra.harness.simulation.machine import LIMITS, Disk, Encoder, EncoderThread, Machine
+from streams.core.jobs import EncodeJob
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
 from streams.encoding.queue import EncodeQueuePolicy
-from streams.engine.delivery import BatchConsumerThread, RecordBatch
+from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import OutputsConfig
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
-from streams.engine.records import Parsing
 from streams.engine.topic_limits import TopicLimits
 from streams.ingest import InFlightLimits
 from streams.parts import PartsConfig, WorkerParts
 from streams.storage.identity import layout_of
-from streams.storage.memory_store import MemoryStore
-from streams.storage.store import Record, StoreFailed
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
 from streams.wire.embeddings import EmbeddingCodec
 
-LIMITS = StateLimits(sequence_length=8, chunk_length=2, hot_users_max=4, wake_users_max=3)
 QUEUE = EncodeQueuePolicy(users_max=5, batch_users_max=4, batch_ms=0.001, publishing_max=3, attempts_max=2)
-APP, SOURCE, OUT, DEAD = "app", "actions", "embeddings", "dead-letters"
+SOURCE, OUT, DEAD = "actions", "embeddings", "dead-letters"
 CHANGELOG_TOPIC = "changelog"
 STREAM_FETCHES = 4
 """Fetches that wait to be ingested, as in Faust's stream."""
-ITEM_BITS = 24
-"""Bits of an item's key that a float32 holds exactly."""
-
-
-class Disk(MemoryStore):
-    """A store that keeps its contents after each write, so that a crash can undo the last writes."""
-
-    def __init__(self, records: Mapping[bytes, bytes] | None = None) -> None:
-        super().__init__(records_per_write=2)
-        self.records |= records or {}
-        self.link: Link | None = None
-        self.failures = 0
-        """Writes that fail next, as on a full disk."""
-        self._past: deque[dict[bytes, bytes]] = deque([dict(self.records)], maxlen=6)
-
-    def claim(self, log_id: str) -> None:
-        """Record the identity of the changelog, with a side effect."""
-        self._effect()
-        super().claim(log_id)
-        self._past.append(dict(self.records))
-
-    def write_steps(self, records: Sequence[Record], changelog_offset: int) -> Iterator[None]:
-        """Write one batch per step, with a side effect before each."""
-        steps = super().write_steps(records, changelog_offset)
-        while True:
-            self._effect()
-            if self.failures:
-                self.failures -= 1
-                raise StoreFailed("the disk is full")
-            if next(steps, steps) is steps:
-                return
-            self._past.append(dict(self.records))
-            yield
-
-    def crash(self, lost_writes: int) -> None:
-        """Undo the last writes, as far back as they are kept."""
-        for _ in range(min(lost_writes, len(self._past) - 1)):
-            self._past.pop()
-        self.records = dict(self._past[-1])
-
-    def _effect(self) -> None:
-        if self.link is not None:
-            self.link.effect()
-
-
-class Encoder:
-    """An encoder whose embedding is the sequence itself; like the real one it caches sequences by revision."""
-
-    embedding_dim = sequence_length = actions_needed = LIMITS.sequence_length
-    dtype = "float32"
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-        self.extensions = self.prefills = 0
-        self.bad_users: set[bytes] = set()
-        """Users on whom it raises."""
-        self.failures = 0
-        """Calls that raise, whoever is in them."""
-        self._cache: dict[bytes, tuple[int, int, list[int]]] = {}
-        """Revision, count and items of a user's last embedding."""
-
-    def embed(self, batch: SequenceBatch) -> F32:
-        """Return one row per user: its items, oldest first, and -1 where there are none."""
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("the encoder failed")
-        if self.bad_users.intersection(batch.users):
-            raise RuntimeError("the encoder cannot embed one of these users")
-        rows = np.full((len(batch.users), self.embedding_dim), -1, np.float32)
-        for row, user in enumerate(batch.users):
-            items = self._items(batch, row, user)
-            rows[row, : len(items)] = items
-        return rows
-
-    def forget(self, users: Sequence[bytes]) -> None:
-        """Drop what is cached of these users."""
-        for user in users:
-            self._cache.pop(user, None)
-
-    def clear(self) -> None:
-        """Drop everything that is cached."""
-        self._cache.clear()
-
-    def _items(self, batch: SequenceBatch, row: int, user: bytes) -> list[int]:
-        """Append the new actions to what is cached under the same revision, as an incremental encoder does."""
-        begin, end = int(batch.starts[row]), int(batch.starts[row + 1])
-        given = [low_bits(item) for item in batch.actions["item"][begin:end].tolist()]
-        revision, count = int(batch.revisions[row]), int(batch.counts[row])
-        cached = self._cache.get(user)
-        if cached is not None and cached[0] == revision and 0 <= count - cached[1] <= len(given):
-            new = count - cached[1]
-            given = (cached[2] + given[len(given) - new :])[-self.sequence_length :]
-            self.extensions += 1
-        else:
-            self.prefills += 1
-        self._cache[user] = revision, count, given
-        return given
-
-
-def low_bits(item: int) -> int:
-    """Return the part of an item's key that an embedding of the simulation shows."""
-    return item & ((1 << ITEM_BITS) - 1)
-
-
-class EncoderThread(Executor):
-    """Runs calls in order; while it is held, calls wait until the history lets them through."""
-
-    def __init__(self) -> None:
-        self.is_held = False
-        self.waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a call at once, or keep it."""
-        future: Future[Any] = Future()
-        self.waiting.append((future, lambda: fn(*args, **kwargs)))
-        if not self.is_held:
-            self.run(len(self.waiting))
-        return future
-
-    def run(self, calls: int) -> None:
-        """Run the oldest calls."""
-        for _ in range(min(calls, len(self.waiting))):
-            future, call = self.waiting.popleft()
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Do nothing."""
-
-
-class Thread(BatchConsumerThread):
-    """The product's fetching of record batches, on the worker's own event loop."""
-
-    def __init__(self, app: App, consumer: Consumer) -> None:
-        self.app, self.consumer, self._consumer = app, app.consumer, consumer
-        self.log = SimpleNamespace(dev=lambda *args: None)
-        self._joined_at, self._epochs, self._out_of_range = {}, {}, {}
-        self._parsing = Parsing(report=True)
-        consumer._key_deserializer = self._parsing
-
-    async def call_thread(self, fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the function: there is no other thread."""
-        return await fun(*args, **kwargs)
-
-
-class FaustConsumer:
-    """Faust's consumer, as far as the partitions use it."""
-
-    flow_active = True
-    in_transaction = False
-
-    def __init__(self) -> None:
-        self._thread: Any = None
-        self._read_offset: dict[TopicPartition, int] = {}
-        self.paused: set[TopicPartition] = set()
-
-    def pause_partitions(self, tps: Collection[TopicPartition]) -> None:
-        """Fetch these no more."""
-        self.paused |= set(tps)
-
-    def resume_partitions(self, tps: Collection[TopicPartition]) -> None:
-        """Fetch these again."""
-        self.paused -= set(tps)
-
-    async def seek_wait(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Go on at other offsets."""
-        await self._thread.seek_wait(offsets)
-
-    async def earliest_offsets(self, *tps: TopicPartition) -> Mapping[TopicPartition, int]:
-        """Return the first offset of each partition."""
-        found: Mapping[TopicPartition, int] = await self._thread.earliest_offsets(*tps)
-        return found
-
-    async def highwaters(self, *tps: TopicPartition) -> Mapping[TopicPartition, int]:
-        """Return the end of each partition."""
-        found: Mapping[TopicPartition, int] = await self._thread.highwaters(*tps)
-        return found
-
-
-class App:
-    """Faust's app, as far as the partitions use it."""
-
-    consumer_generation_id = 1
-    rebalancing = False
-    conf = SimpleNamespace(broker_request_timeout=90.0)
-
-    def __init__(self, link: Link, tps: Collection[TopicPartition]) -> None:
-        self.consumer = FaustConsumer()
-        consumer = Consumer(link, isolation_level="read_committed", group_id=APP)
-        consumer.assign(tps)
-        self.consumer._thread = Thread(self, consumer)
 
 
 class KnownLimits(TopicLimits):
     """Size limits that no broker is asked for."""
 
     async def _read(self) -> None: ...
-
-
-@dataclass
-class Machine:
-    """The disks of one host, by file name; they outlive its workers."""
-
-    disks: dict[str, Disk] = field(default_factory=dict)
-
-    def crash(self, lost_writes: int) -> None:
-        """Undo the last writes."""
-        for disk in self.disks.values():
-            disk.crash(lost_writes)
-
-    def copy(self) -> Machine:
-        """Return a machine whose disks hold the same."""
-        return Machine({name: Disk(disk.records) for name, disk in self.disks.items()})
 
 
 class Watch(Protocol):
@@ -285,11 +68,11 @@ class State(PartitionState):
             self.watch.on_put_back(users, now_ms + delay_ms)
         super().requeue(users, now_ms, delay_ms)
 
-    def retry_job(self, users: Sequence[bytes], now_ms: int, delay_ms: int) -> None:
+    def retry_job(self, job: EncodeJob, now_ms: int, delay_ms: int) -> None:
         """Put back users whose job failed."""
         if self.watch is not None:
-            self.watch.on_put_back(users, now_ms + delay_ms)
-        super().retry_job(users, now_ms, delay_ms)
+            self.watch.on_put_back(job.sequences.users, now_ms + delay_ms)
+        super().retry_job(job, now_ms, delay_ms)
 
 
 class Worker(WorkerParts):
@@ -414,7 +197,7 @@ class Worker(WorkerParts):
 
     def poll(self, records: int, *, is_lost: bool = False) -> None:
         """Fetch records, as many at a time as there may be users in memory; with `is_lost` they reach no agent."""
-        thread: Thread = self.app.consumer._thread
+        thread = self.app.consumer._thread
         while records > 0 and self._stream.qsize() < STREAM_FETCHES:
             active = [tp for tp in self.tps if tp not in self.app.consumer.paused]
             fetched = self.do(thread._fetch_records(thread._consumer, active, 0, min(records, LIMITS.hot_users_max)))

@@ -188,7 +188,7 @@ def test_failed_job_is_due_again_later() -> None:
     """A user whose job failed is handed over again after the delay."""
     state = state_of(TriggerPolicy(), [b"a"])
     state.apply(batch([b"a"], [1]), NOW_MS)
-    state.retry_job(state.begin_job([b"a"]).sequences.users, NOW_MS, 500)
+    state.retry_job(state.begin_job([b"a"]), NOW_MS, 500)
     assert state.fire_timers(NOW_MS + 400).due == []
     assert state.fire_timers(NOW_MS + 500).due == [b"a"]
 
@@ -235,7 +235,7 @@ def test_users_that_are_shed_again_and_again_cost_no_byte(cooldown_ms: int) -> N
     now_ms = NOW_MS
     for _ in range(100):
         state.requeue([b"a"], now_ms, 1_000)
-        state.retry_job(state.begin_job([b"b"]).sequences.users, now_ms, 1_000)
+        state.retry_job(state.begin_job([b"b"]), now_ms, 1_000)
         assert not state.is_dirty
         now_ms += 1_000
         assert state.fire_timers(now_ms - 1).due == []
@@ -269,7 +269,21 @@ def test_the_arrival_of_a_user_read_from_disk_is_unknown() -> None:
     restarted = PartitionState(TriggerPolicy(), LIMITS)
     restarted.load([b"a"], StoredSequences(snapshot.headers[:1], snapshot.tails[:1], np.array([0, 1])))
     assert restarted.fire_timers(NOW_MS + 100).due == [b"a"]
-    assert restarted.begin_job([b"a"]).arrival_ms[0] < 0
-    restarted.retry_job([b"a"], NOW_MS, 0)
+    job = restarted.begin_job([b"a"])
+    assert job.arrival_ms[0] < 0
+    restarted.retry_job(job, NOW_MS, 0)
     restarted.apply(batch([b"a"], [2], offset=1, arrival_ms=[70]), NOW_MS)
     assert merged([restarted.begin_job([b"a"]), state.begin_job([b"a"])]).arrival_ms.tolist() == [70, 50]
+
+
+def test_a_failed_job_leaves_a_later_one_of_the_same_user_alone() -> None:
+    """A user whose later job is under way is not due again because an earlier one failed."""
+    state = state_of(TriggerPolicy(), [b"a"])
+    jobs = []
+    for offset in (0, 1):
+        state.apply(batch([b"a"], [1 + offset], offset=offset), NOW_MS)
+        jobs.append(state.begin_job([b"a"]))
+    state.retry_job(jobs[0], NOW_MS, 0)
+    assert state.fire_timers(NOW_MS + 1_000).due == []
+    state.retry_job(jobs[1], NOW_MS, 0)
+    assert state.fire_timers(NOW_MS + 1_000).due == [b"a"]

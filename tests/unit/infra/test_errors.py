@@ -20,8 +20,8 @@ INTERNAL = {
     "infra.harness.model": "the oracle's own signal for a rejected record, which shares no code with the worker",
     "infra.field_cases.case": "a failed case, which the report of the field cases names",
     "infra.harness.run": "a failed assertion of the test that runs a deployment; it shows the worker's log",
-    "infra.harness.simulation.simulation": "a violation found, caught by the simulator",
-    "infra.harness.simulation.clients": "a simulated process that died, caught by the simulator",
+    "infra.harness.simulation.checks": "a violation found, caught by the simulator",
+    "infra.harness.simulation.link": "a simulated process that died, caught by the simulator",
     "infra.harness.simulation.clock": "a simulated process that spins, caught by the simulator",
 }
 """Modules with exceptions that are signals within their package and never reach the command line."""

@@ -64,7 +64,7 @@ def test_a_user_that_waits_is_published_and_one_that_does_not_is_not() -> None:
     state = state_after(None, batch(USERS, [1, 2], offset=100))
     job = state.begin_job([b"ann"])
     state.finish_job([b"ann"], job.offsets, 1_001)
-    state.retry_job([], 1_001, 0)
+    state.retry_job(state.begin_job([]), 1_001, 0)
     store = rebased(stored(state), OTHER_LOG)
     again = PartitionState(TriggerPolicy(), LIMITS)
     again.seed_deadlines(store.pending())
