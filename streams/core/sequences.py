@@ -34,10 +34,7 @@ from streams.errors import StopsWorker
 LIVE_DTYPE = np.dtype(
     [
         ("newest_ms", "<i8"),  # event time of the newest kept action, LONG_AGO without one
-        (
-            "arrival_ms",
-            "<i8",
-        ),  # arrival time of the last applied event, LONG_AGO if that was before the load
+        ("arrival_ms", "<i8"),  # arrival time of the last applied event, LONG_AGO if it was before the load
         ("dirty_from", "<i8"),  # first position that is not durable
         ("job_offset", "<i8"),  # source offset of the last encode job
         ("since_job_ms", "<i8"),  # processing time of the first action since that job

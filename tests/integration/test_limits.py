@@ -73,7 +73,8 @@ def test_a_strong_action_overtakes_and_shed_users_cost_nothing(broker: Any, topi
 
 def test_one_bad_user_costs_the_others_nothing(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
     """The encoder raises on one of 2,000 users: the others are published, and the worker is ready."""
-    with limited(broker, topic_prefix, tmp_path, "raises") as run:
+    cache = {"cache_bytes_max": 64 << 20}  # room for all users, on every processor
+    with limited(broker, topic_prefix, tmp_path, "raises", encoder=cache) as run:
         run.supervisor.scale(1)
         run.wait_until(run.supervisor.is_ready)
         users = [f"user-{number}" for number in range(2_000)]
