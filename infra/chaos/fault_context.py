@@ -111,9 +111,11 @@ def play(context: FaultContext, faults: Sequence[Steps]) -> None:
             context.run.supervisor.tick()
             for fault in [fault for fault, at_s in due_s.items() if at_s <= time.monotonic()]:
                 try:
-                    due_s[fault] = time.monotonic() + next(fault)
+                    wait_s = next(fault)  # may take long itself; the wait begins when it returns
                 except StopIteration:
                     del due_s[fault]
+                else:
+                    due_s[fault] = time.monotonic() + wait_s
             time.sleep(TICK_S)
     finally:
         for fault in due_s:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_faults_run_side_by_side_and_heal_also_when_one_breaks() -> None:
     with pytest.raises(RuntimeError):
         play(context, [fault("patient", 30.0), fault("broken", 0.1, breaks=True)])
     assert events == ["patient strikes", "broken strikes", "broken heals", "patient heals"]
+
+
+def test_the_wait_of_a_fault_begins_after_its_step() -> None:
+    """A step that blocks for longer than the wait that it asks for does not shorten that wait."""
+    times: list[float] = []
+
+    def fault() -> Iterator[float]:
+        time.sleep(0.2)
+        times.append(time.monotonic())
+        yield 0.15
+        times.append(time.monotonic())
+
+    context: Any = _Idle()
+    play(context, [fault()])
+    assert times[1] - times[0] >= 0.15
 
 
 class _Watched:

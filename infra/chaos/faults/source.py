@@ -107,15 +107,15 @@ def expired(context: FaultContext) -> Steps:
         app.run.supervisor.stop()
         committed = app.run.reader.committed()
         yield from app.act_unread()
-        begins = {
-            number: context.rng.randint(committed.get(number, 0), end) for number, end in app.run.reader.ends().items()
-        }
+        ends = app.run.reader.ends()
+        unread = sum(end - committed.get(number, 0) for number, end in ends.items())
+        begins = {number: context.rng.randint(committed.get(number, 0), end) for number, end in ends.items()}
         delete_records(context.servers, app.topic, begins)
         app.run.reader.skip(app.topic, begins)
         lost = sum(begin - committed.get(number, 0) for number, begin in begins.items())
         yield from app.work(MORE_S)
         counted = sample(app.run.supervisor.page(0, "/metrics")[1], EXPIRED)
-        context.progress(f"          {app.what}: {lost} events expired, {counted:.0f} were counted")
+        context.progress(f"          {app.what}: {lost} of {unread} unread events expired, {counted:.0f} were counted")
         if counted != lost:
             app.report(Kind.LOST, f"{lost} events expired, {counted:.0f} were counted")
 
