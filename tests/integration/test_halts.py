@@ -32,6 +32,11 @@ def published_by(run: Run, user: str) -> int:
     return sum(each.key == user.encode() for each in outputs)
 
 
+def partitions(run: Run, state: str) -> float:
+    """Return the number of partitions of worker 0 in a state."""
+    return sample(run.supervisor.page(0, "/metrics")[1], "streamformer_partitions", f'state="{state}"')
+
+
 def test_a_partition_that_lost_its_changelog_halts_alone(run: Run) -> None:
     """With an empty disk and a changelog cut in one partition, the worker serves the others and names that one."""
     settings = run.deployment.settings
@@ -54,8 +59,7 @@ def test_a_partition_that_lost_its_changelog_halts_alone(run: Run) -> None:
     status, reason = run.supervisor.page(0, "/readyz")
     assert status == 503
     assert reason.startswith("partition 2 is halted: it cannot be acquired: the changelog")
-    assert sample(run.supervisor.page(0, "/metrics")[1], "streamformer_partitions", 'state="halted"') == 1
-    assert sample(run.supervisor.page(0, "/metrics")[1], "streamformer_partitions", 'state="ready"') == 3
+    run.wait_until(lambda: (partitions(run, "halted"), partitions(run, "ready")) == (1, 3), 5)  # once a second
     assert [published_by(run, user) for user in halted] == [1] * len(halted)
     assert run.reader.committed()[2] == committed[2]
     assert not [each for each in run.supervisor.exits if not each.expected]

@@ -72,6 +72,9 @@ class Around:
     async def dead_letters(self, partition: int, letters: object) -> None:
         """Do nothing."""
 
+    async def publish_tombstones(self, partition: int, messages: object) -> None:
+        """Do nothing."""
+
     def checkpoint_soon(self, owned: OwnedPartition) -> None:
         """Do nothing."""
 
