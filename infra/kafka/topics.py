@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import kafka
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaConnectionError, KafkaError, NodeNotReadyError, TopicAlreadyExistsError
 
 from infra.errors import InfraError
 from infra.kafka.address import require_broker
@@ -23,6 +23,8 @@ from streams.config.settings import Settings
 from streams.engine.cluster import partition_count_problem
 
 ADMIN_TIMEOUT_MS = 30_000
+AWAY_S, AGAIN_S = 15.0, 0.2
+"""Time for which a request is repeated whose broker is away, and the pause before it is."""
 KNOWN_LOOKS = 3
 """Successive looks at which new topics must be known: each look may be answered by another broker."""
 BROKERS_DEFAULT = -1
@@ -232,8 +234,21 @@ def _differences(topic: Topic, found: TopicFacts | None) -> list[str]:
 
 
 def _asked(method: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the result of an admin call; raise a failure of the broker as one line."""
-    try:
-        return method(*args, **kwargs)
-    except KafkaError as error:
-        raise InfraError("the broker rejected a request about topics", str(error), "check the broker's log") from error
+    """Return the result of an admin call; raise a failure of the broker as one line.
+
+    A broker of a cluster that is away does not fail the call: the client turns to another one when it asks again.
+    """
+    deadline_s = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return method(*args, **kwargs)
+        except (KafkaConnectionError, NodeNotReadyError) as error:
+            if time.monotonic() >= deadline_s:
+                raise InfraError(
+                    "no broker answers a request about topics", str(error), "check that the brokers are up"
+                ) from error
+            time.sleep(AGAIN_S)
+        except KafkaError as error:
+            raise InfraError(
+                "the broker rejected a request about topics", str(error), "check the broker's log"
+            ) from error
