@@ -33,11 +33,17 @@ class Placement:
 
 
 def check_event_type(headers: Sequence[tuple[str, bytes]], deletion_ce_type: str) -> None:
-    """Raise `UnclearDeletion` for a CloudEvent without data, unless its type is the one that means a deletion."""
+    """Raise `UnclearDeletion` for a CloudEvent without data, unless its type is the one that means a deletion.
+
+    Any header that begins with `ce_` and has a value makes a record a CloudEvent, also one without a type.
+    """
+    if not any(name.startswith("ce_") and value is not None for name, value in headers):
+        return
     types = [value.decode(errors="replace") for name, value in headers if name == "ce_type" and value is not None]
-    if types and types[-1] != deletion_ce_type:
+    found = types[-1] if types else ""
+    if not found or found != deletion_ce_type:
         raise UnclearDeletion(
-            f"a CloudEvent of type {types[-1][:80]!r} without data; set decode.deletion_ce_type if it forgets the user"
+            f"a CloudEvent of type {found[:80]!r} without data; set decode.deletion_ce_type if it forgets the user"
         )
 
 

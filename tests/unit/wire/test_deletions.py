@@ -77,6 +77,8 @@ def test_a_cloud_event_without_data_forgets_only_by_its_declared_type() -> None:
     assert "session.started" in rejected.detail
     assert "decode.deletion_ce_type" in rejected.detail
     assert decode(started, deletion_ce_type="user.deleted")[1]
+    for headers in ((("ce_id", b"1"),), (("ce_type", None), ("ce_id", b"1")), (("ce_type", b""),)):
+        assert decode(Deletion(b"ann", headers))[1], headers
     erased = Deletion(b"ann", (("ce_type", b"user.deleted"),))
     assert decode(erased, deletion_ce_type="user.deleted") == ([b"ann"], [])
     assert decode(Deletion(b"ann", (("trace", b"x"), ("ce_id", None)))) == ([b"ann"], [])
