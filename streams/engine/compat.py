@@ -10,10 +10,12 @@ Private parts relied upon, held by tests/contract/test_faust_insides.py: `aiokaf
 
 from __future__ import annotations
 
+import logging
+
 from aiokafka.consumer import consumer, fetcher
 from faust import stores
 
-from streams.engine.membership import WatchedCoordinator
+from streams.engine.membership import AnotherTopicFilter, WatchedCoordinator
 from streams.engine.records import ParsedRecords, ResponseRecords
 
 STORE_SCHEME = "streamformer-rocksdb"
@@ -26,4 +28,7 @@ def install_overrides() -> None:
     fetcher.MemoryRecords = ResponseRecords
     fetcher.PartitionRecords = ParsedRecords
     consumer.GroupCoordinator = WatchedCoordinator
+    log = logging.getLogger("aiokafka.consumer.group_coordinator")
+    if not any(isinstance(each, AnotherTopicFilter) for each in log.filters):
+        log.addFilter(AnotherTopicFilter())
     stores.STORES.aliases[STORE_SCHEME] = STORE_CLASS

@@ -32,10 +32,20 @@ from faust.assignor.partition_assignor import PartitionAssignor
 
 logger = logging.getLogger(__name__)
 
+ANOTHER_TOPIC = re.compile(r"unsubscribed topic.*topic=\\*'([^'\\]+)")
+"""aiokafka's complaint about the assignment of a static member that had another topic before."""
 SILENT_LOOKS = 10
 """Looks in a row that have to find the coordinator silent: a process that was stopped and goes on gets time to ask."""
 FENCED_INSTANCE_ID = 82
 """Error code of the broker: another member has joined under this instance id. aiokafka has no class for it."""
+
+
+class AnotherTopicFilter(logging.Filter):
+    """Drops aiokafka's traceback about an assignment of another topic, which `Membership.problem` says in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is logged."""
+        return not (record.exc_info and ANOTHER_TOPIC.search(str(record.exc_info[1])))
 
 
 class WatchedCoordinator(GroupCoordinator):
@@ -138,7 +148,7 @@ def _foreign_topic(coordinator: WatchedCoordinator) -> str | None:
     """
     task = coordinator._coordination_task
     error = None if task.cancelled() else task.exception()
-    found = re.search(r"unsubscribed topic.*topic=\\*'([^'\\]+)", str(error))
+    found = ANOTHER_TOPIC.search(str(error))
     if found is None:
         return None
     names = ", ".join(sorted(name for name in coordinator._subscription.topics if not name.endswith("-changelog")))

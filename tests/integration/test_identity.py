@@ -183,6 +183,7 @@ def test_another_topic_under_the_same_application_is_refused(run: Run) -> None:
     ensure_topics(other)
     line = refused(run)
     assert f"source topic {topics.actions}-other instead of {topics.actions}" in line
+    assert "Traceback" not in run.supervisor.output(0)
 
 
 @pytest.mark.parametrize("how", ["frozen", "stopped"])

@@ -80,7 +80,8 @@ CATALOGUE: tuple[Fault, ...] = (
     Fault("manifest-deleted", Group.DISK, disk.manifest_deleted),
     Fault("lock-held", Group.DISK, disk.lock_held, _ABORTED),
     Fault("disk-full", Group.DISK, disk.disk_full, _ABORTED),
-    Fault("output-refused", Group.OUTPUT, broker.output_rejected, _ABORTED, explains=True),
+    # A worker that starts while the topic takes no record of its size ends with the line that says so.
+    Fault("output-refused", Group.OUTPUT, broker.output_rejected, _EITHER, explains=True),
     Fault("output-recreated", Group.OUTPUT, broker.output_recreated, _EITHER, explains=True, once=True),
     Fault("encoder-missing", Group.ENCODER, encoder.missing, _EITHER),
     Fault("encoder-corrupt", Group.ENCODER, encoder.corrupt, _EITHER),
