@@ -79,8 +79,7 @@ def two_owners(field: Field) -> Numbers:
     site.start(0)
     site.supervisor.workers[0].wanted = False
     site.alter("env", f"STREAMFORMER_WORKER_INSTANCE_ID={site.settings.app_id}-0")
-    site.supervisor.start(1)
-    site.supervisor.workers[1].wanted = False
+    site.supervisor.start_once(1)
     seconds = site.wait(lambda: site.supervisor.exits, "one of the two ends", 45)
     line = site.supervisor.exits[0].last_line
     expect("instance_id" in line, f"the line does not name worker.instance_id: {line}")

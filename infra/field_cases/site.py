@@ -226,8 +226,7 @@ class Site:
     def refusal(self, number: int = 0, within_s: float = REFUSED_S) -> str:
         """Start a worker that has to refuse; return what it says, without a traceback."""
         before = len(self.supervisor.exits)
-        self.supervisor.start(number)
-        self.supervisor.workers[number].wanted = False
+        self.supervisor.start_once(number)
         self.wait(lambda: len(self.supervisor.exits) > before, "the worker refuses", within_s)
         end = self.supervisor.exits[-1]
         expect(end.code > 0, f"the worker ended with {end.code} instead of a refusal")

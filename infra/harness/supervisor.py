@@ -144,6 +144,14 @@ class Supervisor:
         self._worker(number).wanted = True
         self.tick()
 
+    def start_once(self, number: int) -> None:
+        """Start a worker at once, unless it runs; it is not started again when it ends."""
+        worker = self._worker(number)
+        worker.wanted = False
+        self.tick()
+        if worker.process is None:
+            self._start(worker)
+
     def is_down(self, number: int) -> bool:
         """Return whether no process of the worker runs."""
         process = self.workers[number].process
