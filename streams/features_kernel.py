@@ -10,7 +10,12 @@ from encoder.compiled import Kernel, load_library
 from streams.core.features.kernel import Functions
 from streams.errors import CannotStart
 
-KERNEL = Kernel(Path(__file__).parent / "core" / "features" / "kernel.cpp", (), "features cannot be computed")
+FOLDER = Path(__file__).parent / "core" / "features"
+KERNEL = Kernel(
+    FOLDER / "kernel.cpp",
+    (FOLDER / "parts.h", FOLDER / "add.h", FOLDER / "pack.h"),
+    "features cannot be computed",
+)
 
 
 class NoCompiler(CannotStart):

@@ -47,8 +47,6 @@ PART_RECORDS_MAX = 8_192
 """Records that are applied at a time; a state with fewer hot users takes as many records as it has rows."""
 HOLD_AFTER_S = 1.0
 """Time for which all partitions wait for room in the state of one; then that one is held."""
-
-
 _LATE = int(Outcome.LATE)
 """The last outcome of an event that was applied, as a plain int."""
 

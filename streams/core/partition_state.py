@@ -53,7 +53,8 @@ import numpy as np
 from encoder.actions.columns import ActionBatch, SequenceBatch
 from encoder.arrays import I64, U8
 from streams.core import expiry, snapshots
-from streams.core.columns import Columns, rows_where, run_lengths, run_starts
+from streams.core.columns import rows_where, run_lengths, run_starts
+from streams.core.covered import ColdOutputs, cover, cover_found
 from streams.core.deadlines import Deadlines
 from streams.core.effects import Effects
 from streams.core.jobs import EncodeJob
@@ -77,8 +78,7 @@ class PartitionState:
         self._sequences = SequenceState(limits)
         self._triggers = Triggers(policy)
         self._deadlines = Deadlines()
-        self._published: dict[bytes, int] = {}
-        """Source offsets that the output topic has reached for cold users, beyond what their state records."""
+        self._cold_outputs = ColdOutputs()
 
     # -- who is in memory
 
@@ -107,10 +107,9 @@ class PartitionState:
             return
         rows = self._sequences.load(users, stored, self._phases_ms(users))
         self._enter(rows)
-        known = [index for index, user in enumerate(users) if user in self._published] if self._published else []
+        known, offsets = self._cold_outputs.take(users)
         if known:
-            offsets = [self._published.pop(users[index]) for index in known]
-            self._mark_published(rows[known], np.array(offsets, np.int64))
+            self._cover_found(rows[known], offsets)
 
     def evict(self, room: int, *, spare: Sequence[bytes] = ()) -> int:
         """Make room for at least `room` users, as far as clean, idle users allow; return how many were evicted.
@@ -240,7 +239,7 @@ class PartitionState:
         headers["unencoded"] = np.where(is_latest, live["since_job"], headers["unencoded"])
         headers["first_unencoded_ms"] = np.where(is_latest, live["since_job_ms"], headers["first_unencoded_ms"])
         headers["last_encoded_ms"] = now_ms
-        self._cover(headers, offsets)
+        cover(headers, offsets)
         self._triggers.set_timers(headers, live)
         live["dirty"] = True
         self._sequences.put(rows, headers, live)
@@ -270,19 +269,18 @@ class PartitionState:
         """
         hot = self._hot(users)
         if len(hot):
-            self._mark_published(self._sequences.rows_of([users[index] for index in hot.tolist()]), offsets[hot])
+            self._cover_found(self._sequences.rows_of([users[index] for index in hot.tolist()]), offsets[hot])
         cold = self.missing(users)
         self._deadlines.add_cold(cold, np.zeros(len(cold), np.int64))
         for index in np.delete(np.arange(len(users)), hot).tolist() if cold else ():
-            user = users[index]
-            self._published[user] = max(int(offsets[index]), self._published.get(user, -1))
+            self._cold_outputs.add(users[index], int(offsets[index]))
 
     # -- checkpoints
 
     @property
     def has_unseen_outputs(self) -> bool:
         """True while `seed_published` has recorded outputs that the state of their users does not contain yet."""
-        return bool(self._published)
+        return bool(self._cold_outputs)
 
     @property
     def is_dirty(self) -> bool:
@@ -323,13 +321,6 @@ class PartitionState:
         self._enter(users)
         return users[go]
 
-    def _cover(self, headers: Columns, offsets: I64) -> None:
-        """Record that the output topic holds embeddings that contain `offsets`; users that wanted no more are done."""
-        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
-        done = headers["due_offset"] <= headers["encoded_offset"]
-        headers["reason"] = np.where(done, 0, headers["reason"])
-        headers["due_ms"] = np.where(done, NEVER, headers["due_ms"])
-
     def _delay(self, users: Sequence[bytes], ended: str, retry_ms: int) -> None:
         """End the live flag `ended` of users, and hold them back until `retry_ms` unless they are queued again.
 
@@ -348,15 +339,10 @@ class PartitionState:
         """Return the indices of those of `users` that are in memory."""
         return np.array([index for index, user in enumerate(users) if user in self._sequences.row_of], np.int64)
 
-    def _mark_published(self, rows: I64, offsets: I64) -> None:
+    def _cover_found(self, rows: I64, offsets: I64) -> None:
         """Record in the state of distinct users that embeddings up to `offsets` are in the output topic."""
         headers, live = self._sequences.columns(rows)
-        headers["encoded_offset"] = np.maximum(headers["encoded_offset"], offsets)
-        headers["reason"] = np.where(headers["due_offset"] <= offsets, 0, headers["reason"])
-        headers["unencoded"] = np.where(headers["applied_offset"] <= offsets, 0, headers["unencoded"])
-        # While unencoded actions remain, the deadline stays as it was: it may fire early, never late.
-        waits = (headers["reason"] != 0) | ((headers["unencoded"] != 0) & self.policy.has_timers)
-        headers["due_ms"] = np.where(waits, headers["due_ms"], NEVER)
+        cover_found(headers, offsets, has_timers=self.policy.has_timers)
         live["dirty"] = True
         self._sequences.put(rows, headers, live)
 

@@ -13,70 +13,8 @@ from streams.core.features.definitions import (
     Kind,
     parse_features,
 )
+from tests.unit.core.features.definitions import TOML
 
-ALL_KINDS = """
-[[feature]]
-name = "views_1h"
-kind = "count"
-actions = ["view"]
-window = "1h"
-[[feature]]
-name = "watched_7d"
-kind = "sum"
-of = "duration"
-window = "7d"
-[[feature]]
-name = "price_mean_28d"
-kind = "mean"
-of = "value"
-window = "28d"
-[[feature]]
-name = "price_min_1d"
-kind = "min"
-of = "value"
-window = "1d"
-[[feature]]
-name = "price_max_1d"
-kind = "max"
-of = "value"
-window = "1d"
-where = { category = ["shoes", "bags"] }
-[[feature]]
-name = "items_7d"
-kind = "distinct"
-of = "item"
-window = "7d"
-cap = 32
-[[feature]]
-name = "last_items"
-kind = "last_k"
-k = 5
-surfaces = ["home"]
-[[feature]]
-name = "since_buy"
-kind = "seconds_since"
-actions = ["buy"]
-[[feature]]
-name = "session_s"
-kind = "session_length"
-gap = "30m"
-[[feature]]
-name = "session_n"
-kind = "session_depth"
-gap = "30m"
-[[feature]]
-name = "categories_28d"
-kind = "top_k"
-group = "category"
-window = "28d"
-k = 3
-[[feature]]
-name = "affinity"
-kind = "decayed_affinity"
-group = "category"
-half_life = "14d"
-k = 3
-"""
 ATTRIBUTES = {"category": None}
 
 
@@ -94,14 +32,14 @@ def one(**keys: object) -> str:
 
 
 def test_every_kind_is_read() -> None:
-    """One feature of each kind is accepted, and all come back sorted by name."""
-    found = parse_features(ALL_KINDS, ATTRIBUTES).features
+    """One feature of each kind is accepted, and all are returned in the order of their names."""
+    found = parse_features(TOML, {"color": None}).features
     assert {each.kind for each in found} == set(Kind)
     assert [each.name for each in found] == sorted(each.name for each in found)
     by_name = {each.name: each for each in found}
-    assert by_name["price_max_1d"].filter.where == (("category", ("bags", "shoes")),)
-    assert by_name["items_7d"].cap == 32
-    assert by_name["affinity"].half_life_ms == 14 * DAY_MS
+    assert by_name["price"].filter.where == (("color", ("blue", "red")),)
+    assert by_name["items"].cap == 64
+    assert by_name["affinity"].half_life_ms == 3 * DAY_MS
 
 
 @pytest.mark.parametrize(
