@@ -348,6 +348,6 @@ class Ingest:
 
 
 def _parts(records: int, part_max: int) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of each part of so many records; a batch without records is one empty part."""
+    """Yield begin and end of each part of at most `part_max` records; a batch without records is one empty part."""
     for begin in range(0, max(records, 1), part_max):
         yield begin, min(begin + part_max, records)

@@ -68,7 +68,7 @@ class Model:
     """Every user as it must be after the input fed so far."""
 
     def __init__(self, sequence_length: int, sample_every: int = 0, partitions: int = 0) -> None:
-        """Expect each user in its partition of so many; with 0 every record counts as being in the right one."""
+        """Expect each user in its place among `partitions`; with 0 every place is right."""
         self._length_max = sequence_length
         self._sample_every = sample_every
         self._partitions = partitions

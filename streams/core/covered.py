@@ -1,4 +1,4 @@
-"""What of a user's state the output topic covers: an embedding of a source offset contains every event up to there.
+"""Coverage of a user's state by the output topic: an embedding contains every event up to its source offset.
 
 Shapes: U users, in the order of their columns.
 """

@@ -1,4 +1,4 @@
-"""What the output topic holds beyond the restored state, noted before a partition is processed: so far, and no further.
+"""What the output topic holds beyond the restored state, noted before a partition is processed.
 
 A replay must publish nothing again (invariant 5: monotone), so each user has to be known by the newest source offset
 that was published of it. How many users that are depends on the start. After a crash they are those of the last second.

@@ -93,7 +93,7 @@ def test_one_bad_user_costs_the_others_nothing(broker: Any, topic_prefix: str, t
 
 
 def test_users_without_an_action_for_the_ttl_are_forgotten(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
-    """A tombstone replaces the embedding within seconds, also of users from before a restart; they can start anew."""
+    """A tombstone replaces the embedding within seconds, also of users from before a restart; they can start again."""
 
     def now(user: str, number: int) -> Any:
         return action(user, number, timestamp_ms=time.time_ns() // 1_000_000)

@@ -1,4 +1,4 @@
-"""What a worker checks before it begins."""
+"""A worker checks its surroundings before it begins."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_state_shorter_than_the_release_looks_back_is_refused(
 
 @pytest.mark.parametrize(("assigned", "each"), [(2, 300), (4, 150)])
 def test_partitions_share_the_users_that_a_worker_may_have_in_memory(assigned: int, each: int) -> None:
-    """With four partitions instead of two, each state holds half as many users, so the worker holds no more."""
+    """A worker with four partitions instead of two holds no more users: each state holds half as many."""
     bounds = Settings(state=StateSettings(hot_users_worker_max=600, hot_users_max=300), kafka={"poll_records_max": 100})
     worker = parts_of(bounds)
     worker.partitions.assigned = frozenset(range(assigned))

@@ -55,7 +55,7 @@ class Changelog:
 
 
 class Partitions:
-    """One partition that is ready, and checkpoints of it on request."""
+    """A fake of the partitions: one is ready, and is checkpointed on request."""
 
     source_partitions = 1
     rebalancing = False

@@ -1,4 +1,4 @@
-"""What the ingest loop counts of a batch, on a partition in memory with fakes around it."""
+"""The ingest loop counts each batch once. The partition is in memory, with fakes around it."""
 
 from __future__ import annotations
 

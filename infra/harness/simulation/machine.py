@@ -91,7 +91,7 @@ class Encoder:
         self.bad_users: set[bytes] = set()
         """Users on whom it raises."""
         self.failures = 0
-        """Calls that raise, whoever is in them."""
+        """Number of the next calls that raise, for every batch."""
         self._cache: dict[bytes, tuple[int, int, list[int]]] = {}
         """Revision, count and items of a user's last embedding."""
 

@@ -24,7 +24,7 @@ from streams.core.features.tiles import Ring
 _LONG, _INT, _POINTER, _DOUBLE = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_double
 NUMBERS, IDS = ("duration", "value"), ("item", "surface")
 KINDS = (Ring, Distinct, TopK, Affinity, LastK, SecondsSince, Sessions)
-"""In the order of the kernel's numbers."""
+"""Classes of parts, in the order of `Kind` in the kernel."""
 PACKED_BYTES = 4_096
 """Bytes of a packed user for which there is room at first; twice as much when that is not enough."""
 

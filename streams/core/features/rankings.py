@@ -18,7 +18,7 @@ LONG_AGO_MS = -(2**62)
 
 
 class Ranking:
-    """What both rankings share: a lane for each value, of which the least valuable is given up at `cap`.
+    """Base of both rankings: each value has a lane, and the lane with the least is given up at `cap`.
 
     The ranking is exact while a user's events touch at most `cap` values; beyond that the value with the least is
     dropped with its count, and begins at 0 when it comes again.

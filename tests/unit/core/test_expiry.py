@@ -60,7 +60,7 @@ def test_the_user_of_the_last_record_waits_for_the_next() -> None:
 
 
 def test_nothing_is_left_of_an_expired_user() -> None:
-    """Head, chunks and deadline are deleted, and it is not due; a restart finds nothing, and the user starts anew."""
+    """Head, chunks and deadline are deleted, and it is not due; a restart finds nothing, and the user starts empty."""
     state, store = state_of(TriggerPolicy(cooldown_ms=10_000), [b"a"], WITH_TTL), MemoryStore()
     state.apply(batch([b"a"] * 5, [NOW_MS] * 5), NOW_MS)
     checkpointed(state, store)
@@ -76,7 +76,7 @@ def test_nothing_is_left_of_an_expired_user() -> None:
 
 
 def test_a_user_that_acts_before_the_next_checkpoint_keeps_its_head() -> None:
-    """It starts anew under another revision, so nothing that is cached of the old actions is used."""
+    """The user starts empty under another revision, so nothing that is cached of the old actions is used."""
     state, store = state_of(TriggerPolicy(), [b"a"], WITH_TTL), MemoryStore()
     state.apply(batch([b"a"] * 5, [NOW_MS] * 5), NOW_MS)
     before = state.begin_job([b"a"])

@@ -1,4 +1,4 @@
-"""What `streamformer state skip` writes, for a log that was truncated and has grown again and for one that was not."""
+"""`streamformer state skip` writes the right mark for a log that has grown again after a truncation, and for others."""
 
 from __future__ import annotations
 

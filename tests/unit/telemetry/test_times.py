@@ -18,7 +18,7 @@ def totals(histogram: Histogram) -> tuple[int, float]:
 
 
 def test_a_time_in_the_future_counts_as_zero_and_apart() -> None:
-    """Of three embeddings one is 5 minutes ahead: it is counted as clamped, and the others keep their freshness."""
+    """An embedding 5 minutes ahead is counted as clamped, and the two others keep their freshness."""
     metrics, ago_ms = Metrics(), np.array([20, -300_000, 0])
     observe_published(metrics, NOW_MS, NOW_MS - ago_ms, NOW_MS - np.array([10, 10, 10]))
     assert totals(metrics.freshness_seconds) == (3, pytest.approx(0.02))
@@ -45,7 +45,7 @@ def test_skew_has_one_histogram_per_sign() -> None:
 
 
 def test_freshness_is_latency_plus_skew() -> None:
-    """With right clocks the parts add up."""
+    """Latency and skew add up to freshness when every clock is right."""
     metrics, rng = Metrics(), np.random.default_rng(5)
     event_ms = NOW_MS - rng.integers(1_000, 2_000, 50)
     arrival_ms = event_ms + rng.integers(0, 900, 50)

@@ -64,7 +64,7 @@ def test_a_key_without_an_id_is_rejected(key: bytes) -> None:
 
 @pytest.mark.parametrize("key", [b"ann", b'ann"', b'"ann', b"{ann}", "ünï".encode(), b"42", b" "])
 def test_a_plain_key_is_the_user_id(key: bytes) -> None:
-    """Text that is not JSON is the id, in whatever partition it is; placement is checked elsewhere."""
+    """Text that is not JSON is the id, in every partition; placement is checked elsewhere."""
     for placement in (HERE, ELSEWHERE, None):
         assert decode(Deletion(key), placement) == ([key], [])
 

@@ -1,4 +1,4 @@
-"""Every kind of feature agrees with the model, whatever the order of the events and their division into batches."""
+"""Every kind of feature agrees with the model, for every order of the events and every division into batches."""
 
 from __future__ import annotations
 
