@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -16,11 +17,14 @@ from streams.wire.actions import DecodeLimits
 
 app = typer.Typer()
 STDIN = "-"
+PROGRESS_EVERY_S = 2.0
 
 
 @app.command()
 def send(  # noqa: PLR0913 - one parameter per option
-    user: Annotated[str, typer.Argument(help="User id, or - to read one JSON action per line from standard input.")],
+    user: Annotated[
+        str | None, typer.Argument(help="User id, or - to read one JSON action per line from standard input.")
+    ] = None,
     item: Annotated[str | None, typer.Argument(help="Item id.")] = None,
     config: Config = None,
     bootstrap_servers: BootstrapServers = None,
@@ -38,8 +42,8 @@ def send(  # noqa: PLR0913 - one parameter per option
         if any(option is not None for option in options):
             raise typer.BadParameter("lines from standard input hold every field; give - and no item or field")
         raise typer.Exit(_send_lines(settings, as_json))
-    if item is None:
-        raise typer.BadParameter("give a user and an item, or - for standard input")
+    if user is None or item is None:
+        raise typer.BadParameter("give a user and an item, or - to read JSON lines from standard input")
     with _producer(settings) as producer:
         receipt = producer.send(
             user,
@@ -68,15 +72,16 @@ def _send_lines(settings: Settings, as_json: bool) -> int:
     """Send the lines of standard input and print the counts; return the exit code."""
     with _producer(settings) as producer:
         try:
-            _send_each(sys.stdin.buffer, producer)
+            _send_each(sys.stdin.buffer, producer, quiet=as_json)
         finally:
             counts = {"sent": producer.acknowledged, "rejected": producer.rejected}
             print(json.dumps(counts) if as_json else f"{counts['sent']:,} sent, {counts['rejected']:,} rejected")
     return 1 if producer.rejected else 0
 
 
-def _send_each(lines: Iterable[bytes], producer: ActionProducer) -> None:
-    """Send every valid line and report the others on standard error."""
+def _send_each(lines: Iterable[bytes], producer: ActionProducer, *, quiet: bool = False) -> None:
+    """Send every valid line; report the others, and unless `quiet` also progress, on standard error."""
+    reported_s = time.monotonic()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -84,4 +89,7 @@ def _send_each(lines: Iterable[bytes], producer: ActionProducer) -> None:
             producer.send_json(line.strip())
         except ActionRejected as error:
             print(f"line {number}: {error}", file=sys.stderr)
+        if not quiet and time.monotonic() - reported_s >= PROGRESS_EVERY_S:
+            reported_s = time.monotonic()
+            print(f"{producer.acknowledged:,} sent", file=sys.stderr)
     producer.flush()
