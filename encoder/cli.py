@@ -34,7 +34,7 @@ RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe to read the log with; default: the one stored in the release.")
 ]
 ReleaseDir = Annotated[Path, typer.Argument(help="Folder of a release, written by train.")]
-LogFile = Annotated[Path, typer.Argument(help="Actions: .parquet, .csv, .csv.gz or a folder of Parquet files.")]
+LogFile = Annotated[Path, typer.Argument(help="Actions: .parquet, .csv, .csv.gz, .jsonl or a folder of Parquet files.")]
 Start = Annotated[
     str | None, typer.Option(help="First day to predict, YYYY-MM-DD; default: the first time unseen in training.")
 ]

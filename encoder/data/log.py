@@ -1,8 +1,9 @@
-"""Action logs as sorted columns: read from Parquet or CSV, selected by time and by user.
+"""Action logs as sorted columns: read from Parquet, CSV or JSON lines, selected by time and by user.
 
 A log is sorted by user, then by event time, with ties in file order: the order in which the stream would have applied
-the actions. Ids are hashed as in the stream, once per distinct id. Training takes any `LogParts`: a log in memory, or
-one that is read shard by shard.
+the actions. Ids are hashed as in the stream, once per distinct id. If the log has event ids, an action that repeats an
+id of its user is dropped, and the first in the file stays; the stream compares with the kept actions only. Training
+takes any `LogParts`: a log in memory, or one that is read shard by shard.
 
 Shapes: N actions, U users, I items.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
@@ -29,6 +31,9 @@ from encoder.errors import StreamformerError
 from encoder.features import Tokenizer, Tokens, Vocabularies
 
 DAY_MS = 86_400_000
+NUMBER = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?\s*$"
+"""Texts that are numbers, or empty."""
+JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 class LogError(StreamformerError):
@@ -46,11 +51,23 @@ class LogColumns:
     surface: str = ""
     duration_ms: str = ""
     time_unit: Literal["ms", "s"] = "ms"
+    value: str = ""
+    """A number of the action, such as a price, a rating or a quantity; read for features only."""
+    event_id: str = ""
 
     @property
     def named(self) -> list[str]:
         """Names of the columns that the file has, without duplicates."""
-        names = (self.user, self.item, self.action, self.timestamp, self.surface, self.duration_ms)
+        names = (
+            self.user,
+            self.item,
+            self.action,
+            self.timestamp,
+            self.surface,
+            self.duration_ms,
+            self.value,
+            self.event_id,
+        )
         return list(dict.fromkeys(name for name in names if name))
 
 
@@ -119,6 +136,10 @@ class ActionLog:
     """Names of the surfaces that occur, most frequent first."""
     item_ids: npt.NDArray[np.str_]
     """Ids of the items that occur, in no particular order."""
+    values: F64 | None = None
+    """[N] number of each action, NaN where it has none; None if the log has no such column."""
+    repeats: int = 0
+    """Number of actions that were dropped because they repeat an event id of their user."""
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -151,7 +172,8 @@ class ActionLog:
             0 and the running sum  0 1 1 2   3 3   3 4        starts [0, 2, 3, 4]
         """
         starts = np.concatenate([[0], np.cumsum(rows)])[self.starts]
-        return ActionLog(self.users, starts, self.actions[rows], self.action_names, self.surface_names, self.item_ids)
+        values = None if self.values is None else self.values[rows]
+        return replace(self, starts=starts, actions=self.actions[rows], values=values)
 
     def with_frequent_items(self, items_min: int) -> ActionLog:
         """Return the actions on items that occur at least `items_min` times."""
@@ -191,9 +213,9 @@ class ActionLog:
 
 
 def read_log(path: Path, columns: LogColumns) -> ActionLog:
-    """Read a `.parquet`, `.csv` or `.csv.gz` file, or the Parquet files of a folder. Raises `LogError`."""
+    """Read a `.parquet`, `.csv`, `.csv.gz` or `.jsonl` file, or the Parquet files of a folder. Raises `LogError`."""
     with readable(path):
-        table = _read_table(path, columns.named)
+        table = _read_table(path, columns)
     if table.num_rows == 0:
         raise LogError(f"event log is empty: {path}; name a file with actions")
     return log_from_table(table, columns)
@@ -216,10 +238,15 @@ def parquet_files(path: Path) -> list[Path]:
     return [path] if path.suffix == ".parquet" else []
 
 
-def _read_table(path: Path, names: list[str]) -> pa.Table:
+def _read_table(path: Path, columns: LogColumns) -> pa.Table:
     if files := parquet_files(path):
-        return pyarrow.parquet.read_table(files, columns=names)
-    return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(include_columns=names))
+        return pyarrow.parquet.read_table(files, columns=columns.named)
+    if path.name.endswith(JSON_LINES):
+        return pyarrow.json.read_json(path).select(columns.named)
+    options = pyarrow.csv.ConvertOptions(include_columns=columns.named)
+    if columns.value:  # a NaN in a file would be read as an empty field
+        options.null_values = [text for text in options.null_values if "nan" not in text.lower()]
+    return pyarrow.csv.read_csv(path, convert_options=options)
 
 
 def log_from_table(table: pa.Table, columns: LogColumns) -> ActionLog:
@@ -232,11 +259,23 @@ def log_from_table(table: pa.Table, columns: LogColumns) -> ActionLog:
     action_names, rows["action"] = _codes(table, columns.action)
     surface_names, rows["surface"] = _codes(table, columns.surface)
     if columns.duration_ms:
-        duration = pc.fill_null(pc.cast(table[columns.duration_ms], pa.float64()), 0).to_numpy()
+        duration = np.nan_to_num(numbers(table, columns.duration_ms))
         rows["duration_ms"] = np.clip(duration, 0, np.iinfo(np.uint32).max)
+    values = numbers(table, columns.value) if columns.value else None
     order = np.lexsort((rows["timestamp_ms"], user_of_row))  # stable: ties keep file order
-    starts = np.searchsorted(user_of_row[order], np.arange(len(users) + 1))
-    return ActionLog(np.array(users), starts, rows[order], action_names, surface_names, np.array(items))
+    if columns.event_id:
+        rows["event_id"] = _event_keys(table, columns.event_id)
+        order = order[~_repeats(user_of_row, rows["event_id"])[order]]
+    return ActionLog(
+        users=np.array(users),
+        starts=np.searchsorted(user_of_row[order], np.arange(len(users) + 1)),
+        actions=rows[order],
+        action_names=action_names,
+        surface_names=surface_names,
+        item_ids=np.array(items),
+        values=None if values is None else values[order],
+        repeats=len(rows) - len(order),
+    )
 
 
 def distinct(table: pa.Table, name: str) -> tuple[list[str], I64]:
@@ -275,4 +314,51 @@ def times_ms(table: pa.Table, columns: LogColumns) -> I64:
         raise LogError(
             f"column {columns.timestamp} has values that are not times ({error}); give epoch seconds or ms"
         ) from error
+    if not np.isfinite(values).all():
+        raise LogError(f"column {columns.timestamp} has values that are not times (NaN); give epoch seconds or ms")
     return np.rint(values * (1_000 if columns.time_unit == "s" else 1)).astype(np.int64)
+
+
+def numbers(table: pa.Table, name: str, first_row: int = 1) -> F64:
+    """Return the numbers [N] of a column, NaN where there is none.
+
+    Raises `LogError` if a value is text, NaN or infinite; `first_row` is the number of the table's first row.
+    """
+    column = table[name].combine_chunks()
+    kind = column.type
+    is_given = pc.is_valid(column).to_numpy(zero_copy_only=False)
+    is_bad = is_given
+    if pa.types.is_null(kind) or any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_decimal)):
+        is_bad = np.zeros(len(column), np.bool_)
+    elif pa.types.is_floating(kind):
+        is_bad = is_given & ~pc.fill_null(pc.is_finite(column), True).to_numpy(zero_copy_only=False)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        is_text = ~pc.fill_null(pc.match_substring_regex(column, NUMBER), True).to_numpy(zero_copy_only=False)
+        is_bad = is_text if is_text.any() else is_given  # numbers as text are text
+    if is_bad.any():
+        first, count = int(is_bad.argmax()), int(is_bad.sum())
+        which = f"row {first_row + first}" if count == 1 else f"{count} rows, the first of which is {first_row + first}"
+        raise LogError(
+            f"column {name} is not a finite number in {which} (rows count from 1): {column[first].as_py()!r}; "
+            "write numbers as numbers, and leave the field empty where there is none"
+        )
+    found: F64 = pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _event_keys(table: pa.Table, name: str) -> U64:
+    """Return the key [N] of each row's event id, 0 where there is none."""
+    encoded: Any = pc.dictionary_encode(pc.fill_null(pc.cast(table[name].combine_chunks(), pa.string()), ""))
+    keys: U64 = np.array([item_key(text) if text else 0 for text in encoded.dictionary.to_pylist()], np.uint64)
+    of_row: U64 = keys[encoded.indices.to_numpy()]
+    return of_row
+
+
+def _repeats(user_of_row: I64, ids: U64) -> Bool:
+    """Return which rows [N] repeat an event id of their user that is in an earlier row; 0 is no id."""
+    repeats = np.zeros(len(ids), np.bool_)
+    with_id = np.flatnonzero(ids)
+    with_id = with_id[np.lexsort((ids[with_id], user_of_row[with_id]))]  # stable: equal ids stay in file order
+    before, after = with_id[:-1], with_id[1:]
+    repeats[after] = (ids[before] == ids[after]) & (user_of_row[before] == user_of_row[after])
+    return repeats

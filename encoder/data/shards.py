@@ -32,6 +32,7 @@ from encoder.data.log import (
     LogError,
     distinct,
     log_from_table,
+    numbers,
     parquet_files,
     read_log,
     readable,
@@ -187,10 +188,11 @@ class _Writer:
 def _chunks(files: Sequence[Path], columns: LogColumns, rows_max: int) -> Iterator[pa.Table]:
     """Yield the rows of Parquet files in order, at most `rows_max` at once, with ids and names as text."""
     held: list[pa.Table] = []
-    schema = None
+    schema, row = None, 1
     for file in files:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(min(BATCH_ROWS, rows_max), columns=columns.named):
-            table = _with_text(pa.Table.from_batches([batch]).select(columns.named), columns)
+            table = _typed(pa.Table.from_batches([batch]).select(columns.named), columns, row)
+            row += len(table)
             schema = schema or table.schema
             if sum(map(len, held)) + len(table) > rows_max:
                 yield pa.concat_tables(held)
@@ -199,12 +201,13 @@ def _chunks(files: Sequence[Path], columns: LogColumns, rows_max: int) -> Iterat
     yield pa.concat_tables(held)
 
 
-def _with_text(table: pa.Table, columns: LogColumns) -> pa.Table:
-    """Cast the columns of ids and names to text."""
-    texts = {columns.user, columns.item, columns.action, columns.surface}
-    return pa.table(
-        {name: pc.cast(table[name], pa.string()) if name in texts else table[name] for name in table.column_names}
-    )
+def _typed(table: pa.Table, columns: LogColumns, first_row: int) -> pa.Table:
+    """Cast the columns of ids and names to text, and those of numbers to float; `first_row` is for errors only."""
+    texts = {columns.user, columns.item, columns.action, columns.surface, columns.event_id}
+    typed = {name: pc.cast(table[name], pa.string()) if name in texts else table[name] for name in table.column_names}
+    if columns.value:
+        typed[columns.value] = pa.array(numbers(table, columns.value, first_row), from_pandas=True)
+    return pa.table(typed)
 
 
 def _packed(rows: Sequence[int], rows_max: int) -> Iterator[list[int]]:

@@ -27,7 +27,7 @@ class LogConfig:
     """Location of the actions."""
 
     path: str = ""
-    """A `.parquet`, `.csv` or `.csv.gz` file, or a folder of Parquet files.
+    """A `.parquet`, `.csv`, `.csv.gz` or `.jsonl` file, or a folder of Parquet files.
 
     A relative path in a recipe file is relative to the folder of that file. `--actions` overrides it.
     """
