@@ -61,24 +61,32 @@ class Attributes:
     @classmethod
     def of(cls, table: Mapping[str, Mapping[str, str]], version: str = "") -> Attributes:
         """Return the attributes of items, given as value by attribute by item."""
-        keys = np.array([item_key(item) for item in table], np.uint64).astype(np.int64)
-        order, items = np.argsort(keys), list(table)
-        ids = [items[place] for place in order.tolist()]
-        names: dict[str, tuple[str, ...]] = {
-            attribute: tuple(sorted({values[attribute] for values in table.values() if attribute in values}))
-            for attribute in sorted({attribute for values in table.values() for attribute in values})
-        }
-        codes = {}
-        for attribute, known in names.items():
+        attributes = {attribute for values in table.values() for attribute in values}
+        columns = {attribute: [values.get(attribute) for values in table.values()] for attribute in attributes}
+        return cls.of_columns(list(table), columns, version)
+
+    @classmethod
+    def of_columns(
+        cls, items: Sequence[str], columns: Mapping[str, Sequence[str | None]], version: str = ""
+    ) -> Attributes:
+        """Return the attributes of different items [I]; a column [I] holds one attribute's values, None for no value.
+
+        Raises `AttributesError` if two values of an attribute have one hash.
+        """
+        keys = np.array([item_key(item) for item in items], np.uint64).astype(np.int64)
+        order = np.argsort(keys)
+        names, codes = {}, {}
+        for attribute, column in sorted(columns.items()):
+            known = names[attribute] = tuple(sorted({value for value in column if value is not None}))
             if len({_name_hash(name) for name in known}) < len(known):
                 raise AttributesError(
                     "two values of an item attribute have one hash",
                     attribute,
                     "rename one of them in the attribute file",
                 )
-            code_of = {name: code for code, name in enumerate(known)}
-            codes[attribute] = np.array([code_of.get(table[item].get(attribute, ""), -1) for item in ids], np.int64)
-        return cls(keys[order], tuple(ids), codes, names, version)
+            code_of: dict[str | None, int] = {name: code for code, name in enumerate(known)}
+            codes[attribute] = np.array([code_of.get(value, -1) for value in column], np.int64)[order]
+        return cls(keys[order], tuple(items[place] for place in order.tolist()), codes, names, version)
 
     def name_hashes(self) -> dict[str, I64]:
         """Return, per attribute, the 32-bit hash of each value by its code; what is stored refers to values by it."""
