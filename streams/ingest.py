@@ -100,7 +100,9 @@ class Ingest:
         owned = await self._partitions.accept(batch)
         if owned is None:
             return
-        records = [record for record in batch.records if record.offset >= owned.next_offset]
+        records = batch.records
+        if batch.begin < owned.next_offset:
+            records = [record for record in records if record.offset >= owned.next_offset]
         for begin, end in _parts(len(records), min(PART_RECORDS_MAX, owned.state.limits.hot_users_max)):
             if begin:
                 await asyncio.sleep(0)

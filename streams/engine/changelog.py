@@ -119,7 +119,7 @@ class ChangelogProducer:
                 await send_packed(self._producer, self._names.changelog, messages, batch_bytes=self._batch_bytes)
             )
         self._records += len(messages)
-        self.bytes_written += sum(len(key) + len(value or b"") for key, value in records)
+        self.bytes_written += sum([len(key) + len(value or b"") for key, value in records])
         return end - 1
 
     async def send_source_offset(self, source_offset: int) -> None:

@@ -42,7 +42,6 @@ from rocksdict import (
     WriteOptions,
 )
 
-from streams.core.layout import NEVER
 from streams.errors import HaltsPartition, RebuildsPartition
 from streams.storage.codec import (
     CHUNK_PREFIX,
@@ -52,6 +51,7 @@ from streams.storage.codec import (
     deadline_of,
     decode_mark,
     had_deadline,
+    has_deadline,
 )
 
 RECORDS_PER_WRITE = 1_000
@@ -345,9 +345,8 @@ def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
         return
     batch.put(key, value)
     if key[:1] == HEAD_PREFIX:
-        due_ms = deadline_of(value)
-        if due_ms != NEVER:
-            batch.put(DEADLINE_PREFIX + key[1:], NUMBER.pack(due_ms))
+        if has_deadline(value):
+            batch.put(DEADLINE_PREFIX + key[1:], NUMBER.pack(deadline_of(value)))
         elif had_deadline(value):
             batch.delete(DEADLINE_PREFIX + key[1:])
 

@@ -159,6 +159,28 @@ def test_a_recreated_source_is_refused_and_its_state_adopted(run: Run, admin: An
     assert "adopt from" in state(run.deployment, "partitions")
 
 
+def test_an_adoption_that_was_killed_is_finished_by_another(run: Run, admin: Any) -> None:
+    """After a kill between two partitions a start names the command, and a second run of it keeps every sequence."""
+    act(run, USERS, 1, 20)
+    started(run)
+    stopped(run)
+    recreate_source(run, admin)
+    act(run, USERS, 21, 1)
+    command = ["state", "adopt", "--at", "earliest", "--yes", "--config", str(run.deployment.config)]
+    adopting = subprocess.Popen([sys.executable, "-u", "-m", "infra.cli", *command], stdout=subprocess.PIPE, text=True)
+    assert adopting.stdout is not None
+    assert any("continues at offset" in line for line in adopting.stdout)  # of the first partition
+    adopting.kill()
+    assert adopting.wait() != 0  # three partitions were left
+    assert "state adopt" in refused(run)
+    assert f"{len(USERS)} users adopted" in state(run.deployment, "adopt", "--at", "earliest", "--yes")
+    started(run)
+    run.wait_until(lambda: set(newest(run).values()) == {21}, 20)
+    stopped(run)
+    assert applied(run.deployment, USERS[0]) == 21
+    state(run.deployment, "verify")
+
+
 def test_a_topic_recreated_under_a_running_worker_ends_it(run: Run, admin: Any) -> None:
     """A worker does not go on when its source is deleted and created again while it runs; it says which id it found."""
     act(run, USERS, 1, 3)

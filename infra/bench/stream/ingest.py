@@ -1,6 +1,6 @@
 """Ingestion: events per CPU second of one worker and of its baselines, on the same job in the same run.
 
-    python -m infra.bench.stream.ingest [--quick] [--no-peers]
+    python -m infra.bench.stream.ingest [--quick] [--no-peers] [--against CHECKOUT] [--rounds N]
 
 The job: JSON from Kafka; the last 64 actions of each user kept durably (in a changelog or a recovery store, made
 durable every second); a trigger evaluated for each event, of which none fires. Each subject is one process on a real
@@ -12,15 +12,16 @@ broker with four partitions. The procedure:
    broker holds the commit of the last event, so the last checkpoint counts and the start does not.
 3. A figure is the median over the rounds of events / CPU seconds; a ratio is the median of the ratios of all rounds.
 
-The program prints what is not equal before the figures.
+The program prints what is not equal before the figures. With `--against` the worker of another checkout of this
+project takes part too, in the same rounds, which shows what a change costs where two runs would differ by more.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,13 +73,15 @@ class Setup:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Run one small round.")] = False,
     with_baselines: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
+    against: Annotated[Path | None, typer.Option(exists=True, help="Checkout whose worker takes part too.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure.")] = ROUNDS,
 ) -> None:
     """Measure events per CPU second of a worker and of its baselines."""
-    rounds, scale = (1, 0.05) if quick else (ROUNDS, 1.0)
+    rounds, scale = (1, 0.05) if quick else (rounds, 1.0)
     with (
         tempfile.TemporaryDirectory(prefix="streamformer-bench-") as folder,
         broker_or_external() as broker,
-        _started(broker.bootstrap_servers, Path(folder), scale, with_baselines) as setup,
+        _started(broker.bootstrap_servers, Path(folder), scale, with_baselines, against) as setup,
     ):
         console.print(UNFAIR if with_baselines else "")
         client = {"bootstrap_servers": broker.bootstrap_servers}
@@ -93,8 +96,10 @@ def main(
 
 
 @contextmanager
-def _started(bootstrap_servers: str, folder: Path, scale: float, with_baselines: bool) -> Iterator[Setup]:
-    """Start two workers, one for each choice of users, and the baselines."""
+def _started(
+    bootstrap_servers: str, folder: Path, scale: float, with_baselines: bool, against: Path | None
+) -> Iterator[Setup]:
+    """Start two workers, one for each choice of users, those of the other checkout, and the baselines."""
 
     def active(events: int) -> Callable[[int], I64]:
         count = int(events * scale)
@@ -108,6 +113,10 @@ def _started(bootstrap_servers: str, folder: Path, scale: float, with_baselines:
         for name, worker in workers.items():
             process = stack.enter_context(running(worker.subject.program, grace_s=STOP_S))
             measurements.append(Measurement(worker.subject, process, chosen[name], worker.subject.applied))
+        for name in chosen if against else ():
+            other = prepare_worker(f"other-{name}", bootstrap_servers, folder / f"other-{name}").subject
+            process = stack.enter_context(running(replace(other.program, folder=against), grace_s=STOP_S))
+            measurements.append(Measurement(other, process, chosen[name], other.applied))
         preparations = {name: prepare for name, (prepare, _) in BASELINES.items()} if with_baselines else {}
         started, unavailable = start_baselines(stack, baselines.Job(bootstrap_servers, folder), preparations)
         for name, (subject, process) in started.items():
@@ -137,7 +146,18 @@ def _report(setup: Setup) -> None:
         "changelog_bytes_per_event": round(Spread(tuple(setup.changelog_bytes)).median, 1),
     }
     ratios = setup.comparison.ratios(2)
-    print_result(result | {f"ratio_{name.replace('-', '_')}": ratios.get(name) for name in BASELINES})
+    result |= {f"ratio_{name.replace('-', '_')}": ratios.get(name) for name in BASELINES}
+    print_result(result | _ratios_to_other(setup.comparison.measurements))
+
+
+def _ratios_to_other(measurements: Sequence[Measurement]) -> dict[str, list[float]]:
+    """Return the ratio to the worker of the other checkout in each round, per choice of users."""
+    rates = {each.subject.name: each.rates for each in measurements}
+    return {
+        f"ratios_to_{other}": [round(a / b, 3) for a, b in zip(rates[name], rates[other], strict=True)]
+        for name, other in ((name, f"other-{name}") for name in ("worker", "worker-distinct"))
+        if other in rates
+    }
 
 
 if __name__ == "__main__":
