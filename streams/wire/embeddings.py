@@ -19,10 +19,25 @@ import numpy as np
 
 from encoder.arrays import F32, I64
 from streams.errors import StreamformerError
+from streams.wire.headers import Headers, HeaderTexts, Message, Tombstone, encode_tombstone, source_headers, user_of
 
-Headers = Sequence[tuple[str, bytes]]
-Message = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
-"""Key, value and headers of a record to be produced."""
+__all__ = [
+    "Embedding",
+    "EmbeddingBatch",
+    "EmbeddingCodec",
+    "EmbeddingMetadata",
+    "Headers",
+    "MalformedEmbedding",
+    "Message",
+    "Tombstone",
+    "Vector",
+    "decode_embedding",
+    "decode_metadata",
+    "encode_embeddings",
+    "encode_tombstone",
+    "largest_embedding",
+]
+
 Vector = F32
 
 
@@ -92,16 +107,6 @@ class Embedding:
     metadata: EmbeddingMetadata
 
 
-@dataclass(frozen=True, slots=True)
-class Tombstone:
-    """A forgotten user; `source_offset` is that of the deletion, -1 if the record does not state it."""
-
-    user: str
-    source_offset: int
-    source_id: str = ""
-    """Identity of the log that the source offset belongs to; empty in records of before it was written."""
-
-
 def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[Message]:
     """Return one message per user, in order; raise `MalformedEmbedding` before the first if a number is not finite."""
     values = _values(batch.vectors, codec)
@@ -109,7 +114,7 @@ def encode_embeddings(batch: EmbeddingBatch, codec: EmbeddingCodec) -> Iterator[
     dim = ("dim", b"%d" % batch.vectors.shape[1])
     dtype = ("dtype", codec.value.encode())
     encoded_at = ("encoded-at-ms", b"%d" % batch.encoded_at_ms)
-    source = _source_headers(batch.source_id)
+    source = source_headers(batch.source_id)
     columns = zip(
         batch.users,
         values,
@@ -157,18 +162,12 @@ def largest_embedding(id_bytes: int, dim: int, encoder_version: str, codec: Embe
     return message
 
 
-def encode_tombstone(user: bytes, source_offset: int, source_id: str = "") -> Message:
-    """Return the message that forgets `user`, whose deletion was read at `source_offset`."""
-    return user, None, [("source-offset", b"%d" % source_offset), *_source_headers(source_id)]
-
-
 def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -> Embedding | Tombstone:
     """Decode one record of the output topic; raise `MalformedEmbedding` if it is not an embedding or a tombstone."""
-    texts = _texts(headers)
-    user = _user(key)
+    texts = HeaderTexts.of(headers, MalformedEmbedding)
+    user = user_of(key, MalformedEmbedding)
     if value is None:
-        offset = _number(texts, "source-offset") if "source-offset" in texts else -1
-        return Tombstone(user, offset, texts.get("source-id", ""))
+        return texts.tombstone(user)
     metadata = _metadata(texts)
     vector = _vector(value, metadata.dtype)
     if vector.shape != (metadata.dim,):
@@ -181,11 +180,7 @@ def decode_embedding(key: bytes | None, value: bytes | None, headers: Headers) -
 
 def decode_metadata(headers: Headers) -> EmbeddingMetadata:
     """Decode only the headers; raise `MalformedEmbedding` if one is missing or unreadable."""
-    return _metadata(_texts(headers))
-
-
-def _source_headers(source_id: str) -> list[tuple[str, bytes]]:
-    return [("source-id", source_id.encode())] if source_id else []
+    return _metadata(HeaderTexts.of(headers, MalformedEmbedding))
 
 
 def _values(vectors: F32, codec: EmbeddingCodec) -> Iterator[bytes]:
@@ -221,46 +216,18 @@ def _vector(value: bytes, codec: EmbeddingCodec) -> Vector:
     return np.frombuffer(value, dtype).astype(np.float32)
 
 
-def _metadata(texts: dict[str, str]) -> EmbeddingMetadata:
-    dtype = _text(texts, "dtype")
+def _metadata(texts: HeaderTexts) -> EmbeddingMetadata:
+    dtype = texts.text("dtype")
     if dtype not in _CODECS:
         raise MalformedEmbedding(f"header dtype is {dtype[:40]!r}, not one of {', '.join(_CODECS)}")
     return EmbeddingMetadata(
-        encoder_version=_text(texts, "encoder-version"),
-        dim=_number(texts, "dim"),
+        encoder_version=texts.text("encoder-version"),
+        dim=texts.integer("dim"),
         dtype=_CODECS[dtype],
-        event_time_ms=_number(texts, "event-time-ms"),
-        sequence_length=_number(texts, "sequence-length"),
-        reason=_text(texts, "reason"),
-        source_offset=_number(texts, "source-offset"),
-        encoded_at_ms=_number(texts, "encoded-at-ms"),
-        source_id=texts.get("source-id", ""),
+        event_time_ms=texts.integer("event-time-ms"),
+        sequence_length=texts.integer("sequence-length"),
+        reason=texts.text("reason"),
+        source_offset=texts.integer("source-offset"),
+        encoded_at_ms=texts.integer("encoded-at-ms"),
+        source_id=texts.source_id,
     )
-
-
-def _texts(headers: Headers) -> dict[str, str]:
-    try:
-        return {name: value.decode() for name, value in headers if value is not None}
-    except UnicodeDecodeError:
-        raise MalformedEmbedding("a header is not UTF-8") from None
-
-
-def _text(texts: dict[str, str], name: str) -> str:
-    if name not in texts:
-        raise MalformedEmbedding(f"header {name} is missing")
-    return texts[name]
-
-
-def _number(texts: dict[str, str], name: str) -> int:
-    text = _text(texts, name)
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19):
-        raise MalformedEmbedding(f"header {name} is {text[:40]!r}, not an integer")
-    return int(text)
-
-
-def _user(key: bytes | None) -> str:
-    try:
-        return (key or b"").decode()
-    except UnicodeDecodeError:
-        raise MalformedEmbedding("the key is not UTF-8") from None

@@ -288,7 +288,7 @@ class _Reader:
         window_ms = self._duration("window", WINDOW_MIN_MS, WINDOW_MAX_MS)
         hop_ms = Feature("", Kind.COUNT, window_ms=window_ms).hop_ms
         if hop_ms and window_ms % hop_ms:
-            text = f"must be a whole number of {_shown(hop_ms)}, the hop of windows of that length"
+            text = f"must be a whole number of {shown(hop_ms)}, the hop of windows of that length"
             self._complain("window", f"{text}, not {self._table['window']!r}")
         return window_ms
 
@@ -303,7 +303,7 @@ class _Reader:
         duration_ms = int(match[1]) * UNITS_MS[match[2]]
         if least_ms <= duration_ms <= most_ms:
             return duration_ms
-        self._complain(key, f"must be from {_shown(least_ms)} to {_shown(most_ms)}, not {found!r}")
+        self._complain(key, f"must be from {shown(least_ms)} to {shown(most_ms)}, not {found!r}")
         return 0
 
     def _whole(self, key: str, least: int, most: int, default: int, *, quiet: bool = False) -> int:
@@ -316,10 +316,10 @@ class _Reader:
         return default
 
 
-def _shown(duration_ms: int) -> str:
+def shown(duration_ms: int) -> str:
     """Return a duration in the largest unit that divides it.
 
-    >>> _shown(90 * DAY_MS), _shown(300_000), _shown(1_000)
+    >>> shown(90 * DAY_MS), shown(300_000), shown(1_000)
     ('90d', '5m', '1s')
     """
     units: Iterator[tuple[int, str]] = ((length, unit) for unit, length in reversed(UNITS_MS.items()) if unit != "min")
