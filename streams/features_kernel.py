@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 
 from encoder.compiled import Kernel, load_library
-from streams.core.features.kernel import Functions
+from streams.core.features.structures import Functions
 from streams.errors import CannotStart
 
 FOLDER = Path(__file__).parent / "core" / "features"
 KERNEL = Kernel(
     FOLDER / "kernel.cpp",
-    (FOLDER / "parts.h", FOLDER / "add.h", FOLDER / "pack.h"),
+    tuple(FOLDER / name for name in ("parts.h", "add.h", "pack.h", "values.h")),
     "features cannot be computed",
 )
 
@@ -32,6 +32,7 @@ def load_functions() -> Functions:
     library.add_events.argtypes, library.add_events.restype = [pointer, whole, pointer], None
     library.pack_users.argtypes = [pointer, whole, pointer, whole, pointer, whole, pointer]
     library.unpack_users.argtypes = [pointer, whole, pointer, whole, pointer, pointer]
-    library.pack_users.restype = library.unpack_users.restype = whole
+    library.write_values.argtypes = [pointer, pointer, whole, pointer, pointer, whole]
+    library.write_values.restype = library.pack_users.restype = library.unpack_users.restype = whole
     functions: Functions = library
     return functions

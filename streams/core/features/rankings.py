@@ -7,6 +7,8 @@ Shapes: U users, R rows of the hot table, L lanes of a user, T tiles.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from encoder.arrays import F64, I64
@@ -83,8 +85,8 @@ class Affinity(Ranking):
 
     def _decay(self, later_ms: I64) -> F64:
         """Return the factor for a time that is later by `later_ms`, which is negative for an older one."""
-        factor: F64 = np.exp2(np.maximum(later_ms / self.feature.half_life_ms, -1100.0))
-        return factor
+        exponents = np.maximum(later_ms / self.feature.half_life_ms, -1100.0)
+        return np.array([math.exp2(each) for each in exponents.tolist()])  # np.exp2 rounds otherwise than the kernel
 
     def clear(self, rows: I64) -> None:
         """Forget everything of these users."""

@@ -19,15 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from encoder.actions.columns import Actions, item_key, name_code
+from encoder.actions.columns import Actions, name_code
 from encoder.arrays import F64, I64, Bool
+from streams.core.features.attributes import Attributes as Attributes
+from streams.core.features.attributes import AttributesError as AttributesError
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind
 from streams.core.features.distinct import FREE, Distinct, hashed
-from streams.core.features.kernel import Events, Functions, Kernel
+from streams.core.features.kernel import Events, Kernel
 from streams.core.features.rankings import Affinity, TopK
 from streams.core.features.recent import LastK, SecondsSince, Sessions
+from streams.core.features.structures import Functions
 from streams.core.features.tiles import KINDS, NEVER_MS, Ring
-from streams.errors import CannotStart, RebuildsPartition
+from streams.errors import RebuildsPartition
 
 Single = Distinct | TopK | Affinity | LastK | SecondsSince
 SINGLE: Mapping[Kind, Callable[[Feature, int], Single]] = {
@@ -40,69 +43,6 @@ SINGLE: Mapping[Kind, Callable[[Feature, int], Single]] = {
 """Kinds with a part for each feature."""
 
 
-class AttributesError(CannotStart):
-    """The item attributes cannot be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """What is known of each item: one value per attribute, and the id behind its key."""
-
-    keys: I64
-    """[I] keys of the items, ascending."""
-    ids: tuple[str, ...]
-    """[I] ids of the items."""
-    codes: Mapping[str, I64]
-    """Per attribute [I]: index of the item's value in `names`, -1 where it has none."""
-    names: Mapping[str, tuple[str, ...]]
-    """Per attribute: its values, sorted."""
-    version: str = ""
-
-    @classmethod
-    def of(cls, table: Mapping[str, Mapping[str, str]], version: str = "") -> Attributes:
-        """Return the attributes of items, given as value by attribute by item."""
-        attributes = {attribute for values in table.values() for attribute in values}
-        columns = {attribute: [values.get(attribute) for values in table.values()] for attribute in attributes}
-        return cls.of_columns(list(table), columns, version)
-
-    @classmethod
-    def of_columns(
-        cls, items: Sequence[str], columns: Mapping[str, Sequence[str | None]], version: str = ""
-    ) -> Attributes:
-        """Return the attributes of different items [I]; a column [I] holds one attribute's values, None for no value.
-
-        Raises `AttributesError` if two values of an attribute have one hash.
-        """
-        keys = np.array([item_key(item) for item in items], np.uint64).astype(np.int64)
-        order = np.argsort(keys)
-        names, codes = {}, {}
-        for attribute, column in sorted(columns.items()):
-            known = names[attribute] = tuple(sorted({value for value in column if value is not None}))
-            if len({_name_hash(name) for name in known}) < len(known):
-                raise AttributesError(
-                    "two values of an item attribute have one hash",
-                    attribute,
-                    "rename one of them in the attribute file",
-                )
-            code_of: dict[str | None, int] = {name: code for code, name in enumerate(known)}
-            codes[attribute] = np.array([code_of.get(value, -1) for value in column], np.int64)[order]
-        return cls(keys[order], tuple(items[place] for place in order.tolist()), codes, names, version)
-
-    def name_hashes(self) -> dict[str, I64]:
-        """Return, per attribute, the 32-bit hash of each value by its code; what is stored refers to values by it."""
-        return {
-            attribute: np.array([_name_hash(name) for name in names], np.int64)
-            for attribute, names in self.names.items()
-        }
-
-    def places(self, items: I64) -> I64:
-        """Return the index of each item, -1 for one that is not known."""
-        if not len(self.keys):
-            return np.full(len(items), -1)
-        places = np.minimum(np.searchsorted(self.keys, items), len(self.keys) - 1)
-        return np.where(self.keys[places] == items, places, -1)
-
-
 @dataclass(frozen=True, slots=True)
 class FeatureColumns:
     """The values of U users as of their times."""
@@ -113,6 +53,18 @@ class FeatureColumns:
     """[U] when a value changes without an event; `NEVER_MS` if none does. Values that always age are left out."""
     estimated: dict[str, Bool]
     """[U] per feature that may be an estimate: whether it is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRecords:
+    """The values of U users as records carry them."""
+
+    values: list[bytes]
+    """[U] JSON objects: the values of `FeatureColumns` by name, in the order of the names."""
+    valid_until_ms: I64
+    """[U] as in `FeatureColumns`."""
+    estimated: list[tuple[str, ...]]
+    """[U] names of the features whose value is an estimate."""
 
 
 class DamagedFeatures(RebuildsPartition):
@@ -141,14 +93,13 @@ class FeatureState:
             (chosen, gap_ms): Sessions(gap_ms, rows)
             for chosen, gap_ms in dict.fromkeys((each.filter, each.gap_ms) for each in features if each.gap_ms)
         }
-        self._kernel = Kernel(functions, self._filters, self._groups, attributes.name_hashes())
-        self._kernel.bind(
-            [
-                *((Filter(), ring) for ring in self._rings),
-                *((feature.filter, part) for feature, part in self._single.items()),
-                *((chosen, part) for (chosen, _), part in self._sessions.items()),
-            ]
-        )
+        parts: list[tuple[Filter, Any]] = [
+            *((Filter(), ring) for ring in self._rings),
+            *((feature.filter, part) for feature, part in self._single.items()),
+            *((chosen, part) for (chosen, _), part in self._sessions.items()),
+        ]
+        self._kernel = Kernel(functions, self._filters, attributes)
+        self._kernel.bind(parts, [(each, self._part_of(each)) for each in features], self._groups)
 
     def add(self, rows: I64, actions: Actions, values: F64) -> None:
         """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
@@ -229,6 +180,19 @@ class FeatureState:
                 until_ms = np.minimum(until_ms, gone_ms)
         return FeatureColumns({each.name: values[each.name] for each in self.feature_set.features}, until_ms, estimated)
 
+    def records(self, rows: I64, as_of_ms: I64) -> FeatureRecords:
+        """Return what `values` does as one JSON object per user, compiled."""
+        values, until_ms, estimated = self._kernel.values(rows, as_of_ms)
+        return FeatureRecords(values, until_ms, estimated)
+
+    def _part_of(self, feature: Feature) -> Any:
+        """Return the part that holds the state of a feature."""
+        if feature.gap_ms:
+            return self._sessions[feature.filter, feature.gap_ms]
+        if feature.kind in SINGLE:
+            return self._single[feature]
+        return next(ring for ring in self._rings if ring.hop_ms == feature.hop_ms)
+
     def _wanted(self, chosen: Filter) -> list[tuple[str, Bool]]:
         """Return, per attribute of the filter, whether each of its codes counts."""
         names = self._attributes.names
@@ -276,15 +240,10 @@ def _table(names: tuple[str, ...]) -> Bool | None:
     return table
 
 
-def _name_hash(name: str) -> int:
-    """Return 32 bits by which stored state refers to a value of an attribute."""
-    return item_key(name) >> 32
-
-
 def _codes(codes: I64, places: I64) -> I64:
     """Return the code of the item at each place, -1 where the item is not known."""
     return np.where(places >= 0, codes[np.maximum(places, 0)], -1) if len(codes) else np.full(len(places), -1)
 
 
 def _none_for_nan(column: F64) -> list[float | None]:
-    return [None if math.isnan(each) else each for each in column.tolist()]
+    return [each if math.isfinite(each) else None for each in column.tolist()]

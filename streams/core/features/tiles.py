@@ -98,9 +98,13 @@ class Ring:
             until_ms = np.minimum(until_ms, gone_ms)
         return values, until_ms
 
+    def place(self, feature: Feature, statistic: Statistic) -> int:
+        """Return the index of an accumulator of a feature."""
+        return self._number[Accumulator(feature.filter, feature.of, statistic)]
+
     def _numbers_of(self, numbers: F64, feature: Feature, statistic: Statistic) -> F64:
         """Return the tiles [U, T] of one accumulator."""
-        found: F64 = numbers[:, :, self._number[Accumulator(feature.filter, feature.of, statistic)]]
+        found: F64 = numbers[:, :, self.place(feature, statistic)]
         return found
 
     def _value(self, feature: Feature, numbers: F64, counts: F64) -> F64:
@@ -111,7 +115,7 @@ class Ring:
         statistic = STATISTICS[feature.kind][1]
         tiles = np.where(counts > 0, self._numbers_of(numbers, feature, statistic), INITIAL[statistic])
         if statistic is Statistic.SUM:
-            summed: F64 = tiles.sum(axis=1)
+            summed: F64 = np.cumsum(tiles, axis=1)[:, -1]  # one after another, as the kernel does
             return (
                 summed
                 if feature.kind is Kind.SUM

@@ -12,48 +12,24 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.actions.columns import ACTION_DTYPE, item_key, name_code
 from infra.harness.feature_model import Event, values
-from streams.core.features.definitions import DAY_MS, HOUR_MS, parse_features
-from streams.core.features.state import Attributes, DamagedFeatures, FeatureState
-from streams.features_kernel import load_functions
+from streams.core.features.definitions import DAY_MS, HOUR_MS
+from streams.core.features.state import DamagedFeatures, FeatureState
 from tests.unit.core.features.definitions import TOML
+from tests.unit.core.features.histories import (
+    ATTRIBUTES,
+    EVENT,
+    FEATURES,
+    FUNCTIONS,
+    ITEMS,
+    MORE,
+    START_MS,
+    USERS,
+    add_events,
+)
 
 ONLY_VIEWS = ("views", "longest")
 TABLES: list[dict[str, Any]] = tomllib.loads(TOML)["feature"]
-COLORS = ["red", "blue", "green", "black"]
-ITEMS = {f"item-{number}": {"color": COLORS[number % 4]} if number % 5 else {} for number in range(12)}
-ATTRIBUTES = Attributes.of(ITEMS)
-MORE = Attributes.of({**ITEMS, "other": {"color": "amber"}})
-"""One more value, which comes first, so that every code is another."""
-FEATURES = parse_features(TOML, ATTRIBUTES.names)
-FUNCTIONS = load_functions()
-USERS = 2
-START_MS = 20_000 * DAY_MS
-SPANS_MS = (HOUR_MS, 2 * DAY_MS, 40 * DAY_MS)
-EVENT = st.builds(
-    Event,
-    item=st.sampled_from(list(ITEMS)),
-    action=st.sampled_from(["buy", "view"]),
-    timestamp_ms=st.one_of(
-        *(st.integers(START_MS + SPANS_MS[-1] - span, START_MS + SPANS_MS[-1]) for span in SPANS_MS)
-    ),
-    surface=st.sampled_from(["", "home", "search"]),
-    duration_ms=st.integers(0, 10_000),
-    value=st.one_of(st.none(), st.floats(-1e3, 1e3)),
-)
-
-
-def add(state: FeatureState, batch: list[tuple[int, Event]]) -> None:
-    """Add events, each with its user's row."""
-    actions = np.zeros(len(batch), ACTION_DTYPE)
-    actions["item"] = [item_key(event.item) for _, event in batch]
-    actions["action"] = [name_code(event.action) for _, event in batch]
-    actions["surface"] = [name_code(event.surface) for _, event in batch]
-    actions["timestamp_ms"] = [event.timestamp_ms for _, event in batch]
-    actions["duration_ms"] = [event.duration_ms for _, event in batch]
-    numbers = np.array([math.nan if event.value is None else event.value for _, event in batch], np.float64)
-    state.add(np.array([row for row, _ in batch], np.int64), actions, numbers)
 
 
 def agrees(found: Any, wanted: Any) -> bool:
@@ -83,7 +59,7 @@ def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: lis
     batch = [(row, replace(event, arrival=arrival)) for arrival, (row, event) in enumerate(batch)]
     state = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS)
     for low, high in pairwise([0, *sorted(min(cut, len(batch)) for cut in cuts), len(batch)]):
-        add(state, batch[low:high])
+        add_events(state, batch[low:high])
     newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
     as_of_ms = np.full(USERS, newest_ms + 1 + later_ms)
     columns = state.values(np.arange(USERS), as_of_ms)
@@ -105,7 +81,7 @@ def test_values_are_those_of_the_model(batch: list[tuple[int, Event]], cuts: lis
 def test_no_value_changes_before_the_stated_time(events: list[Event], later_ms: int) -> None:
     """Until `valid_until_ms` every value stays, but for those that always age; and something leaves a window then."""
     state = FeatureState(FEATURES, ATTRIBUTES, 1, FUNCTIONS)
-    add(state, [(0, event) for event in events])
+    add_events(state, [(0, event) for event in events])
     as_of_ms = max(event.timestamp_ms for event in events) + 1 + later_ms
     until_ms = int(state.values(np.zeros(1, np.int64), np.array([as_of_ms])).valid_until_ms[0])
     steady = [table for table in TABLES if table["name"] not in ("since", "affinity")]
@@ -133,14 +109,14 @@ def test_no_value_changes_before_the_stated_time(events: list[Event], later_ms: 
 def test_what_is_packed_comes_back(batch: list[tuple[int, Event]], cut: int, later_ms: int) -> None:
     """A user that is packed, unpacked in another row and acts again has the values of one that stayed in memory."""
     stayed, moved = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS), FeatureState(FEATURES, MORE, 5, FUNCTIONS)
-    add(stayed, batch[:cut])
+    add_events(stayed, batch[:cut])
     packed = stayed.pack(np.arange(USERS))
     rows = np.array([4, 1])
-    add(moved, [(4, Event("item-1", "buy", START_MS, "home", 5, 1.0))])  # what was in the row is replaced
+    add_events(moved, [(4, Event("item-1", "buy", START_MS, "home", 5, 1.0))])  # what was in the row is replaced
     moved.unpack(rows, packed)
     assert moved.pack(rows) == packed
-    add(stayed, batch[cut:])
-    add(moved, [(int(rows[row]), event) for row, event in batch[cut:]])
+    add_events(stayed, batch[cut:])
+    add_events(moved, [(int(rows[row]), event) for row, event in batch[cut:]])
     newest_ms = max((event.timestamp_ms for _, event in batch), default=START_MS)
     as_of_ms = np.full(USERS, newest_ms + 1 + later_ms)
     found, wanted = moved.values(rows, as_of_ms), stayed.values(np.arange(USERS), as_of_ms)
@@ -153,7 +129,7 @@ def test_what_is_packed_comes_back(batch: list[tuple[int, Event]], cut: int, lat
 def test_damaged_bytes_are_refused_or_read(events: list[Event], noise: bytes, place: int, is_cut: bool) -> None:
     """Bytes that were altered or cut raise, or are the state of some user; they never reach other memory."""
     state = FeatureState(FEATURES, ATTRIBUTES, 3, FUNCTIONS)
-    add(state, [(1, event) for event in events])
+    add_events(state, [(1, event) for event in events])
     (whole,) = state.pack(np.array([1]))
     damaged = whole[:place] if is_cut else whole[:place] + noise + whole[place + len(noise) :]
     neighbours = state.pack(np.array([0, 2]))
@@ -172,7 +148,7 @@ def test_an_estimate_says_so_and_is_near() -> None:
         batch = [
             (0, Event(f"i{rng.integers(5_000)}", "view", START_MS + int(rng.integers(DAY_MS)))) for _ in range(2_000)
         ]
-        add(state, batch)
+        add_events(state, batch)
     columns = state.values(np.zeros(1, np.int64), np.array([START_MS + DAY_MS]))
     assert columns.estimated["items"].tolist() == [True]
     assert abs(columns.values["items"][0] / 4_900 - 1) < 4 / math.sqrt(64)
@@ -184,7 +160,9 @@ def test_an_estimate_says_so_and_is_near() -> None:
 def test_a_cleared_user_begins_anew() -> None:
     """After `clear` a user's values are those of a user without events."""
     state = FeatureState(FEATURES, ATTRIBUTES, 2, FUNCTIONS)
-    add(state, [(row, Event("item-1", "buy", START_MS + n, "home", 5, 1.0)) for row in range(2) for n in range(5)])
+    add_events(
+        state, [(row, Event("item-1", "buy", START_MS + n, "home", 5, 1.0)) for row in range(2) for n in range(5)]
+    )
     state.clear(np.array([0]))
     found = state.values(np.arange(2), np.full(2, START_MS + 10)).values
     nothing = values(TABLES, [], START_MS + 10, ITEMS)
