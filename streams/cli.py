@@ -16,7 +16,8 @@ from rich.text import Text
 
 from streams.config.settings import Settings, ignored_variables, printed
 from streams.options import BootstrapServers, Config, settings_of
-from streams.subscriber import Change, EmbeddingSubscriber, as_json
+from streams.subscriber import Change, EmbeddingSubscriber
+from streams.subscriber.embeddings import as_json
 from streams.wire.embeddings import Tombstone
 
 app = typer.Typer()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kafka.errors import KafkaConnectionError
 
 from streams.errors import BrokerUnreachable
-from streams.subscriber import Change, EmbeddingSubscriber, Freshest, as_json
+from streams.subscriber import Change, EmbeddingSubscriber, Freshest
+from streams.subscriber.embeddings import as_json
 from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata, Tombstone
 
 
@@ -37,7 +38,7 @@ def test_a_broker_that_is_back_is_reached_within_a_second(
     client: dict[str, Any], wait_ms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts to connect are at most a second apart, not kafka-python's 30 s; a caller may choose another time."""
-    monkeypatch.setattr("streams.subscriber.KafkaConsumer", Refused)
+    monkeypatch.setattr("streams.subscriber.reader.KafkaConsumer", Refused)
     with pytest.raises(BrokerUnreachable):
         EmbeddingSubscriber("127.0.0.1:1", client=client)
     assert Refused.options["reconnect_backoff_max_ms"] == wait_ms

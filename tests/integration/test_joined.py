@@ -1,0 +1,90 @@
+"""The subscriber of features and the joined view on a real broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from infra.kafka.broker import Broker, ExternalBroker
+from streams.errors import StreamformerError
+from streams.subscriber import FeatureSubscriber, Joined, JoinedSubscriber, Tombstone
+from streams.wire.features import FeatureBatch, encode_features
+from streams.wire.headers import encode_tombstone
+from tests.integration.test_subscriber import Publisher
+
+pytestmark = pytest.mark.broker
+
+
+class FeaturePublisher(Publisher):
+    """Writes features as a worker does."""
+
+    def compute(self, user: str, offset: int, as_of_ms: int = 1) -> None:
+        """Write the features of a user."""
+        one = np.array([offset])
+        batch = FeatureBatch(
+            [user.encode()],
+            [b'{"n":%d}' % offset],
+            one,
+            one,
+            np.array([as_of_ms]),
+            np.array([as_of_ms + 1]),
+            ["every_n"],
+            [{}],
+            [()],
+            "set1",
+            1_700_000_000_000,
+        )
+        for message in encode_features(batch):
+            self.send(message)
+
+
+@pytest.fixture
+def publishers(broker: Broker | ExternalBroker, topic_prefix: str) -> Iterator[tuple[Publisher, FeaturePublisher]]:
+    """Return publishers to two new topics: of embeddings and of features."""
+    embeddings = Publisher(broker.bootstrap_servers, f"{topic_prefix}-embeddings")
+    features = FeaturePublisher(broker.bootstrap_servers, f"{topic_prefix}-features")
+    yield embeddings, features
+    embeddings.close()
+    features.close()
+
+
+def test_both_topics_are_read_as_one(publishers: tuple[Publisher, FeaturePublisher]) -> None:
+    """The table has every complete pair of all partitions; then pairs, refreshes and tombstones arrive as changes."""
+    embeddings, features = publishers
+    for number in range(20):
+        features.compute(f"user-{number}", number)
+        embeddings.embed(f"user-{number}", number)
+    features.compute("user-3", 33)
+    topics = (embeddings.topic, features.topic)
+    with (
+        FeatureSubscriber(features.bootstrap_servers, topic=features.topic, from_beginning=True) as alone,
+        JoinedSubscriber(features.bootstrap_servers, topics=topics, from_beginning=True) as joined,
+    ):
+        wanted = {f"user-{number}": number for number in range(20)}
+        assert {user: each.values["n"] for user, each in alone.table().items()} == wanted | {"user-3": 33}
+        assert {user: pair.source_offset for user, pair in joined.table().items()} == wanted
+        assert joined.unmatched == 1
+        embeddings.embed("user-3", 33)
+        changes = iter(joined)
+        pair = next(changes)
+        assert isinstance(pair, Joined)
+        assert (pair.source_offset, pair.features.values) == (33, {"n": 33})
+        features.compute("user-3", 33, as_of_ms=5)
+        refreshed = next(changes)
+        assert isinstance(refreshed, Joined)
+        assert refreshed.features.metadata.as_of_ms == 5
+        assert refreshed.embedding is pair.embedding
+        for publisher in publishers:
+            publisher.send(encode_tombstone(b"user-3", 40))
+        assert next(changes) == Tombstone("user-3", 40)
+        assert joined.get("user-3") is None
+        assert (joined.malformed, joined.stale, joined.repeated) == (0, 0, 0)
+
+
+def test_a_topic_that_does_not_exist_is_named(publishers: tuple[Publisher, FeaturePublisher]) -> None:
+    """A reader of both topics names the one that is missing."""
+    embeddings, _ = publishers
+    with pytest.raises(StreamformerError, match="nowhere does not exist"):
+        JoinedSubscriber(embeddings.bootstrap_servers, topics=(embeddings.topic, "nowhere"))
