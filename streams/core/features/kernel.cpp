@@ -4,6 +4,7 @@
 // part holds, and mean the same by every name.
 
 #include "add.h"
+#include "complete.h"
 #include "pack.h"
 #include "values.h"
 
@@ -22,13 +23,18 @@ constexpr Write WRITE[] = {write_tiled,  write_distinct, write_top_k, write_affi
 
 }  // namespace
 
+constexpr int64_t HEADER_BYTES = 9;
+
 // Write the state of users one after another to `out`, and where each ends; return the bytes, -1 if they do not fit.
 extern "C" int64_t pack_users(
-    const Part *parts, int64_t count, const int64_t *rows, int64_t users, uint8_t *out, int64_t size, int64_t *ends
+    const State *state, const int64_t *rows, int64_t users, uint8_t *out, int64_t size, int64_t *ends
 ) {
     Writer writer{out, out + size};
     for (int64_t user = 0; user < users; ++user) {
-        for (int64_t at = 0; at < count; ++at) PACK[parts[at].kind](parts[at], rows[user], writer);
+        for (int64_t at = 0; at < HEADER_BYTES; ++at) writer.byte(state->header[at]);
+        pack_complete(*state, rows[user], writer);
+        for (int64_t at = 0; at < state->part_count; ++at)
+            PACK[state->parts[at].kind](state->parts[at], rows[user], writer);
         if (writer.full) return -1;
         ends[user] = writer.at - out;
     }
@@ -36,36 +42,38 @@ extern "C" int64_t pack_users(
 }
 
 // Read what `pack_users` wrote into cleared rows; return the first user whose bytes are not that, -1 if there is none.
+// Each user's bytes begin with a header, which the caller has compared.
 extern "C" int64_t unpack_users(
-    const Part *parts, int64_t count, const int64_t *rows, int64_t users, const uint8_t *in, const int64_t *ends
+    const State *state, const int64_t *rows, int64_t users, const uint8_t *in, const int64_t *ends
 ) {
     for (int64_t user = 0; user < users; ++user) {
-        Reader reader{in + (user ? ends[user - 1] : 0), in + ends[user]};
-        for (int64_t at = 0; at < count && !reader.bad; ++at) UNPACK[parts[at].kind](parts[at], rows[user], reader);
+        Reader reader{in + (user ? ends[user - 1] : 0) + HEADER_BYTES, in + ends[user]};
+        unpack_complete(*state, rows[user], reader);
+        for (int64_t at = 0; at < state->part_count && !reader.bad; ++at)
+            UNPACK[state->parts[at].kind](state->parts[at], rows[user], reader);
         if (reader.bad || reader.at != reader.end) return user;
     }
     return -1;
 }
 
-extern "C" void add_events(const Part *parts, int64_t count, const Batch *batch) {
-    for (int64_t at = 0; at < count; ++at) ADD[parts[at].kind](parts[at], *batch);
+extern "C" void add_events(const State *state, const Batch *batch) {
+    for (int64_t at = 0; at < state->part_count; ++at) ADD[state->parts[at].kind](state->parts[at], *batch);
 }
 
 // Write the values of users as JSON objects to `out`, and where each ends, until when it holds, and which fields are
 // estimates [U, estimates]; return the bytes, -1 if they do not fit.
-extern "C" int64_t write_values(
-    const Part *parts, const Field *fields, int64_t count, const Moments *moments, char *out, int64_t size
-) {
+extern "C" int64_t write_values(const State *state, const Moments *moments, char *out, int64_t size) {
     Json json{out, out + size};
     for (int64_t user = 0; user < moments->users; ++user) {
         Moment moment{moments->rows[user], moments->as_of_ms[user]};
         json.sign('{');
-        for (int64_t at = 0; at < count; ++at) {
-            const Field &field = fields[at];
+        for (int64_t at = 0; at < state->field_count; ++at) {
+            const Field &field = state->fields[at];
+            const Part &part = state->parts[field.part];
             if (at) json.sign(',');
             json.text(field.name, 0);
             moment.is_estimate = false;
-            WRITE[parts[field.part].kind](parts[field.part], field, moment, json);
+            WRITE[part.kind](part, field, moment, json);
             if (field.estimate != FREE)
                 moments->estimates[user * moments->stride + field.estimate] = moment.is_estimate;
         }
@@ -75,4 +83,20 @@ extern "C" int64_t write_values(
         moments->until_ms[user] = moment.until_ms;
     }
     return json.at - out;
+}
+
+// Write which share of its window each field of users has seen [U, fields], in parts of `WHOLE`.
+extern "C" void write_shares(
+    const State *state, const int64_t *rows, const int64_t *as_of_ms, int64_t users, int64_t *shares
+) {
+    for (int64_t user = 0; user < users; ++user) {
+        const int64_t *from_ms = state->complete_from_ms + rows[user] * state->field_count;
+        for (int64_t at = 0; at < state->field_count; ++at) {
+            const Field &field = state->fields[at];
+            int64_t &share = shares[user * state->field_count + at];
+            share = WHOLE;
+            if (from_ms[at])
+                share = share_of(state->parts[field.part], field, rows[user], as_of_ms[user], from_ms[at]);
+        }
+    }
 }

@@ -84,4 +84,20 @@ struct Moments {
     uint8_t *estimates;
 };
 
+// All parts, all fields, and the completeness of each field [R, fields].
+struct State {
+    int64_t part_count, field_count;
+    const Part *parts;
+    const Field *fields;
+    int64_t *complete_from_ms;  // 0: all events are contained
+    uint8_t *is_partial;        // [R] whether any is not 0
+    uint8_t header[16];         // format and hash of the feature set, before each packed user
+};
+
+// Return the first hop of a window, rounded down also below 0.
+inline int64_t first_hop(int64_t as_of_ms, int64_t window_ms, int64_t hop_ms) {
+    const int64_t begin_ms = as_of_ms - window_ms, hop = begin_ms / hop_ms;
+    return hop - (hop * hop_ms > begin_ms);
+}
+
 }  // namespace

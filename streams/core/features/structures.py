@@ -18,16 +18,19 @@ _LONG, _INT, _POINTER, _DOUBLE = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 class Functions(Protocol):
     """The functions of the compiled library."""
 
-    def add_events(self, parts: Any, count: int, batch: Any) -> None:
+    def add_events(self, state: Any, batch: Any) -> None:
         """Add a batch to all parts."""
 
-    def write_values(self, parts: Any, fields: Any, count: int, moments: Any, out: Any, size: int) -> int:
+    def write_values(self, state: Any, moments: Any, out: Any, size: int) -> int:
         """Write the values of users to `out`; return the bytes, -1 if they do not fit."""
 
-    def pack_users(self, parts: Any, count: int, rows: Any, users: int, out: Any, size: int, ends: Any) -> int:
+    def write_shares(self, state: Any, rows: Any, as_of_ms: Any, users: int, shares: Any) -> None:
+        """Write which share of its window each feature of users has seen."""
+
+    def pack_users(self, state: Any, rows: Any, users: int, out: Any, size: int, ends: Any) -> int:
         """Write users to `out`; return the bytes, -1 if they do not fit."""
 
-    def unpack_users(self, parts: Any, count: int, rows: Any, users: int, data: Any, ends: Any) -> int:
+    def unpack_users(self, state: Any, rows: Any, users: int, data: Any, ends: Any) -> int:
         """Read users; return the first whose bytes are wrong, -1 if there is none."""
 
 
@@ -102,6 +105,16 @@ class MomentsStructure(ctypes.Structure):
     _fields_ = (
         *((name, _LONG) for name in ("users", "stride")),
         *((name, _POINTER) for name in ("rows", "as_of_ms", "ends", "until_ms", "estimates")),
+    )
+
+
+class StateStructure(ctypes.Structure):
+    """All parts and fields, and the completeness of the fields."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("part_count", "field_count")),
+        *((name, _POINTER) for name in ("parts", "fields", "complete_from_ms", "is_partial")),
+        ("header", ctypes.c_uint8 * 16),
     )
 
 

@@ -58,10 +58,6 @@ struct Moment {
     int64_t row, as_of_ms, until_ms = NEVER_MS;
     bool is_estimate = false;
 
-    int64_t first_hop(int64_t window_ms, int64_t hop_ms) const {  // rounded down, also below 0
-        const int64_t begin_ms = as_of_ms - window_ms, hop = begin_ms / hop_ms;
-        return hop - (hop * hop_ms > begin_ms);
-    }
     void leaves(int64_t hop, int64_t window_ms, int64_t hop_ms) {
         until_ms = std::min(until_ms, (hop + 1) * hop_ms + window_ms);
     }
@@ -71,7 +67,7 @@ void write_tiled(const Part &part, const Field &field, Moment &moment, Json &out
     const auto *hops = static_cast<int32_t *>(part.a) + moment.row * part.tiles;
     const auto *tiles = static_cast<double *>(part.b) + moment.row * part.tiles * part.accumulators;
     const auto *accumulators = static_cast<const Accumulator *>(part.c);
-    const int64_t first = moment.first_hop(field.window_ms, part.hop_ms);
+    const int64_t first = first_hop(moment.as_of_ms, field.window_ms, part.hop_ms);
     double count = 0, value = accumulators[field.number].initial;
     int64_t oldest = NEVER_MS;
     for (int64_t at = 0; at < part.tiles; ++at) {
@@ -96,7 +92,7 @@ void write_distinct(const Part &part, const Field &field, Moment &moment, Json &
     const auto *last = static_cast<int32_t *>(part.b) + moment.row * part.cap;
     const int64_t theta = static_cast<int64_t *>(part.d)[moment.row];
     const int64_t dropped = static_cast<int32_t *>(part.e)[moment.row];
-    const int64_t first = moment.first_hop(field.window_ms, part.hop_ms);
+    const int64_t first = first_hop(moment.as_of_ms, field.window_ms, part.hop_ms);
     int64_t count = 0, oldest = NEVER_MS;
     for (int64_t lane = 0; lane < part.cap; ++lane) {
         if (keys[lane] == FREE || last[lane] < first) continue;
@@ -145,7 +141,7 @@ void write_top_k(const Part &part, const Field &field, Moment &moment, Json &out
     const auto *hops = static_cast<int32_t *>(part.b) + moment.row * part.tiles;
     const auto *counts = static_cast<int32_t *>(part.c) + moment.row * part.cap * part.tiles;
     const auto *keys = static_cast<int64_t *>(part.a) + moment.row * part.cap;
-    const int64_t first = moment.first_hop(field.window_ms, part.hop_ms);
+    const int64_t first = first_hop(moment.as_of_ms, field.window_ms, part.hop_ms);
     double totals[LANES_MAX];
     int64_t oldest = NEVER_MS;
     for (int64_t lane = 0; lane < part.cap; ++lane) {

@@ -31,6 +31,7 @@ def same(state: FeatureState, as_of_ms: int) -> list[bytes]:
     at = np.full(USERS, as_of_ms)
     records, columns = state.records(ROWS, at), state.values(ROWS, at)
     assert records.valid_until_ms.tolist() == columns.valid_until_ms.tolist()
+    assert records.completeness == columns.completeness
     for user, text in enumerate(records.values):
         found = json.loads(text)
         wanted = {name: column[user] for name, column in columns.values.items()}
