@@ -1,0 +1,1 @@
+"""Batch computations with the code of the stream: iterators of sorted batches in, iterators of batches out."""
