@@ -42,7 +42,7 @@ COMMANDS = {
     "settings": Entry("streams.cli", "Print every setting as it would be used, secrets as asterisks."),
     "topics": Entry("infra.commands.topics", "Create or verify the topics."),
     "state": Entry("infra.commands.state", "Show, verify, adopt or move the state.", "worker"),
-    "features": Entry("infra.commands.features", "Compute features from a log."),
+    "features": Entry("infra.commands.features", "Check feature definitions, and compute features from a log."),
     "worker": Entry("infra.commands.worker", "Run a worker: read actions, publish embeddings.", "worker"),
     "broker": Entry("infra.commands.broker", "Run Apache Kafka on loopback until Ctrl-C.", "local"),
     "replay": Entry("infra.commands.replay", "Send a log of actions in event-time order.", "local"),

@@ -1,4 +1,4 @@
-"""`streamformer features`: compute features from a log."""
+"""`streamformer features`: check definitions, and compute features from a log instead of the stream."""
 
 from __future__ import annotations
 
@@ -13,26 +13,49 @@ import typer
 
 from infra.errors import InfraError
 from infra.features.definitions import load_definitions
+from infra.features.explain import Explained, explain, read_all
 from infra.signals import interrupt_on_sigterm
+from streams.core.features.definitions import FeatureSet
+from streams.core.features.schema import json_schema
 
-app = typer.Typer(name="features", help="Compute features from a log.", no_args_is_help=True)
+app = typer.Typer(
+    name="features", help="Check feature definitions, and compute features from a log.", no_args_is_help=True
+)
+
+INVALID = 2
+"""Exit code for definitions or item attributes that are not valid."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Definitions = Annotated[Path, typer.Option(help="Feature definitions, a TOML file.")]
+DefinitionsFile = Annotated[Path, typer.Argument(help="Feature definitions, a TOML file.")]
 AttributesFile = Annotated[
     Path | None, typer.Option("--attributes", help="Item attributes: .csv, .jsonl or .parquet with item_id.")
 ]
 
 
-@app.callback()
-def _group() -> None:
-    """Turn the application into a group, which Typer does by itself only where it holds several commands."""
+@app.command()
+def check(file: DefinitionsFile, attributes: AttributesFile = None, json: Json = False) -> None:
+    """Validate definitions and explain each: window, what is exact, bytes per user; exit code 2 if they are not valid.
+
+    Every problem of both files is one line on standard error.
+    """
+    feature_set = _read(file, attributes, json)
+    explained = explain(feature_set)
+    if json:
+        print(json_module.dumps({"valid": True, **explained.as_json()}))
+    else:
+        _print_text(explained)
+
+
+@app.command()
+def schema(file: DefinitionsFile, attributes: AttributesFile = None) -> None:
+    """Print the JSON Schema (draft 2020-12) of the values on the topic of features."""
+    print(json_module.dumps(json_schema(_read(file, attributes, False)), indent=2, ensure_ascii=False))
 
 
 @app.command()
 def compute(  # noqa: PLR0913 - one parameter per option
     log: Annotated[Path, typer.Argument(help="Actions: .parquet, .csv, .csv.gz, .jsonl or a folder of Parquet files.")],
-    definitions: Definitions,
+    definitions: Annotated[Path, typer.Option(help="Feature definitions, a TOML file.")],
     at: Annotated[Path, typer.Option(help="Parquet file with user_id and as_of_ms: whose values, as of when.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write; it is replaced only when it is complete.")],
     attributes: AttributesFile = None,
@@ -67,7 +90,30 @@ def compute(  # noqa: PLR0913 - one parameter per option
     job = Job(features, known, log, columns, read_spine(at), out, rows_in_memory_max)
     summary = asdict(compute_features(job, lambda line: print(line, file=sys.stderr)))
     summary |= {"features": len(features.features), "feature_set": features.version, "attributes": known.version}
-    _print_json(summary, out) if json else _print_text(summary, out)
+    _print_json(summary, out) if json else _print_summary(summary, out)
+
+
+def _read(file: Path, attributes: Path | None, json: bool) -> FeatureSet:
+    """Return the feature set; print every problem and exit if there is one."""
+    feature_set, problems = read_all(file, attributes)
+    if feature_set is not None:
+        return feature_set
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
+    if json:
+        print(json_module.dumps({"valid": False, "problems": problems}))
+    raise typer.Exit(INVALID)
+
+
+def _print_text(explained: Explained) -> None:
+    whole: dict[str, Any] = explained.as_json()
+    print(f"feature set {whole['feature_set']}: {len(explained.features)} features, bytes per user:")
+    print(f"  {explained.size.typical:,} typically, {explained.size.most:,} at most")
+    for each in explained.features:
+        print(f"\n{each.name}  {each.kind}")
+        for title, text in each.lines():
+            print(f"  {title:<8}  {text}")
+    print(f"\n{explained.NOTE}")
 
 
 def _require_pyarrow() -> None:
@@ -81,7 +127,7 @@ def _print_json(summary: dict[str, Any], out: Path) -> None:
     print(json_module.dumps({"command": "features compute", **summary, "out": str(out)}))
 
 
-def _print_text(summary: dict[str, Any], out: Path) -> None:
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for note in summary["notes"]:
         print(f"note: {note}", file=sys.stderr)
     seconds = max(summary["seconds"], 1e-3)

@@ -43,7 +43,7 @@ class FeatureBatch:
     users: Sequence[bytes]
     """User ids, UTF-8; length U."""
     values: Sequence[bytes]
-    """[U] JSON objects, see `encode_values`."""
+    """[U] JSON objects, as `streams.core.features.state.FeatureState.records` has them."""
     event_times_ms: I64
     """[U], event time of the newest action inside."""
     source_offsets: I64
@@ -96,16 +96,6 @@ class UserFeatures:
     user: str
     values: dict[str, Any]
     metadata: FeatureMetadata
-
-
-def encode_values(columns: Mapping[str, Sequence[Any]]) -> list[bytes]:
-    """Return one JSON object per user, from columns [U] by feature name.
-
-    A number that is not finite, such as a sum that exceeds what a double holds, becomes null, since JSON has no other
-    way to write it.
-    """
-    names, encode = list(columns), msgspec.json.encode
-    return [encode(dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def encode_features(batch: FeatureBatch) -> Iterator[Message]:

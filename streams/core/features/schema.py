@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind, shown
+from streams.core.features.recent import SESSIONS
 
 NUMBER_BYTES_MAX = 24
 """Length of the longest number in JSON, such as -1.7976931348623157e+308."""
@@ -16,19 +17,20 @@ RANKED = {
     "items": False,
     "minItems": 2,
 }
-VERBS = {
-    Kind.COUNT: "Number of events",
-    Kind.DISTINCT: "Number of different {of}s",
-    Kind.LAST_K: "Items of the last {k} events, newest first",
-    Kind.SECONDS_SINCE: "Seconds since the last event",
-    Kind.SESSION_LENGTH: "Seconds from the first to the last event of the open session",
-    Kind.SESSION_DEPTH: "Events of the open session",
-    Kind.TOP_K: "The {k} values of {group} with the most events, each with its number",
-    Kind.DECAYED_AFFINITY: "The {k} values of {group} with the greatest sums of events, each with its sum",
-    Kind.SUM: "Sum of the {of}s of events",
-    Kind.MEAN: "Mean of the {of}s of events",
-    Kind.MIN: "Least of the {of}s of events",
-    Kind.MAX: "Greatest of the {of}s of events",
+MEANINGS = {
+    Kind.COUNT: "Number of {events}",
+    Kind.SUM: "Sum of the {of}s of {events}",
+    Kind.MEAN: "Mean of the {of}s of {events}",
+    Kind.MIN: "Least of the {of}s of {events}",
+    Kind.MAX: "Greatest of the {of}s of {events}",
+    Kind.DISTINCT: "Number of different {of}s of {events}",
+    Kind.LAST_K: "Items of the last {k} {events}, newest first",
+    Kind.SECONDS_SINCE: "Seconds since the last of the {events}",
+    Kind.SESSION_LENGTH: "Seconds from the first to the last event of the open session of {events}, {end}",
+    Kind.SESSION_DEPTH: "Number of events of the open session of {events}, {end}",
+    Kind.TOP_K: "The {k} values of {group} with the most {events}, each with its number",
+    Kind.DECAYED_AFFINITY: "The {k} values of {group} with the greatest sums of {events}, each with its sum; an event "
+    "counts half after {half_life}",
 }
 
 
@@ -47,8 +49,15 @@ def json_schema(feature_set: FeatureSet) -> dict[str, Any]:
 
 def meaning(feature: Feature) -> str:
     """Return one sentence: what is computed, from which events, over which window."""
-    subject = VERBS[feature.kind].format(of=feature.of, k=feature.k, group=feature.group)
-    return f"{subject}{_filters(feature.filter)}{_span(feature)}."
+    text = MEANINGS[feature.kind].format(
+        events=f"events{_filters(feature.filter)}{_window(feature)}",
+        of=feature.of,
+        k=feature.k,
+        group=feature.group,
+        end=f"which is over {shown(feature.gap_ms)} after its last event" if feature.gap_ms else "",
+        half_life=shown(feature.half_life_ms) if feature.half_life_ms else "",
+    )
+    return f"{text}."
 
 
 def exactness(feature: Feature) -> str:
@@ -67,7 +76,7 @@ def exactness(feature: Feature) -> str:
                 "`estimated`."
             )
         case Kind.SESSION_LENGTH | Kind.SESSION_DEPTH:
-            return "Exact, unless late events join the open session with the eighth before it."
+            return f"Exact, unless late events join the open session to one that is older than the newest {SESSIONS}."
         case Kind.SUM | Kind.MEAN:
             return "Exact up to the rounding of a double, since numbers are added in order of arrival."
         case _:
@@ -121,11 +130,7 @@ def _filters(chosen: Filter) -> str:
     return f" with {' and '.join(texts)}" if texts else ""
 
 
-def _span(feature: Feature) -> str:
-    if feature.window_ms:
-        return f" in the last {shown(feature.window_ms)}, from a boundary of {shown(feature.hop_ms)} (UTC)"
-    if feature.half_life_ms:
-        return f", where an event counts half after {shown(feature.half_life_ms)}"
-    if feature.gap_ms:
-        return f", which ends {shown(feature.gap_ms)} after its last event"
-    return ""
+def _window(feature: Feature) -> str:
+    if not feature.window_ms:
+        return ""
+    return f" in the last {shown(feature.window_ms)}, from a boundary of {shown(feature.hop_ms)} in UTC"
