@@ -5,14 +5,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 PEERS := .venv-peers
+PARTS := .venv-parts
 export OMP_NUM_THREADS ?= 1
 
 # What the base installation consists of: it has to hold on later Pythons too.
 BASE := streams.subscriber streams.producer streams.send streams.cli streams.config.settings streams.wire.embeddings \
-        infra.cli infra.commands.topics
+        infra.cli infra.commands.topics infra.commands.features
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install simulate chaos field-cases clean \
+.PHONY: help demo test test-parts lint install simulate chaos field-cases clean \
         bench-ingest bench-freshness bench-restore bench-encoder bench-train evaluate-ml1m
 
 help:  ## List the targets
@@ -23,6 +24,9 @@ demo: $(STAMP)  ## Run the whole path on MovieLens-1M and print a report; FOREVE
 
 test: lint  ## Run lint and every test, against a real Apache Kafka; JOBS=1 runs one test at a time
 	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal
+
+test-parts: $(PARTS)/installed  ## Test with other products (Feast), in an environment of their own
+	$(PARTS)/bin/python -m pytest --noconftest -o addopts= tests/parts
 
 lint: $(STAMP)  ## Check style, types and import rules
 	$(BIN)/ruff check .
@@ -61,7 +65,7 @@ evaluate-ml1m: $(STAMP)  ## Train and evaluate on MovieLens-1M; SEEDS=1,2,3 MINU
 	$(BIN)/python -m infra.bench.training.ml1m --seeds $(or $(SEEDS),1) --minutes $(or $(MINUTES),0)
 
 clean:  ## Remove environments, caches, reports and builds; RELEASES=1 removes releases/ too
-	rm -rf .venv $(PEERS) build dist *.egg-info reports $(if $(RELEASES),releases) \
+	rm -rf .venv $(PEERS) $(PARTS) build dist *.egg-info reports $(if $(RELEASES),releases) \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find streams encoder infra tests docs -name __pycache__ -prune -exec rm -rf {} +
 
@@ -73,6 +77,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  { rm -rf .venv; echo "error: no virtual environment; on Debian: apt-get install python3.11-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]' || \
 	  { echo "error: the installation failed, see the lines above; check network and disk, then run make again"; exit 1; }
+	@touch $@
+
+# The base installation, because that is what reads features where Feast runs.
+$(PARTS)/installed: tests/parts/requirements.txt pyproject.toml
+	@echo "installing Feast and the base installation into $(PARTS) (about 600 MB)"
+	@test -x $(PARTS)/bin/python || $(PYTHON) -m venv $(PARTS)
+	@$(PARTS)/bin/python -m pip install --quiet --disable-pip-version-check -e . -r $<
 	@touch $@
 
 # A baseline that cannot be installed is left out of the comparison, which then says so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
 import uuid
@@ -11,6 +12,9 @@ import hypothesis  # imported early, because CPython 3.11 can fail to parse it l
 import pytest
 
 from infra.kafka.broker import Broker, ExternalBroker, broker_or_external
+
+collect_ignore = [] if importlib.util.find_spec("feast") else ["parts"]
+"""Tests with other products run in an environment of their own: `make test-parts`."""
 
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")

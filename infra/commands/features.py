@@ -1,4 +1,4 @@
-"""`streamformer features`: check definitions, and compute features from a log instead of the stream."""
+"""`streamformer features`: check definitions, use them elsewhere, and compute features from a log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from infra.errors import InfraError
 from infra.features.definitions import load_definitions
 from infra.features.explain import Explained, explain, read_all
+from infra.features.feast import FILE_NAME, feast_file
 from infra.signals import interrupt_on_sigterm
 from streams.core.features.definitions import FeatureSet
 from streams.core.features.schema import json_schema
@@ -50,6 +51,24 @@ def check(file: DefinitionsFile, attributes: AttributesFile = None, json: Json =
 def schema(file: DefinitionsFile, attributes: AttributesFile = None) -> None:
     """Print the JSON Schema (draft 2020-12) of the values on the topic of features."""
     print(json_module.dumps(json_schema(_read(file, attributes, False)), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def feast(
+    file: DefinitionsFile,
+    attributes: AttributesFile = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"Folder of a Feast repository to write {FILE_NAME} to; default: print it.")
+    ] = None,
+) -> None:
+    """Generate a Feast feature view with a push source: entity user, one field per feature."""
+    text = feast_file(_read(file, attributes, False))
+    if out is None:
+        print(text, end="")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE_NAME).write_text(text, encoding="utf-8")
+    print(out / FILE_NAME)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Bytes of a user's packed feature state: at most, and typically. Pure; the layout is that of `pack.h`.
+"""Bytes of a user's packed feature state: at most, and typically. Pure; the layout is in `pack.h` and `complete.h`.
 
 Typical is a user who acts on one day of four, about 12 times within two hours, on 10 items and 8 values of an
 attribute:
@@ -24,6 +24,10 @@ ITEMS, SURFACES, VALUES = 10, 2, 8
 """Of a typical user: items per active day, surfaces, values of an attribute."""
 HOP_BYTES, TIME_BYTES, COUNT_BYTES, NUMBER_BYTES = 5, 6, 5, 9
 """Most bytes of a hop's number, of a time before the year 2109, of a count below 2^31, and of any number."""
+HEAD_BYTES = 9
+"""Bytes of the feature set's hash and of the number of features that are not complete."""
+COMPLETE_BYTES = 2 + TIME_BYTES
+"""Bytes of the time from which on a feature is complete, while it is not."""
 ID_BYTES = 4
 """Bytes of a hashed id or name."""
 
@@ -45,8 +49,11 @@ def size_of(features: FeatureSet | Feature) -> Size:
     Features with windows of one hop share tiles, so a set can take less than the sum of its features; it can take more
     if their windows are of different lengths, because the tiles of all cover the longest.
     """
-    chosen = features.features if isinstance(features, FeatureSet) else (features,)
-    total = Size(0, 0)
+    if isinstance(features, FeatureSet):
+        chosen, total = features.features, Size(HEAD_BYTES, HEAD_BYTES + 1)
+    else:
+        chosen, total = (features,), Size(0, 0)
+    total += Size(0, COMPLETE_BYTES * len(chosen))
     for hop_ms in sorted({each.hop_ms for each in chosen if each.kind in KINDS}):
         total += _ring([each for each in chosen if each.kind in KINDS and each.hop_ms == hop_ms])
     for _ in {(each.filter, each.gap_ms) for each in chosen if each.gap_ms}:

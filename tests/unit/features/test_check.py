@@ -60,7 +60,7 @@ def test_each_feature_is_explained() -> None:
         "  exact     Exact while at most 64 different items are in the window; beyond that a theta sketch with a "
         "relative standard error of about 12.5 %, and named in the header `estimated`.",
         "  cap       64 per user",
-        "  bytes     107 typically, 333 at most",
+        "  bytes     107 typically, 341 at most",
     ]
     assert sections[4].splitlines()[0] == "last_home  last_k"
     assert not any("window" in line or "cap" in line for line in sections[4].splitlines())
