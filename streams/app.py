@@ -20,8 +20,10 @@ from yarl import URL
 
 from encoder.inference import EncoderRuntime, load_runtime
 from streams.config.settings import Settings
+from streams.core.features.partition import FeatureConfig
 from streams.core.layout import StateLimits
 from streams.core.policy import TriggerPolicy, parse_policy
+from streams.encoding.no_encoder import NoEncoder
 from streams.encoding.queue import EncodeQueuePolicy
 from streams.engine.compat import STORE_URL, install_overrides
 from streams.engine.dead_letters import size_of
@@ -36,6 +38,7 @@ from streams.engine.topic_limits import TopicLimits
 from streams.engine.topic_watch import TopicWatch
 from streams.errors import SettingsError
 from streams.expiry import Expiry
+from streams.features import load_features
 from streams.ingest import InFlightLimits
 from streams.parts import PartsConfig, WorkerParts
 from streams.storage.codec import largest_value
@@ -67,9 +70,10 @@ class WorkerApp(WorkerParts):
         install_overrides()
         self.settings = settings
         self._block_cache = Cache(settings.checkpoint.store_cache_bytes)
-        super().__init__(_parts_config(settings), load_encoder(settings), Metrics(), now_ms=now_ms, abort=abort)
+        config = _parts_config(settings)
+        super().__init__(config, load_encoder(settings, config.features), Metrics(), now_ms=now_ms, abort=abort)
         topics = settings.topics
-        watched = (topics.actions, settings.changelog_topic, topics.embeddings, topics.dead_letter)
+        watched = (topics.actions, settings.changelog_topic, *settings.output_topics, topics.dead_letter)
         self.topic_watch = TopicWatch(self.partitions, self.partitions.cluster, watched, topics.partitions)
         self.former_stores = FormerStores(
             settings.data_dir,
@@ -134,21 +138,25 @@ class WorkerApp(WorkerParts):
         PartitionStore.destroy(path)
 
     def largest_records(self) -> dict[str, int]:
-        """Return the size of the largest record that this worker may write to each topic, embeddings and changelog."""
+        """Return the size of the largest record that this worker may write to each topic, as far as that is bounded."""
         settings = self.settings
         id_bytes = 4 * settings.decode.id_chars_max  # UTF-8 takes at most four bytes per character
-        embedding = largest_embedding(
-            id_bytes, self.runtime.embedding_dim, self.runtime.version, EmbeddingCodec(settings.output.codec)
-        )
-        return {
-            settings.topics.embeddings: size_of(embedding),
-            settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._config.state)), [])),
-        }
+        largest = {settings.changelog_topic: size_of((bytes(id_bytes), bytes(largest_value(self._config.state)), []))}
+        if self.runtime.version:
+            codec = EmbeddingCodec(settings.output.codec)
+            embedding = largest_embedding(id_bytes, self.runtime.embedding_dim, self.runtime.version, codec)
+            largest[settings.topics.embeddings] = size_of(embedding)
+        return largest
 
 
-def load_encoder(settings: Settings) -> EncoderRuntime:
-    """Load the release; one thread, because more cores are used by more workers. Raises `SettingsError`."""
+def load_encoder(settings: Settings, features: FeatureConfig | None = None) -> EncoderRuntime:
+    """Load the release; one thread, because more cores are used by more workers. Raises `SettingsError`.
+
+    A worker that computes features needs none.
+    """
     encoder = settings.encoder
+    if encoder.release_dir is None and features is not None:
+        return NoEncoder()
     if encoder.release_dir is None:
         remedy = "create a release with `streamformer train` or `make demo`"
         raise SettingsError([f"encoder.release_dir: the worker needs a release; {remedy}"])
@@ -189,12 +197,15 @@ def _state_limits(settings: Settings) -> StateLimits:
         hot_users_max=state.hot_users_max,
         wake_users_max=min(state.wake_users_max, state.hot_users_max),
         user_ttl_ms=state.user_ttl_ms,
+        counts_too_old=settings.features.definitions_file is not None,
     )
 
 
 def _outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsConfig:
+    topics, written = settings.topics, settings.output_topics
     return OutputsConfig(
-        embeddings_topic=settings.topics.embeddings,
+        embeddings_topic=topics.embeddings if topics.embeddings in written else "",
+        features_topic=topics.features if topics.features in written else "",
         dead_letter_topic=settings.topics.dead_letter,
         codec=EmbeddingCodec(settings.output.codec),
         client=client,
@@ -203,24 +214,43 @@ def _outputs_config(settings: Settings, client: Mapping[str, Any]) -> OutputsCon
 
 
 def _parts_config(settings: Settings) -> PartsConfig:
-    client, output = settings.kafka.client_options(), settings.output
+    client, output, features = settings.kafka.client_options(), settings.output, load_features(settings)
     limits = _topic_limits(settings, client)
     return PartsConfig(
         policy=_trigger_policy(settings),
         state=_state_limits(settings),
-        hot_users_worker_max=settings.state.hot_users_worker_max,
-        decode=DecodeLimits(**settings.decode.model_dump()),
+        hot_users_worker_max=_hot_users_worker_max(settings, features),
+        decode=DecodeLimits(**settings.decode.model_dump(), with_values=features is not None),
         queue=EncodeQueuePolicy(**settings.queue.model_dump()),
         outputs=_outputs_config(settings, client),
         partitions=_partitions_config(settings, client, limits),
         checkpoint_events_max=settings.checkpoint.events_max,
         in_flight_max=InFlightLimits(output.dead_letters_max, output.dead_letter_bytes_max),
+        features=features,
     )
+
+
+def _hot_users_worker_max(settings: Settings, features: FeatureConfig | None) -> int:
+    """Return how many users of all partitions may be in memory, by number and by the memory of their features."""
+    users_max = settings.state.hot_users_worker_max
+    if features is None:
+        return users_max
+    row_bytes = features.row_bytes()
+    affordable = settings.features.memory_bytes_max // row_bytes
+    if affordable < settings.topics.partitions:
+        raise SettingsError(
+            [
+                f"features.memory_bytes_max: the features of one user take {row_bytes} bytes in memory, so "
+                f"{settings.features.memory_bytes_max} are not enough for a user in each of "
+                f"{settings.topics.partitions} partitions; raise it, or lower the caps of the definitions"
+            ]
+        )
+    return min(users_max, affordable)
 
 
 def _topic_limits(settings: Settings, client: Mapping[str, Any]) -> TopicLimits:
     topics = settings.topics
-    written = topics.embeddings, topics.dead_letter, settings.changelog_topic
+    written = *settings.output_topics, topics.dead_letter, settings.changelog_topic
     return TopicLimits(client, written, partitions=topics.partitions)
 
 

@@ -260,7 +260,7 @@ class Ingest:
             cold = state.missing(users)
             state.evict(len(cold), spare=users)
         try:
-            read = read_users(owned.store, cold, state.limits)
+            read = read_users(owned.store, cold, state.limits, with_features=state.features is not None)
             noted = owned.store.noted(cold) if owned.has_notes else []
         except StoreDamaged as damage:
             logger.error("%s: %s", owned.tp, damage)
@@ -268,7 +268,7 @@ class Ingest:
             return False
         if read.corrupt and not await self._quarantine(owned, read.corrupt):
             return False
-        state.load(cold, read.stored)
+        state.load(cold, read.stored, read.features)
         if noted:
             rows = [row for row, offset in enumerate(noted) if offset != NO_NOTE]
             state.seed_published([cold[row] for row in rows], np.array([noted[row] for row in rows], np.int64))
@@ -308,8 +308,11 @@ class Ingest:
             offsets = effects.forgotten_offsets.tolist()
             forgotten, source_id = zip(effects.forgotten, offsets, strict=True), owned.mark.source_id
             tombstones = [encode_tombstone(user, offset, source_id) for user, offset in forgotten]
-            sending = self._outputs.publish_tombstones(owned.tp.partition, tombstones)
-            owned.undelivered.add(sending, len(tombstones), weight_of(tombstones))
+            for topic in self._outputs.topics:
+                sending = self._outputs.publish_tombstones(owned.tp.partition, tombstones, topic)
+                owned.undelivered.add(sending, len(tombstones), weight_of(tombstones))
+        if effects.refresh and jobs is not None:
+            jobs.refresh(effects.refresh)
 
     def _reject(self, owned: OwnedPartition, records: Sequence[Any], decoded: Decoded) -> None:
         topic, partition = owned.tp

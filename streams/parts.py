@@ -8,22 +8,25 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encoder.inference import EncoderRuntime
+from streams.core.features.partition import FeatureConfig
 from streams.core.layout import StateLimits, share
 from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
 from streams.encoding.partition_jobs import PartitionJobs
 from streams.encoding.queue import EncodeQueue, EncodeQueuePolicy
 from streams.engine.delivery import RecordBatch
-from streams.engine.outputs import Outputs, OutputsConfig, Published
+from streams.engine.outputs import Outputs, OutputsConfig
+from streams.engine.own_records import OwnRecords, Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
 from streams.engine.partitions import Partitions
 from streams.errors import HaltsPartition, StopsWorker
 from streams.ingest import InFlightLimits, Ingest
+from streams.storage.codec import CheckpointMark
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
@@ -45,6 +48,8 @@ class PartsConfig:
     partitions: PartitionsConfig
     checkpoint_events_max: int
     in_flight_max: InFlightLimits
+    features: FeatureConfig | None = None
+    """None for a worker that computes no features."""
 
 
 class WorkerParts:
@@ -100,7 +105,7 @@ class WorkerParts:
 
         The shares stay the same for as long as the state lives, because every assignment begins with new states.
         """
-        return PartitionState(self._config.policy, self._shared_limits())
+        return PartitionState(self._config.policy, self._shared_limits(), self._config.features)
 
     def _shared_limits(self) -> StateLimits:
         return share(self._config.state, self._config.hot_users_worker_max, len(self.partitions.assigned))
@@ -113,9 +118,17 @@ class WorkerParts:
         """Delete the local database at `path`."""
         raise NotImplementedError
 
-    def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
-        """Yield what this encoder version has published from output offset `offset` on, from the source of that id."""
-        return self.outputs.published_since(partition, offset, self.runtime.version, source_id)
+    def published_since(self, partition: int, mark: CheckpointMark) -> list[AsyncGenerator[Published] | None]:
+        """Return what yields the embeddings and the features published after a mark; None where there is no topic."""
+        config, features = self._config.outputs, self._config.features
+        own = OwnRecords(self.runtime.version, features.feature_set.version if features else "", mark.source_id)
+        topics = (config.embeddings_topic, mark.output_offset), (config.features_topic, mark.features_offset)
+        return [
+            self.outputs.published_since(topic, partition, offset, replace(own, is_features=index == 1))
+            if topic
+            else None
+            for index, (topic, offset) in enumerate(topics)
+        ]
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Begin to process a partition."""

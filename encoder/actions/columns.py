@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from encoder.arrays import I64, Bool
+from encoder.arrays import F64, I64, Bool
 
 ACTION_DTYPE = np.dtype(
     [
@@ -65,15 +65,22 @@ class ActionBatch:
     """[N] whether a row deletes its user."""
     arrival_ms: I64
     """[N] when the broker appended each record, as far as that is known: see `streams.wire.actions`."""
+    values: F64 | None = None
+    """[N] the number `value` of each action, NaN where it has none; None if no action has one. It is not kept in
+    sequences."""
 
     def __len__(self) -> int:
         return len(self.users)
 
     def select(self, rows: I64) -> ActionBatch:
         """Return a batch of only these rows."""
-        users = [self.users[row] for row in rows.tolist()]
         return ActionBatch(
-            users, self.actions[rows], self.offsets[rows], self.is_tombstone[rows], self.arrival_ms[rows]
+            [self.users[row] for row in rows.tolist()],
+            self.actions[rows],
+            self.offsets[rows],
+            self.is_tombstone[rows],
+            self.arrival_ms[rows],
+            None if self.values is None else self.values[rows],
         )
 
 

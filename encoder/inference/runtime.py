@@ -1,23 +1,21 @@
-"""The interface through which streams/ embeds users, and its constructor, which starts from a release on disk."""
+"""The constructor of the runtime through which streams/ embeds users, which starts from a release on disk."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encoder.actions.columns import SequenceBatch
-from encoder.arrays import F32
 from encoder.hardware import CPU, gpu_precision, own_device
 from encoder.inference.cuda import CudaForwardPass
 from encoder.inference.forward import ForwardPass
 from encoder.inference.full import FULL_USERS_MAX, FullStreamingRuntime, FullWindowRuntime
 from encoder.inference.incremental import IncrementalRuntime
+from encoder.inference.interface import EncoderRuntime
 from encoder.inference.kernel import Geometry, Kernel, Precision
 from encoder.inference.linear import prepare_linear
 from encoder.inference.native import Library, NativeKernel
@@ -28,33 +26,6 @@ from encoder.release import Release, load_release
 
 Kind = Literal["incremental", "full"]
 DType = Literal["auto", "fp32", "bf16"]
-
-
-class EncoderRuntime(Protocol):
-    """Embeds users; always called from the same thread. The rest of a batch never changes a user's embedding."""
-
-    version: str
-    """Version of the loaded release."""
-    embedding_dim: int
-    sequence_length: int
-    """Number of newest actions that an embedding can depend on, M; callers pass at most M rows per user."""
-    actions_needed: int
-    """Number of newest actions that callers have to keep per user; with fewer, embeddings depend on what is cached."""
-    dtype: str
-    """Type of the matrix products: `float32` or `bfloat16`."""
-    extensions: int
-    """Number of embeddings so far that were computed from the cache and the new actions alone."""
-    prefills: int
-    """Number of embeddings so far for which a sequence was computed from its start."""
-
-    def embed(self, batch: SequenceBatch) -> F32:
-        """Return embeddings [U, E] of length one; each user occurs once and has at least one row, else `ValueError`."""
-
-    def forget(self, users: Sequence[bytes]) -> None:
-        """Drop what is cached of these users."""
-
-    def clear(self) -> None:
-        """Drop what is cached of all users."""
 
 
 def load_runtime(

@@ -80,6 +80,7 @@ def deploy(
     random_release(ENCODER, seed=SEED).save(release_dir)
     groups = {group: {**values} for group, values in DEFAULTS.items()}
     groups["topics"].update(actions=f"{name}-in", embeddings=f"{name}-out", dead_letter=f"{name}-dead")
+    groups["topics"].update(features=f"{name}-features")
     groups["kafka"]["bootstrap_servers"] = bootstrap_servers
     groups["encoder"]["release_dir"] = str(release_dir)
     for group, values in (overrides or {}).items():

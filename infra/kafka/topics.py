@@ -64,9 +64,13 @@ class Topic:
 def topics_of(settings: Settings) -> tuple[Topic, ...]:
     """Return every topic of the application; all have one partition count, so that a user has one partition."""
     names, partitions = settings.topics, settings.topics.partitions
+    outputs = [
+        Topic(name, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE)
+        for name in settings.output_topics
+    ]
     return (
         Topic(names.actions, partitions, "delete", _ACTIONS_CONFIGS, _READ),
-        Topic(names.embeddings, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE),
+        *outputs,
         Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS, _WRITE),
         Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS, _READ | _WRITE),
     )

@@ -120,6 +120,8 @@ class TopicsSettings(Group):
     """Input topic: actions, keyed by user."""
     embeddings: Name = "user-embeddings"
     """Output topic: the newest embedding of each user; compacted."""
+    features: Name = "user-features"
+    """Output topic: the newest features of each user; compacted. It is needed where features are computed."""
     dead_letter: Name = "user-actions.dead-letter"
     """Output topic: rejected records, with the reason in a header."""
     partitions: Positive = 4
@@ -203,11 +205,31 @@ class TriggersSettings(Group):
     """TOML file with the trigger policy; without it every action is a trigger."""
 
 
+class FeaturesSettings(Group):
+    """The features that the worker computes; see docs/guides/features.md."""
+
+    definitions_file: FilePath | None = None
+    """TOML file with the definitions; without it no features are computed."""
+    attributes_file: FilePath | None = None
+    """CSV, JSON lines or Parquet file with the item attributes that the definitions use."""
+    refresh: Literal["never", "active", "always"] = "never"
+    """Whether a user is published again when a value changes without an event: never, only while the newest action is
+    at most `refresh_active_ms` old, or always."""
+    refresh_every_ms: Positive = 60_000
+    """Least time between two such publications of a user."""
+    refresh_active_ms: Positive = 604_800_000
+    """Age of a user's newest action up to which it counts as active."""
+    memory_bytes_max: Positive = 1_073_741_824
+    """Memory of the feature state of users in memory, per worker. It bounds how many users are in memory, as
+    `state.hot_users_worker_max` does; the others are on disk."""
+
+
 class EncoderSettings(Group):
     """The encoder that the worker runs."""
 
     release_dir: Path | None = None
-    """Folder of the release; required by `streamformer worker`."""
+    """Folder of the release. Without one the worker computes features only; without definitions too it does not
+    start."""
     runtime: Literal["incremental", "full"] = "incremental"
     """`incremental` reuses the keys and values of actions encoded before; `full` recomputes the whole sequence for each
     embedding."""

@@ -23,6 +23,7 @@ from streams.config.groups import (
     CheckpointSettings,
     DecodeSettings,
     EncoderSettings,
+    FeaturesSettings,
     Group,
     KafkaSettings,
     Name,
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     decode: DecodeSettings = DecodeSettings()
     triggers: TriggersSettings = TriggersSettings()
     encoder: EncoderSettings = EncoderSettings()
+    features: FeaturesSettings = FeaturesSettings()
     queue: QueueSettings = QueueSettings()
     output: OutputSettings = OutputSettings()
     web: WebSettings = WebSettings()
@@ -80,6 +82,13 @@ class Settings(BaseSettings):
         if self.checkpoint.interval_ms >= self.worker.watchdog_timeout_ms:
             raise ValueError("checkpoint.interval_ms must be below worker.watchdog_timeout_ms, which watches it")
         return self
+
+    @property
+    def output_topics(self) -> list[str]:
+        """Names of the topics of what is computed of users."""
+        topics, has_features = self.topics, self.features.definitions_file is not None
+        has_encoder = self.encoder.release_dir is not None or not has_features
+        return [topics.embeddings] * has_encoder + [topics.features] * has_features
 
     @property
     def changelog_topic(self) -> str:

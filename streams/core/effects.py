@@ -31,6 +31,9 @@ class Effects:
     expired: list[bytes] = field(default_factory=list)
     """Users forgotten because of the TTL: nothing computed from their actions may be used again."""
 
+    refresh: list[bytes] = field(default_factory=list)
+    """Users whose features are to be published again, because a value has changed without an event."""
+
     def count(self, outcome: Outcome) -> int:
         """Return how many events of the batch had this outcome."""
         return int(np.count_nonzero(self.outcomes == outcome))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ class EncodeJob:
     """[U] of `Reason`."""
     arrival_ms: I64
     """[U], arrival time of the event of `offsets`; LONG_AGO if it arrived before the user was loaded into memory."""
+    features: Awaitable[bool] | None = None
+    """Becomes whether the features of all its users are acknowledged; None where no features are computed."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -41,9 +43,8 @@ class EncodeJob:
             counts=batch.counts[rows],
             revisions=batch.revisions[rows],
         )
-        return EncodeJob(
-            sequences, self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows], self.arrival_ms[rows]
-        )
+        columns = self.offsets[rows], self.newest_event_ms[rows], self.reasons[rows], self.arrival_ms[rows]
+        return EncodeJob(sequences, *columns, self.features)
 
 
 def merged(jobs: Sequence[EncodeJob]) -> EncodeJob:

@@ -70,6 +70,8 @@ class StateLimits:
     """Users whose timers are fired, or who are loaded for it, at a time."""
     user_ttl_ms: int = 0
     """Time without an action after which a user is forgotten; 0 means never."""
+    counts_too_old: bool = False
+    """Whether an event that is older than everything kept is applied too, because features count it."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -107,6 +109,20 @@ class StoredSequences:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFeatures:
+    """The durable feature state of a user; it belongs to the sequence with the same `count` and `revision`."""
+
+    count: int
+    revision: int
+    refresh_ms: int
+    """Processing time at which the features are published again without an event; NEVER if they are not."""
+    had_refresh: bool
+    """Whether the record before this one had a refresh, so the index may have an entry that must be deleted."""
+    packed: bytes
+    """Written by `streams.core.features.state.FeatureState.pack`; it begins with the feature set."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything that a checkpoint must write: the users that changed since the last one."""
 
@@ -135,6 +151,8 @@ class Snapshot:
     """[U], whether the user was forgotten since the last snapshot."""
     gone: Bool
     """[U], whether the user has expired, so that its head is deleted instead of written."""
+    features: Sequence[StoredFeatures | None] = ()
+    """[U], None where nothing is to be written; empty if no features are computed."""
 
     def __len__(self) -> int:
         return len(self.users)

@@ -47,6 +47,8 @@ class Merging:
     length_max: int
     ttl_ms: int = 0
     """Gap between two actions at which the older ones are forgotten; 0 means none."""
+    counts_too_old: bool = False
+    """See `streams.core.layout.StateLimits`."""
 
     def __post_init__(self) -> None:
         self.times: list[int] = self.kept["timestamp_ms"].tolist()
@@ -72,6 +74,8 @@ class Merging:
             self.expired_at = offset - 1
         place = bisect_right(self.times, timestamp_ms)  # after actions of equal event time
         if place == 0 and len(self.times) == self.length_max:
+            if self.counts_too_old:
+                self.applied_offset = offset
             return Outcome.TOO_OLD
         is_late = place < len(self.times)
         if is_late:

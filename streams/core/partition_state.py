@@ -29,6 +29,11 @@ The encode queue begins each job once and ends it once:
     state.retry_job(job, now_ms, delay_ms)  # encoding or publishing failed: due again after the delay
     state.requeue(users, now_ms, delay_ms)  # shed from the queue before a job took them: due again after the delay
 
+Where features are computed (`streams.core.features.partition`), a job has a second half, which is published first:
+
+    job = state.feature_job(users, now_ms)  # of the users of a job, or of effects.refresh
+    state.finish_feature_job(job, now_ms)   # the features topic has acknowledged it
+
 A checkpoint (see streams.storage.checkpoint) begins once and ends once:
 
     snapshot = state.begin_checkpoint()
@@ -46,6 +51,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -57,8 +63,9 @@ from streams.core.columns import rows_where, run_lengths, run_starts
 from streams.core.covered import ColdOutputs, cover, cover_found
 from streams.core.deadlines import Deadlines
 from streams.core.effects import Effects
+from streams.core.features.partition import FeatureConfig, FeatureJob, PartitionFeatures
 from streams.core.jobs import EncodeJob
-from streams.core.layout import LONG_AGO, NEVER, Snapshot, StateLimits, StoredSequences
+from streams.core.layout import LONG_AGO, NEVER, Snapshot, StateLimits, StoredFeatures, StoredSequences
 from streams.core.merge import Outcome
 from streams.core.policy import TriggerPolicy
 from streams.core.sequences import SequenceState
@@ -66,16 +73,17 @@ from streams.core.triggers import Touched, Triggers
 
 SEED_USERS_PER_STEP = 100_000
 """Deadlines entered into the wheel at a time by `seed_deadlines`."""
-_LATE = int(Outcome.LATE)
-"""A plain int: an enum lookup costs as much as one step of a small batch."""
+_LATE, _TOO_OLD = int(Outcome.LATE), int(Outcome.TOO_OLD)
+"""Plain ints: an enum lookup costs as much as one step of a small batch."""
 
 
 class PartitionState:
     """Sequences, triggers and deadlines of one source partition."""
 
-    def __init__(self, policy: TriggerPolicy, limits: StateLimits) -> None:
+    def __init__(self, policy: TriggerPolicy, limits: StateLimits, features: FeatureConfig | None = None) -> None:
         self.policy, self.limits = policy, limits
         self._sequences = SequenceState(limits)
+        self.features = PartitionFeatures(features, limits.hot_users_max) if features else None
         self._triggers = Triggers(policy)
         self._deadlines = Deadlines()
         self._cold_outputs = ColdOutputs()
@@ -101,11 +109,18 @@ class PartitionState:
         """Return how many of `users`, who are in memory, have no action."""
         return int((self._sequences.headers["count"][self._sequences.rows_of(users)] == 0).sum())
 
-    def load(self, users: Sequence[bytes], stored: StoredSequences) -> None:
-        """Take cold users into memory, `stored` being aligned with `users`; raise `StateFull` beyond `room`."""
+    def load(
+        self, users: Sequence[bytes], stored: StoredSequences, features: Sequence[StoredFeatures | None] = ()
+    ) -> None:
+        """Take cold users into memory, `stored` being aligned with `users`; raise `StateFull` beyond `room`.
+
+        `features` is aligned too, or empty where no features are computed.
+        """
         if not users:
             return
         rows = self._sequences.load(users, stored, self._phases_ms(users))
+        if self.features:
+            self.features.load(rows, stored, features or [None] * len(users))
         self._enter(rows)
         known, offsets = self._cold_outputs.take(users)
         if known:
@@ -128,6 +143,8 @@ class PartitionState:
         rows = sequences.least_recently_used(rows, wanted)
         due_ms = self._look_at_ms(rows)
         users = sequences.drop(rows)
+        if self.features:
+            self.features.drop(rows)
         waiting = rows_where(due_ms != NEVER)
         self._deadlines.add_cold([users[index] for index in waiting.tolist()], due_ms[waiting])
         return len(users)
@@ -138,7 +155,11 @@ class PartitionState:
         """Apply a batch and fire triggers; raise KeyError if a user of the batch is not in memory."""
         applied = self._sequences.apply(batch)
         forgotten, forgotten_offsets, expired = expiry.forget(self._sequences, batch, applied)
-        events = rows_where(applied.outcomes <= _LATE)  # APPLIED or LATE
+        is_applied = applied.outcomes <= _LATE  # APPLIED or LATE
+        if self.features:
+            self.features.apply(batch, applied)
+            is_applied |= applied.outcomes == _TOO_OLD
+        events = rows_where(is_applied)
         events = events[np.argsort(applied.rows[events], kind="stable")]
         due = self._fire(batch, applied.rows[events], events, now_ms) if len(events) else events
         return self._effects(due, forgotten, forgotten_offsets, [], applied.outcomes, expired)
@@ -147,6 +168,8 @@ class PartitionState:
         """Forget those of distinct hot `users` whose newest action is the TTL old; `offset` is the last one applied."""
         rows = expiry.overdue(self._sequences, self._sequences.rows_of(users), now_ms, offset)
         expiry.empty(self._sequences, rows)
+        if self.features:
+            self.features.clear(rows)
         names, offsets = self._sequences.users_of(rows), np.full(len(rows), offset)
         forgotten = expiry.end_triggers(self._sequences, names, rows, offsets)
         none = np.zeros(0, np.int64)
@@ -166,9 +189,11 @@ class PartitionState:
         for column in ("reason", "due_offset", "due_ms"):
             live["dirty"] |= headers[column] != before[column]
         self._sequences.put(rows, headers, live)
+        refresh = self._refresh_now(popped, now_ms)
         self._enter(popped)
         none = np.zeros(0, np.int64)
-        return self._effects(rows[go], [], none, self.missing(cold), np.zeros(0, np.uint8))
+        effects = self._effects(rows[go], [], none, self.missing(cold), np.zeros(0, np.uint8))
+        return replace(effects, refresh=refresh) if refresh else effects
 
     @property
     def next_deadline_ms(self) -> int | None:
@@ -210,7 +235,8 @@ class PartitionState:
             revisions=headers["revision"].astype(np.int64),
         )
         columns = headers["applied_offset"], live["newest_ms"], headers["reason"], live["arrival_ms"]
-        return EncodeJob(batch, *(column.copy() for column in columns))
+        offsets, newest_ms, reasons, arrival_ms = (column.copy() for column in columns)
+        return EncodeJob(batch, offsets, newest_ms, reasons, arrival_ms)
 
     def drop_outdated(self, job: EncodeJob) -> I64:
         """End the job of users forgotten or published since it began; return the rows of `job` to publish."""
@@ -275,6 +301,36 @@ class PartitionState:
         for index in np.delete(np.arange(len(users)), hot).tolist() if cold else ():
             self._cold_outputs.add(users[index], int(offsets[index]))
 
+    # -- features
+
+    def feature_job(self, users: Sequence[bytes], now_ms: int) -> FeatureJob:
+        """Return the features of those of distinct `users` that are in memory and have an action, as of now."""
+        assert self.features is not None
+        hot = [user for user in users if user in self._sequences.row_of]
+        rows = self._sequences.rows_of(hot)
+        headers, live = self._sequences.columns(rows)
+        if not (headers["count"] > 0).all():
+            acting = rows_where(headers["count"] > 0)
+            return self.feature_job([hot[index] for index in acting.tolist()], now_ms)
+        return self.features.job(hot, rows, headers, live["newest_ms"].copy(), now_ms)
+
+    def finish_feature_job(self, job: FeatureJob, now_ms: int) -> None:
+        """Record that the features topic has acknowledged a job, and set when its users are refreshed."""
+        assert self.features is not None
+        hot = self._hot(job.users)
+        rows = self._sequences.rows_of([job.users[index] for index in hot.tolist()])
+        changed = self.features.plan(rows, job.records.valid_until_ms[hot], job.newest_event_ms[hot], now_ms)
+        self._sequences.live["dirty"][changed] = True
+        self._enter(rows)
+
+    def _refresh_now(self, rows: I64, now_ms: int) -> list[bytes]:
+        """Return which users in `rows` are to be refreshed; those that are due are published without that."""
+        if not self.features:
+            return []
+        headers, live = self._sequences.columns(rows)
+        idle = rows[~live["queued"] & ~live["in_job"] & (headers["count"] > 0) & (headers["reason"] == 0)]
+        return self._sequences.users_of(self.features.due(idle, now_ms))
+
     # -- checkpoints
 
     @property
@@ -289,7 +345,11 @@ class PartitionState:
 
     def begin_checkpoint(self) -> Snapshot:
         """Return all that changed since the last snapshot; its users stay in memory until the checkpoint ends."""
-        return snapshots.begin(self._sequences)
+        snapshot = snapshots.begin(self._sequences)
+        if not self.features:
+            return snapshot
+        rows = self._sequences.rows_of(snapshot.users)
+        return replace(snapshot, features=self.features.pack(rows, snapshot.headers))
 
     def commit_checkpoint(self, snapshot: Snapshot) -> None:
         """Record that the snapshot is durable."""
@@ -298,6 +358,8 @@ class PartitionState:
     def abort_checkpoint(self, snapshot: Snapshot) -> None:
         """Mark everything in the snapshot as changed again, because it may not be durable."""
         snapshots.abort(self._sequences, snapshot)
+        if self.features:
+            self.features.unpacked(self._sequences.rows_of(snapshot.users))
 
     # -- inside
 
@@ -362,7 +424,7 @@ class PartitionState:
     def _look_at_ms(self, rows: I64) -> I64:
         """Return when each user is to be looked at: its deadline, but not before `retry_ms`; NEVER without one."""
         at_ms: I64 = np.maximum(self._sequences.headers["due_ms"][rows], self._sequences.live["retry_ms"][rows])
-        return at_ms
+        return np.minimum(at_ms, self.features.refresh_ms[rows]) if self.features else at_ms
 
     def _phases_ms(self, users: Sequence[bytes]) -> I64:
         """Return a fixed shift per user, 0 to `spread_ms`, so that deadlines do not fall due all at once."""

@@ -301,6 +301,7 @@ class SequenceState:
             int(headers["forgotten_ms"][0]),
             self.limits.sequence_length,
             self.limits.user_ttl_ms,
+            self.limits.counts_too_old,
         )
         offsets, tombstones = batch.offsets[events].tolist(), batch.is_tombstone[events].tolist()
         actions, outcomes = merge(merging, batch.actions[events], offsets, tombstones)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,19 @@ import numpy as np
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
-from encoder.arrays import I64
 from streams.engine.changelog import LogReader
 from streams.engine.clients import KAFKA, Clients
 from streams.engine.dead_letters import DeadLetters
 from streams.engine.lanes import RECORDS_MAX, Lane
+from streams.engine.own_records import OwnRecords, Published
 from streams.engine.packing import BATCH_BYTES_MAX
 from streams.engine.producers import ProducerPool
 from streams.engine.topic_limits import TopicLimits
 from streams.errors import CannotStart
 from streams.telemetry.metrics import Metrics
-from streams.wire.embeddings import (
-    EmbeddingBatch,
-    EmbeddingCodec,
-    MalformedEmbedding,
-    Message,
-    decode_metadata,
-    encode_embeddings,
-)
+from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings
+from streams.wire.features import FeatureBatch, encode_features
+from streams.wire.headers import Message
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +51,11 @@ class RecordTooLarge(CannotStart):
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """A page of what one encoder version has published in one partition of the output topic."""
-
-    users: list[bytes]
-    source_offsets: I64
-    """[U] newest published source offset of each user."""
-    end: int
-    """Offset in the output topic after the page."""
-    foreign: int = 0
-    """Records left out because their source offsets belong to another log."""
-
-
-@dataclass(frozen=True, slots=True)
 class OutputsConfig:
     """Topics, format and limits of the outputs."""
 
     embeddings_topic: str
+    """Empty for a worker without an encoder."""
     dead_letter_topic: str
     codec: EmbeddingCodec
     client: Mapping[str, Any]
@@ -81,16 +64,23 @@ class OutputsConfig:
     records_per_producer_max: int = RECORDS_MAX
     """Records of one partition after which a producer is replaced."""
     clients: Clients = KAFKA
+    features_topic: str = ""
+    """Empty for a worker that computes no features."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """The topics of what is computed of users."""
+        return [topic for topic in (self.embeddings_topic, self.features_topic) if topic]
 
 
 class Outputs:
-    """Sends embeddings, tombstones and dead letters."""
+    """Sends embeddings, features, tombstones and dead letters."""
 
     def __init__(
         self, config: OutputsConfig, metrics: Metrics | None = None, limits: TopicLimits | None = None
     ) -> None:
         self._config, self._metrics = config, metrics or Metrics()
-        topics = config.embeddings_topic, config.dead_letter_topic
+        topics = *config.outputs, config.dead_letter_topic
         self.limits = limits or TopicLimits(config.client, topics)
         self._pools = {topic: ProducerPool(self._new_producer) for topic in topics}
         self._lanes: dict[TopicPartition, Lane] = {}
@@ -110,7 +100,7 @@ class Outputs:
                     f"one written by this worker may have {size}",
                     "raise the topic's max.message.bytes (and the broker's socket.request.max.bytes)",
                 )
-        pool = self._pools[self._config.embeddings_topic]
+        pool = self._pools[self._config.outputs[0]]
         pool.give_back(await pool.lease())
 
     async def stop(self) -> None:
@@ -121,16 +111,30 @@ class Outputs:
     async def publish(self, partition: int, batch: EmbeddingBatch) -> int:
         """Append embeddings to the output topic; return the offset after them once they are acknowledged."""
         messages = list(encode_embeddings(batch, self._config.codec))
-        lane = self._lane(self._config.embeddings_topic, partition)
+        return await self._append(self._config.embeddings_topic, partition, messages)
+
+    async def publish_features(self, partition: int, batch: FeatureBatch) -> int:
+        """Append features to their topic; return the offset after them once they are acknowledged."""
+        return await self._append(self._config.features_topic, partition, list(encode_features(batch)))
+
+    async def _append(self, topic: str, partition: int, messages: Sequence[Message]) -> int:
         try:
-            return await lane.append(messages)
+            return await self._lane(topic, partition).append(messages)
         except MessageSizeTooLargeError:
             await self.limits.refresh()
             raise
 
-    async def publish_tombstones(self, partition: int, messages: Iterable[Message]) -> int:
-        """Append tombstones of forgotten users before anything that is published later, however long that takes."""
-        return await self._lane(self._config.embeddings_topic, partition).deliver(list(messages))
+    @property
+    def topics(self) -> list[str]:
+        """Topics of what is computed of users; a forgotten user is forgotten in each of them."""
+        return self._config.outputs
+
+    async def publish_tombstones(self, partition: int, messages: Sequence[Message], topic: str = "") -> int:
+        """Append tombstones of forgotten users before anything that is published later, however long that takes.
+
+        Without `topic` they go to the first of `topics`.
+        """
+        return await self._lane(topic or self.topics[0], partition).deliver(messages)
 
     async def dead_letter(
         self, partition: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
@@ -153,8 +157,8 @@ class Outputs:
         await sender.deliver(letters)
 
     def is_busy(self, partition: int) -> bool:
-        """Return whether embeddings of the partition would only wait, because the topic takes none at present."""
-        return self._lane(self._config.embeddings_topic, partition).is_busy
+        """Return whether outputs of the partition would only wait, because a topic takes none at present."""
+        return any(self._lane(topic, partition).is_busy for topic in self._config.outputs)
 
     def unacknowledged_s(self, partition: int) -> float:
         """Return for how long the oldest output of the partition has not been acknowledged."""
@@ -198,24 +202,24 @@ class Outputs:
         )
 
     async def published_since(
-        self, partition: int, offset: int, encoder_version: str, source_id: str = ""
+        self, topic: str, partition: int, offset: int, own: OwnRecords
     ) -> AsyncGenerator[Published]:
-        """Yield what this encoder version has published, from output offset `offset` to the present end, in pages.
+        """Yield what was published in a topic, from its offset `offset` to the present end, in pages.
 
         The last page ends at the end of the partition. Records of another source log are left out, because their
-        offsets would hold back every new embedding. What this worker has in flight for a former ownership of the
+        offsets would hold back every new record. What this worker has in flight for a former ownership of the
         partition ends before: its outcome must be among what is read. Raises `TimeoutError` where that takes long.
         """
-        config, tp = self._config, TopicPartition(self._config.embeddings_topic, partition)
+        config, tp = self._config, TopicPartition(topic, partition)
         reader = LogReader(tp, config.client, config.clients)
         foreign = 0
         async with asyncio.timeout(IN_FLIGHT_S):
-            await self._lane(config.embeddings_topic, partition).settle()
+            await self._lane(topic, partition).settle()
         try:
             await reader.open()
             start = offset if reader.begin <= offset <= reader.end else reader.begin  # else the topic was created again
             async for records in reader.batches(start, records_max=PAGE_RECORDS):
-                page = _page(records, encoder_version, source_id)
+                page = own.page(records)
                 foreign += page.foreign
                 yield page
             yield Published([], np.zeros(0, np.int64), reader.end)
@@ -227,35 +231,6 @@ class Outputs:
                 "their users are published again when they act",
                 foreign,
                 partition,
-                self._config.embeddings_topic,
-                source_id,
+                topic,
+                own.source_id,
             )
-
-
-def _page(records: Sequence[Any], encoder_version: str, source_id: str) -> Published:
-    """Return the newest source offset of each user in consecutive records of the output topic."""
-    newest: dict[bytes, int] = {}
-    foreign = 0
-    for record in records:
-        source_offset, of = _source(record, encoder_version)
-        if record.key is None or source_offset is None:
-            continue
-        if of and source_id and of != source_id:
-            foreign += 1
-        else:
-            newest[record.key] = max(source_offset, newest.get(record.key, -1))
-    offsets = np.fromiter(newest.values(), np.int64, len(newest))
-    return Published(list(newest), offsets, records[-1].offset + 1, foreign)
-
-
-def _source(record: Any, encoder_version: str) -> tuple[int | None, str]:
-    """Return source offset and source id of an embedding of this version or of a tombstone; None for anything else."""
-    if record.value is None:
-        headers = dict(record.headers)
-        offset = headers.get("source-offset")
-        return None if offset is None else int(offset), (headers.get("source-id") or b"").decode()
-    try:
-        metadata = decode_metadata(record.headers)
-    except MalformedEmbedding:
-        return None, ""
-    return metadata.source_offset if metadata.encoder_version == encoder_version else None, metadata.source_id

@@ -97,6 +97,8 @@ class OwnedPartition:
     """Offset after the last acknowledged record of this partition in the output topic."""
     mark: CheckpointMark = field(default_factory=lambda: CheckpointMark(0, 0))
     """Mark that checkpoints write, with the identity of the logs; only its offsets and its last record advance."""
+    features_offset: int = 0
+    """Offset after the last acknowledged record of this partition in the features topic."""
     mark_is_outdated: bool = False
     """True until a checkpoint has written a mark that was found in an older format or with another identity."""
     notes_until: int = 0
@@ -127,11 +129,13 @@ class OwnedPartition:
     def next_mark(self) -> CheckpointMark:
         """Return the mark of a checkpoint at the present position.
 
-        While there are notes, its output offset stays before the outputs that were noted, for the next owner.
+        While there are notes, its output offsets stay before the outputs that were noted, for the next owner.
         """
-        output_offset = self.mark.output_offset if self.has_notes else self.output_offset
         last = self.mark.last if self.last_record is None else LastRecord.of(self.last_record)
-        return replace(self.mark, source_offset=self.next_offset, output_offset=output_offset, last=last)
+        mark = replace(self.mark, source_offset=self.next_offset, last=last)
+        if self.has_notes:
+            return mark
+        return replace(mark, output_offset=self.output_offset, features_offset=self.features_offset)
 
     def continuity(self, batch: RecordBatch) -> Continuity:
         """Return how the batch continues the partition; every record must be processed exactly once."""

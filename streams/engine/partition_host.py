@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from streams.core.partition_state import PartitionState
 from streams.engine.clients import KAFKA, Clients
-from streams.engine.outputs import Published
+from streams.engine.own_records import Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.topic_limits import TopicLimits
+from streams.storage.codec import CheckpointMark
 from streams.storage.store import PartitionStore
 
 
@@ -54,8 +55,8 @@ class PartitionHost(Protocol):
         """Delete the local database at `path`, so that the next one is empty."""
         ...
 
-    def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
-        """Yield what this encoder version has published from output offset `offset` on, from the source of that id."""
+    def published_since(self, partition: int, mark: CheckpointMark) -> list[AsyncGenerator[Published] | None]:
+        """Return what yields the embeddings and the features published after a mark; None where there is no topic."""
         ...
 
     def on_ready(self, owned: OwnedPartition) -> None:

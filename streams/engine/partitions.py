@@ -267,6 +267,7 @@ class Partitions(ProvenPartitions):
         start = mark.source_offset
         owned = OwnedPartition(source, state, store, producer, start, start - proven.expired, noted.end, mark)
         owned.mark_is_outdated, owned.notes_until = proven.must_write, noted.until
+        owned.features_offset = noted.features_end
         return owned
 
     async def _note_published(
@@ -279,8 +280,8 @@ class Partitions(ProvenPartitions):
                 self._metrics.outputs_noted.inc(notes)
                 limit.reschedule(asyncio.get_running_loop().time() + RESTORE_STALL_S)
 
-            pages = self._host.published_since(number, mark.output_offset, mark.source_id)
-            return await note_published(pages, state, store, on_page)
+            embeddings, features = self._host.published_since(number, mark)
+            return await note_published(embeddings, features, state, store, mark, on_page)
 
     async def _resume(self, owned: OwnedPartition) -> None:
         await self.app.consumer.seek_wait({owned.tp: owned.next_offset})

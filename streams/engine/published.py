@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from encoder.arrays import I64
 from streams.core.columns import rows_where
 from streams.core.partition_state import PartitionState
-from streams.engine.outputs import Published
+from streams.engine.own_records import Published
+from streams.storage.codec import CheckpointMark
 from streams.storage.reader import NOT_STORED, encoded_offsets
 from streams.storage.store import Store
 
@@ -40,16 +41,38 @@ class Noted:
     """The outcome of noting what is published."""
 
     end: int
-    """Offset after the last record of the output partition."""
+    """Offset after the last record of the partition of embeddings."""
+    features_end: int
+    """Offset after the last record of the partition of features."""
     until: int
     """Source offset from which on the notes mean nothing; 0 without notes."""
 
 
 async def note_published(
-    pages: AsyncGenerator[Published], state: PartitionState, store: Store, on_page: Callable[[int], None]
+    embeddings: AsyncGenerator[Published] | None,
+    features: AsyncGenerator[Published] | None,
+    state: PartitionState,
+    store: Store,
+    mark: CheckpointMark,
+    on_page: Callable[[int], None],
 ) -> Noted:
-    """Note the published source offsets of all users in `pages`; `on_page(notes made)` is called after each page."""
+    """Note the published source offsets of all users in the pages of both topics; None for one that is not written.
+
+    `on_page(notes made)` is called after each page.
+    """
     store.drop_notes()  # those of an earlier acquisition, perhaps of another encoder version
+    ends, until = [mark.output_offset, mark.features_offset], 0
+    for index, pages in enumerate((embeddings, features)):
+        if pages is not None:
+            ends[index], of_topic = await _note_all(pages, state, store, on_page)
+            until = max(until, of_topic)
+    return Noted(ends[0], ends[1], until)
+
+
+async def _note_all(
+    pages: AsyncGenerator[Published], state: PartitionState, store: Store, on_page: Callable[[int], None]
+) -> tuple[int, int]:
+    """Note what is in one topic; return its end, and the source offset from which on the notes mean nothing."""
     end = until = notes = 0
     reported = time.monotonic()
     async with aclosing(pages):
@@ -61,7 +84,7 @@ async def note_published(
                 logger.info("the outputs are read up to offset %d; %d users without state are noted", end, notes)
                 reported = time.monotonic()
             await asyncio.sleep(0)
-    return Noted(end, until)
+    return end, until
 
 
 def _note(page: Published, state: PartitionState, store: Store) -> I64:

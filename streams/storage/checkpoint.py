@@ -16,6 +16,7 @@ from typing import Protocol
 
 from streams.core.partition_state import PartitionState
 from streams.storage.codec import CheckpointMark, encode, encode_mark
+from streams.storage.features import encode_features
 from streams.storage.store import Record, Store
 
 __all__ = ["ChangelogTransaction", "CheckpointMark", "Outputs", "checkpoint"]
@@ -61,10 +62,11 @@ async def checkpoint(
     """
     if state.has_unseen_outputs:
         known = store.mark()
-        mark = replace(mark, output_offset=known.output_offset if known else 0)
+        known = known or CheckpointMark(0, 0)
+        mark = replace(mark, output_offset=known.output_offset, features_offset=known.features_offset)
     snapshot = state.begin_checkpoint()
     try:
-        records: list[Record] = [*encode(snapshot, state.limits), encode_mark(mark)]
+        records: list[Record] = [*encode(snapshot, state.limits), *encode_features(snapshot), encode_mark(mark)]
         await outputs.acknowledged()
         await changelog.begin()
         changelog_offset = await changelog.append(records)

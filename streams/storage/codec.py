@@ -1,6 +1,6 @@
 """The bytes of a user's state: what goes to the changelog topic and, unchanged, to RocksDB.
 
-Three kinds of records, distinguished by the first byte of the key:
+Three kinds of records, distinguished by the first byte of the key (`streams.storage.features` adds a fourth):
 
     record  key                        value, with the bytes of each part
     head    `u`, user id               header (80), tail actions (32 each), checksum (4)
@@ -90,6 +90,8 @@ class CheckpointMark:
     """What operators did to the position, oldest first, at most `OPERATIONS_KEPT`."""
     last: LastRecord | None = None
     """Last record before `source_offset`; None if none is known, as in marks of earlier releases."""
+    features_offset: int = 0
+    """Offset in the features topic before which the state accounts for every record; 0 where there are none."""
 
     @property
     def source_id(self) -> str:
@@ -121,7 +123,7 @@ def largest_value(limits: StateLimits) -> int:
 def encode_mark(mark: CheckpointMark) -> tuple[bytes, bytes]:
     """Return the record that ends a checkpoint."""
     details: dict[str, Any] = {"identity": mark.identity.as_json()} if mark.identity else {}
-    for name in ("life", "unfinished", "operations"):
+    for name in ("life", "unfinished", "operations", "features_offset"):
         if value := getattr(mark, name):
             details[name] = value
     if mark.last is not None:
@@ -143,10 +145,12 @@ def decode_mark(value: bytes) -> CheckpointMark:
         identity = Identity.from_json(details["identity"]) if "identity" in details else None
         operations = tuple(map(str, details.get("operations", ())))
         life, unfinished = int(details.get("life", 0)), str(details.get("unfinished", ""))
+        features_offset = int(details.get("features_offset", 0))
         last = LastRecord.from_json(details.get("last"))
     except (ValueError, TypeError, AttributeError) as error:
         raise CorruptValue(MARK_KEY, f"its details cannot be read: {error}") from error
-    return CheckpointMark(source_offset, output_offset, identity, life, unfinished, operations, last)
+    found = identity, life, unfinished, operations, last, features_offset
+    return CheckpointMark(source_offset, output_offset, *found)
 
 
 def decode_head(user: bytes, value: bytes) -> tuple[Columns, Actions]:

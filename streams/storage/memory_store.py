@@ -12,6 +12,7 @@ from streams.storage.store import (
     NUMBER,
     OFFSET_KEY,
     RECORDS_PER_WRITE,
+    REFRESH_PREFIX,
     Record,
     note_of,
     put_record,
@@ -73,9 +74,8 @@ class MemoryStore:
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline."""
-        return (
-            (key[1:], NUMBER.unpack(self.records[key])[0]) for key in sorted(self.records) if key[:1] == DEADLINE_PREFIX
-        )
+        prefixes = (DEADLINE_PREFIX, REFRESH_PREFIX)
+        return ((key[1:], NUMBER.unpack(self.records[key])[0]) for key in sorted(self.records) if key[:1] in prefixes)
 
     def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
         """Note the newest source offset that the output topic holds of each of these distinct users."""

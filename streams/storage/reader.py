@@ -15,7 +15,7 @@ import numpy as np
 from encoder.actions.columns import ACTION_DTYPE, Actions
 from encoder.arrays import I64
 from streams.core.columns import Columns, spans, starts_of
-from streams.core.layout import HEADER_DTYPE, StateLimits, StoredSequences, new_headers
+from streams.core.layout import HEADER_DTYPE, StateLimits, StoredFeatures, StoredSequences, new_headers
 from streams.storage.codec import (
     ACTION_BYTES,
     HEAD_BYTES,
@@ -28,6 +28,7 @@ from streams.storage.codec import (
     decode_head,
     head_key,
 )
+from streams.storage.features import read_features
 from streams.storage.store import Store
 
 
@@ -40,18 +41,21 @@ class Read:
     corrupt: dict[bytes, CorruptValue]
     """Users whose records are corrupt. Rebuild the partition from the changelog before applying events to them; if they
     are corrupt in the changelog, too, count them and continue with empty state."""
+    features: list[StoredFeatures | None]
+    """Stored features of each requested user, in their order; empty unless they were asked for."""
 
 
-def read_users(store: Store, users: Sequence[bytes], limits: StateLimits) -> Read:
+def read_users(store: Store, users: Sequence[bytes], limits: StateLimits, *, with_features: bool = False) -> Read:
     """Read distinct users; raise `LayoutChanged` if the state was written with sizes other than those in `limits`."""
     corrupt: dict[bytes, CorruptValue] = {}
     heads = _read_heads(store, users, limits, corrupt)
     check_layout(heads.headers, limits)
     chunks = _read_chunks(store, users, heads.headers, limits, corrupt)
+    features = read_features(store, users, corrupt) if with_features else []
     for row, user in enumerate(users if corrupt else ()):
         if user in corrupt:
             heads.headers[row] = new_headers(1, limits)[0]
-    return Read(_assemble(heads, chunks, limits), corrupt)
+    return Read(_assemble(heads, chunks, limits), corrupt, features)
 
 
 NOT_STORED = -2

@@ -1,13 +1,14 @@
 """The durable state of one partition on local disk: RocksDB as a cache of the changelog partition.
 
-A store holds the changelog's records under their own keys, and four kinds of local records:
+A store holds the changelog's records under their own keys, and five kinds of local records:
 
 - `o`: the *changelog offset*. Every record up to it is in the store. It is written with the last batch of a write only:
   a crash between batches leaves records that are newer than the offset. The restore then reads the changelog from the
   offset and writes the same records again, before anything is read from the store.
 - `l`: the *log id*, which identifies the changelog topic that the records come from. It is written before any record. A
   store written before version 2 of the mark has none.
-- `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user.
+- `p` + user id: `due_ms` of each user with a deadline, so that deadlines are found without reading every user; and
+  `q` + user id: the same for the refresh of a user's features.
 - `n` + user id: a *note* of the newest source offset that the output topic holds of a user without a record here. Notes
   are made when the partition is acquired, and mean nothing later than the replay that they are for.
 
@@ -42,6 +43,7 @@ from rocksdict import (
     WriteOptions,
 )
 
+from streams.core.layout import NEVER
 from streams.errors import HaltsPartition, RebuildsPartition
 from streams.storage.codec import (
     CHUNK_PREFIX,
@@ -64,14 +66,23 @@ LOG_KEY = b"l"
 """Key of the log id; local only."""
 DEADLINE_PREFIX = b"p"
 """First byte of the key of a deadline; the user id follows."""
+REFRESH_PREFIX = b"q"
+"""First byte of the key of a refresh; the user id follows."""
+FEATURES_PREFIX = b"f"
+"""First byte of the key of a user's features in the changelog; the user id follows (`streams.storage.features`)."""
+_REFRESH_AT = 16
+"""Place of the refresh in a feature record."""
 NOTE_PREFIX = b"n"
 """First byte of the key of a note; the user id follows. No other key begins with it, so all are deleted as a range."""
 NO_NOTE = -1
 """Source offset of a user without a note."""
 DAMAGED = "DAMAGED"
 """Name of the file that marks a store as damaged."""
+INDEX = {HEAD_PREFIX: DEADLINE_PREFIX, FEATURES_PREFIX: REFRESH_PREFIX}
+"""Records of which a time is kept in an index -> prefix of the index."""
 NUMBER = struct.Struct("<q")
 """Encoding of the one number in a local record: an offset or a time."""
+_NEVER_BYTES = NUMBER.pack(NEVER)
 
 Record = tuple[bytes, bytes | None]
 """Key and value; None deletes the key."""
@@ -251,7 +262,8 @@ class PartitionStore:
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""
-        return ((key[1:], NUMBER.unpack(value)[0]) for key, value in self._scan(DEADLINE_PREFIX))
+        for prefix in (DEADLINE_PREFIX, REFRESH_PREFIX):
+            yield from ((key[1:], NUMBER.unpack(value)[0]) for key, value in self._scan(prefix))
 
     def note(self, users: Sequence[bytes], offsets: Sequence[int]) -> None:
         """Note the newest source offset that the output topic holds of each of these distinct users."""
@@ -337,11 +349,11 @@ class _Puts(Protocol):
 
 
 def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
-    """Put one changelog record into a batch, and for a head its entry in the index of deadlines."""
+    """Put one changelog record into a batch, and for a head or features its entry in the index of deadlines."""
     if value is None:
         batch.delete(key)
-        if key[:1] == HEAD_PREFIX:
-            batch.delete(DEADLINE_PREFIX + key[1:])
+        if index := INDEX.get(key[:1]):
+            batch.delete(index + key[1:])
         return
     batch.put(key, value)
     if key[:1] == HEAD_PREFIX:
@@ -349,6 +361,12 @@ def put_record(batch: _Puts, key: bytes, value: bytes | None) -> None:
             batch.put(DEADLINE_PREFIX + key[1:], NUMBER.pack(deadline_of(value)))
         elif had_deadline(value):
             batch.delete(DEADLINE_PREFIX + key[1:])
+    elif key[:1] == FEATURES_PREFIX:
+        refresh = value[_REFRESH_AT : _REFRESH_AT + NUMBER.size]
+        if refresh != _NEVER_BYTES:
+            batch.put(REFRESH_PREFIX + key[1:], refresh)
+        elif value[1]:  # the record before this one had a refresh
+            batch.delete(REFRESH_PREFIX + key[1:])
 
 
 def _options(cache: Cache, write_buffer_bytes: int) -> Options:

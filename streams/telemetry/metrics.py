@@ -274,7 +274,18 @@ class Metrics:
         )
         self.publish_failures = Counter(
             "streamformer_publish_failures_total",
-            "Embeddings that were not acknowledged; their users are encoded again.",
+            "Embeddings and features that were not acknowledged; their users are published again.",
+        )
+        self.features_published = Counter(
+            "streamformer_features_published_total", "Users whose features were acknowledged by their topic."
+        )
+        self.features_refreshed = Counter(
+            "streamformer_features_refreshed_total",
+            "Users whose features were published again because a value changed without an event.",
+        )
+        self.features_incomplete = Counter(
+            "streamformer_features_incomplete_total",
+            "Published users with a feature that has not seen its whole window.",
         )
         self.unacknowledged_seconds = Gauge(
             "streamformer_output_unacknowledged_seconds",

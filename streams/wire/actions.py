@@ -1,6 +1,7 @@
 """Actions: decode the records of one source partition to columns, with a reason for each record that is rejected.
 
-A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`.
+A value is a JSON object `{"user_id", "item_id", "action", "timestamp_ms", "surface"?, "duration_ms"?, "event_id"?}`,
+and, where features use it, the number `"value"?`.
 Unknown fields are ignored, and `null` in an optional field means that it is absent. Two envelopes are accepted as they
 are: CloudEvents in binary mode (`ce_*` headers; the value is the data, and `ce_source` with `ce_id` is the event id if
 the data has none) and Confluent framing (a zero byte and a 4-byte schema id before the JSON). A null value forgets the
@@ -16,8 +17,9 @@ record affects no other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Any, Protocol
@@ -99,6 +101,8 @@ class DecodeLimits:
     """Oldest event time accepted, 1980 by default, which is later than every current time in seconds read as ms."""
     check_partition: bool = True
     """Whether records are rejected whose key belongs to another partition; see `streams.wire.placement`."""
+    with_values: bool = False
+    """Whether actions may have the number `value`; otherwise a field of that name is ignored like any other."""
     deletion_ce_type: str = ""
     """The `ce_type` of CloudEvents without data that forget their user; others without data are rejected."""
 
@@ -135,7 +139,8 @@ def decode_actions(
         if max(map(len, values), default=0) <= limits.value_bytes_max:
             events = list(map(decoder.decode, values))
             if [event.user_id.encode() for event in events] == keys:
-                return _within_time(_batch(keys, events, records, now_ms), range(len(records)), [], now_ms, limits)
+                batch = _batch(keys, events, records, now_ms)
+                return _within_time(_with_values(batch, events, limits), range(len(records)), [], now_ms, limits)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
         pass
     return _decode_one_by_one(records, decoder, now_ms, limits, placement)
@@ -167,7 +172,7 @@ def _decode_one_by_one(
             batch.is_tombstone[row] = True
             batch.actions[row] = np.zeros((), ACTION_DTYPE)
             batch.actions["timestamp_ms"][row] = _tombstone_time_ms(good[row].timestamp, now_ms)
-    return _within_time(batch, kept, rejected, now_ms, limits)
+    return _within_time(_with_values(batch, events, limits), kept, rejected, now_ms, limits)
 
 
 def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record], now_ms: int) -> ActionBatch:
@@ -180,6 +185,16 @@ def _batch(keys: list[bytes], events: list[Any], records: Sequence[Record], now_
     actions["event_id"] = _event_keys([event.event_id or "" for event in events], records)
     offsets = np.fromiter([record.offset for record in records], np.int64, len(records))
     return ActionBatch(keys, actions, offsets, np.zeros(len(events), np.bool_), _arrival_ms(records, now_ms))
+
+
+def _with_values(batch: ActionBatch, events: list[Any], limits: DecodeLimits) -> ActionBatch:
+    """Add the column of values, if there is any."""
+    if not limits.with_values:
+        return batch
+    values = [event.value for event in events]
+    if not any(value is not None for value in values):
+        return batch
+    return replace(batch, values=np.array([math.nan if value is None else value for value in values]))
 
 
 def _arrival_ms(records: Sequence[Record], now_ms: int) -> I64:
@@ -302,7 +317,7 @@ def _reason_of(message: str) -> RejectReason:
         return RejectReason.FIELD_MISSING
     if "of length" in message:
         return RejectReason.FIELD_LENGTH
-    if "`int` <=" in message or "`int` >=" in message:
+    if "`int` <=" in message or "`int` >=" in message or "out of range" in message:
         return RejectReason.FIELD_RANGE
     return RejectReason.FIELD_TYPE
 
@@ -356,6 +371,8 @@ def _decoder(limits: DecodeLimits) -> msgspec.json.Decoder[Any]:
         ("duration_ms", Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] | None, 0),
         ("event_id", id_text | None, ""),
     ]
+    if limits.with_values:
+        fields.append(("value", float | None, None))
     return msgspec.json.Decoder(msgspec.defstruct("Event", fields, gc=False))
 
 
@@ -369,6 +386,7 @@ class _Forgotten:
     surface: str = ""
     duration_ms: int = 0
     event_id: str = ""
+    value: float | None = None
 
 
 _FORGOTTEN = _Forgotten()

@@ -23,6 +23,7 @@ from streams.engine.clients import KAFKA
 from streams.engine.compat import install_overrides
 from streams.engine.dead_letters import VALUE_OMITTED
 from streams.engine.outputs import Outputs, OutputsConfig
+from streams.engine.own_records import OwnRecords
 from streams.engine.topic_limits import TopicLimits
 from streams.wire.embeddings import EmbeddingCodec, encode_tombstone
 
@@ -33,6 +34,9 @@ class KnownLimits(TopicLimits):
     """Size limits of a broker that has no administration."""
 
     async def _read(self) -> None: ...
+
+
+OWN = OwnRecords(encoder_version="any", feature_set="")
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ def test_published_since_an_offset(site: Site, offset: int, expected: list[bytes
         await outputs.start()
         try:
             assert await outputs.publish_tombstones(0, [encode_tombstone(b"ann", 7), encode_tombstone(b"ben", 9)]) == 2
-            return [user async for page in outputs.published_since(0, offset, "any") for user in page.users]
+            return [
+                user async for page in outputs.published_since(outputs.topics[0], 0, offset, OWN) for user in page.users
+            ]
         finally:
             await outputs.stop()
 
@@ -161,7 +167,7 @@ def test_a_partition_is_published_to_again_after_refusals(site: Site) -> None:
         async with asyncio.timeout(5):
             assert await forgotten == 2
         assert (outputs.unacknowledged_s(0), outputs.last_error(0)) == (0.0, None)
-        offsets = [page.source_offsets async for page in outputs.published_since(0, 0, "any")]
+        offsets = [page.source_offsets async for page in outputs.published_since(outputs.topics[0], 0, 0, OWN)]
         assert np.concatenate(offsets).tolist() == [1, 3]
 
     with_outputs(site.outputs(), scenario)
@@ -177,7 +183,7 @@ def test_no_producer_counts_further_than_it_may(site: Site) -> None:
         )
         assert ends == list(range(1, 41))
         assert outputs._metrics.output_producers.value() == 6
-        pages = [page async for page in outputs.published_since(0, 0, "any")]
+        pages = [page async for page in outputs.published_since(outputs.topics[0], 0, 0, OWN)]
         assert [user for page in pages for user in page.users] == users
         assert pages[-1].end == 40
 

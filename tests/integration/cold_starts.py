@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import aiokafka
-import numpy as np
 from faust.types import TP
 from rocksdict import Cache
 
@@ -24,10 +23,11 @@ from streams.core.layout import StateLimits
 from streams.core.partition_state import PartitionState
 from streams.core.triggers import TriggerPolicy
 from streams.engine.compat import install_overrides
-from streams.engine.outputs import Published
+from streams.engine.own_records import Published
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
 from streams.engine.partitions import Partitions
+from streams.storage.codec import CheckpointMark
 from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from tests.integration.changelogs import Log
@@ -152,9 +152,9 @@ class Starts:
         """Delete the local database."""
         PartitionStore.destroy(path)
 
-    async def published_since(self, partition: int, offset: int, source_id: str) -> AsyncGenerator[Published]:
-        """Report that nothing was published."""
-        yield Published([], np.zeros(0, np.int64), 0)
+    def published_since(self, partition: int, mark: CheckpointMark) -> list[AsyncGenerator[Published] | None]:
+        """Return nothing that was published."""
+        return [None, None]
 
     def on_ready(self, owned: OwnedPartition) -> None:
         """Compare everything in the local database with what was committed."""

@@ -113,8 +113,9 @@ class Outputs:
 
     def __init__(self) -> None:
         self.tombstones: list[bytes | None] = []
+        self.topics = ["embeddings"]
 
-    async def publish_tombstones(self, partition: int, messages: Sequence[Message]) -> int:
+    async def publish_tombstones(self, partition: int, messages: Sequence[Message], topic: str) -> int:
         """Keep whose tombstones these are."""
         self.tombstones += [key for key, _, _ in messages]
         return len(self.tombstones)

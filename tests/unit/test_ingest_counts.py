@@ -64,6 +64,7 @@ class Around:
         self.app, self.ready, self.assigned = self, {0: self.owned}, {0}
         self.halted: dict[int, str] = {}
         self.held: dict[int, str] = {}
+        self.topics = ["embeddings"]
 
     async def accept(self, batch: RecordBatch) -> OwnedPartition:
         """Return the partition."""
@@ -72,7 +73,7 @@ class Around:
     async def dead_letters(self, partition: int, letters: object) -> None:
         """Do nothing."""
 
-    async def publish_tombstones(self, partition: int, messages: object) -> None:
+    async def publish_tombstones(self, partition: int, messages: object, topic: str) -> None:
         """Do nothing."""
 
     def checkpoint_soon(self, owned: OwnedPartition) -> None:
