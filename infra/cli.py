@@ -38,7 +38,7 @@ class Entry:
 
 COMMANDS = {
     "send": Entry("streams.send", "Send an action, or JSON lines from standard input."),
-    "tail": Entry("streams.cli", "Print embeddings as they come, until Ctrl-C."),
+    "tail": Entry("streams.cli", "Print embeddings or features as they come, until Ctrl-C."),
     "settings": Entry("streams.cli", "Print every setting as it would be used, secrets as asterisks."),
     "topics": Entry("infra.commands.topics", "Create or verify the topics."),
     "state": Entry("infra.commands.state", "Show, verify, adopt or move the state.", "worker"),

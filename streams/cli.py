@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from streams.config.settings import Settings, ignored_variables, printed
 from streams.options import BootstrapServers, Config, settings_of
-from streams.subscriber import Change, EmbeddingSubscriber
-from streams.subscriber.embeddings import as_json
-from streams.wire.embeddings import Tombstone
+from streams.subscriber import EmbeddingSubscriber, FeatureSubscriber
+from streams.subscriber.lines import AnyChange, as_json, lines_of
 
 app = typer.Typer()
-
-NUMBERS_SHOWN = 4
 
 
 @app.command("settings")
@@ -49,55 +44,40 @@ def run_worker(settings: Settings, *, warnings: Sequence[str] = ()) -> int:
 def tail(
     config: Config = None,
     bootstrap_servers: BootstrapServers = None,
-    from_beginning: Annotated[
-        bool, typer.Option(help="Begin with the embeddings that the topic already holds.")
-    ] = False,
+    from_beginning: Annotated[bool, typer.Option(help="Begin with the records that the topic already holds.")] = False,
+    features: Annotated[bool, typer.Option("--features", help="Print features instead of embeddings.")] = False,
     user: Annotated[str | None, typer.Option(help="Print only this user.")] = None,
-    count: Annotated[int, typer.Option(min=0, help="Number of lines to print; 0 is unlimited.")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="Number of records to print; 0 is unlimited.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, with whole vectors.")] = False,
 ) -> None:
-    """Print embeddings as they come, until Ctrl-C."""
+    """Print embeddings or features as they come, until Ctrl-C."""
     settings = settings_of(config, bootstrap_servers)
-    options = settings.kafka.client_options()
-    with EmbeddingSubscriber(
-        options.pop("bootstrap_servers"),
-        topic=settings.topics.embeddings,
-        from_beginning=from_beginning,
-        client=options,
-    ) as subscriber:
-        changes = (change for change in subscriber if user is None or change.user == user)
+    with _subscriber(settings, features, from_beginning) as subscriber:
+        changes = islice((change for change in subscriber if user is None or change.user == user), count or None)
         try:
-            _print_all(islice(changes, count or None), json)
+            _print_all(changes, json)
         except KeyboardInterrupt:
             pass
         except BrokenPipeError:  # the reader of our lines has ended; keep the interpreter from flushing to it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _print_all(changes: islice[Change], json: bool) -> None:
+def _subscriber(settings: Settings, features: bool, from_beginning: bool) -> EmbeddingSubscriber | FeatureSubscriber:
+    options = settings.kafka.client_options()
+    servers = options.pop("bootstrap_servers")
+    if features:
+        return FeatureSubscriber(servers, topic=settings.topics.features, from_beginning=from_beginning, client=options)
+    return EmbeddingSubscriber(servers, topic=settings.topics.embeddings, from_beginning=from_beginning, client=options)
+
+
+def _print_all(changes: Iterable[AnyChange], json: bool) -> None:
     console = Console()
     for change in changes:
         if json:
             print(as_json(change), flush=True)
-        elif console.is_terminal:
-            console.print(_line(change), no_wrap=True, overflow="ellipsis", crop=True)
-        else:
-            print(_line(change).plain, flush=True)
-
-
-def _line(change: Change) -> Text:
-    """Return a line for people; unprintable characters of the user id are escaped."""
-    user = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in change.user)
-    if isinstance(change, Tombstone):
-        return Text.assemble((user, "bold"), "  ", ("forgotten", "red"), f"  offset {change.source_offset}")
-    metadata = change.metadata
-    at = datetime.fromtimestamp(metadata.encoded_at_ms / 1000, UTC).strftime("%H:%M:%S.%f")[:-3]
-    numbers = " ".join(f"{number:+.3f}" for number in change.vector[:NUMBERS_SHOWN].tolist())
-    more = " …" if len(change.vector) > NUMBERS_SHOWN else ""
-    return Text.assemble(
-        (at, "dim"),
-        "  ",
-        (user, "bold"),
-        f"  {metadata.reason}  {metadata.sequence_length} actions  {metadata.encoder_version}  ",
-        (f"[{numbers}{more}]", "cyan"),
-    )
+            continue
+        for line in lines_of(change):
+            if console.is_terminal:
+                console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+            else:
+                print(line.plain, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from streams.subscriber.base import Subscriber
 from streams.subscriber.freshest import Change, Freshest
 from streams.subscriber.reader import TopicReader
 from streams.wire.embeddings import Embedding, MalformedEmbedding, decode_embedding
-from streams.wire.headers import Tombstone
 
 
 class EmbeddingSubscriber(Subscriber[Embedding]):
@@ -65,22 +63,3 @@ class EmbeddingSubscriber(Subscriber[Embedding]):
                 continue
             if self._freshest.accepts(change):
                 yield change
-
-
-def as_json(change: Change) -> str:
-    """Return one line of JSON: the vector with its metadata, or the tombstone."""
-    if isinstance(change, Tombstone):
-        return json.dumps({"user": change.user, "tombstone": True, "source_offset": change.source_offset})
-    metadata = change.metadata
-    return json.dumps(
-        {
-            "user": change.user,
-            "encoder_version": metadata.encoder_version,
-            "event_time_ms": metadata.event_time_ms,
-            "sequence_length": metadata.sequence_length,
-            "reason": metadata.reason,
-            "source_offset": metadata.source_offset,
-            "encoded_at_ms": metadata.encoded_at_ms,
-            "vector": [float(text) for text in change.vector.astype(str)],
-        }
-    )

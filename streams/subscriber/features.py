@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from streams.subscriber.base import Subscriber
 from streams.subscriber.freshest import FeatureChange, FreshestFeatures
 from streams.subscriber.reader import TopicReader
 from streams.wire.features import MalformedFeatures, UserFeatures, decode_features
-from streams.wire.headers import Tombstone
 
 
 class FeatureSubscriber(Subscriber[UserFeatures]):
@@ -66,12 +63,3 @@ class FeatureSubscriber(Subscriber[UserFeatures]):
                 continue
             if self._freshest.accepts(change):
                 yield change
-
-
-def as_json(change: FeatureChange) -> str:
-    """Return one line of JSON: the values with their metadata, or the tombstone."""
-    if isinstance(change, Tombstone):
-        return json.dumps({"user": change.user, "tombstone": True, "source_offset": change.source_offset})
-    metadata = asdict(change.metadata)
-    del metadata["source_id"]
-    return json.dumps({"user": change.user, **metadata, "values": change.values})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from streams.errors import StreamformerError
 from streams.subscriber import FeatureSubscriber, Joined, JoinedSubscriber, Tombstone
 from streams.wire.features import FeatureBatch, encode_features
 from streams.wire.headers import encode_tombstone
-from tests.integration.test_subscriber import Publisher
+from tests.integration.test_subscriber import Publisher, tail
 
 pytestmark = pytest.mark.broker
 
@@ -88,3 +89,25 @@ def test_a_topic_that_does_not_exist_is_named(publishers: tuple[Publisher, Featu
     embeddings, _ = publishers
     with pytest.raises(StreamformerError, match="nowhere does not exist"):
         JoinedSubscriber(embeddings.bootstrap_servers, topics=(embeddings.topic, "nowhere"))
+
+
+def test_tail_prints_features(publishers: tuple[Publisher, FeaturePublisher]) -> None:
+    """`tail --features` prints a table per user, one JSON object per line with `--json`, and tombstones."""
+    _, features = publishers
+    features.compute("ann", 5)
+    features.compute("bob", 6)
+    features.send(encode_tombstone(b"ann", 7))
+
+    def printed(*options: str) -> list[str]:
+        process = tail(features, "--features", "--from-beginning", *options, topic="FEATURES")
+        out, error = process.communicate(timeout=30)
+        assert error == ""
+        return out.splitlines()
+
+    assert printed("--user", "ann", "--count", "2") == [
+        "22:13:20.000  ann  every_n  offset 5  set set1  valid until 00:00:00.002",
+        "  n  5",
+        "ann  forgotten  offset 7",
+    ]
+    (line,) = printed("--user", "bob", "--count", "1", "--json")
+    assert json.loads(line)["values"] == {"n": 6}

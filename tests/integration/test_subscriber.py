@@ -140,10 +140,10 @@ def test_what_does_not_exist_is_named(publisher: Publisher) -> None:
         EmbeddingSubscriber("127.0.0.1:1")
 
 
-def tail(publisher: Publisher, *options: str) -> subprocess.Popen[str]:
+def tail(publisher: Publisher, *options: str, topic: str = "EMBEDDINGS") -> subprocess.Popen[str]:
     """Start `streamformer tail`."""
     command = [sys.executable, "-m", "infra.cli", "tail", "--bootstrap-servers", publisher.bootstrap_servers, *options]
-    environment = {"STREAMFORMER_TOPICS_EMBEDDINGS": publisher.topic, "PATH": "/usr/bin:/bin"}
+    environment = {f"STREAMFORMER_TOPICS_{topic}": publisher.topic, "PATH": "/usr/bin:/bin"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from kafka.errors import KafkaConnectionError
 
 from streams.errors import BrokerUnreachable
 from streams.subscriber import Change, EmbeddingSubscriber, Freshest
-from streams.subscriber.embeddings import as_json
 from streams.wire.embeddings import Embedding, EmbeddingCodec, EmbeddingMetadata, Tombstone
 
 
@@ -107,18 +105,3 @@ def test_accepted_offsets_only_rise(inputs: list[tuple[str, str | None, int]]) -
         assert freshest.accepts(change) == is_news
         if is_news:
             seen[user, version] = offset
-
-
-def test_a_line_of_json_holds_everything() -> None:
-    """The JSON holds every field, and numbers as short as float32 allows."""
-    assert json.loads(as_json(embedding("ann", 5))) == {
-        "user": "ann",
-        "encoder_version": "v1",
-        "event_time_ms": 5,
-        "sequence_length": 3,
-        "reason": "every_n",
-        "source_offset": 5,
-        "encoded_at_ms": 9,
-        "vector": [0.1, -2.0],
-    }
-    assert json.loads(as_json(Tombstone("ann", 7))) == {"user": "ann", "tombstone": True, "source_offset": 7}

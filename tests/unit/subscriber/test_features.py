@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streams.subscriber import FeatureChange, FreshestFeatures, Tombstone, UserFeatures
-from streams.subscriber.features import as_json
 from streams.wire.features import FeatureMetadata
 
 
@@ -86,21 +83,3 @@ def test_accepted_positions_only_rise(inputs: list[tuple[str, int, int | None]])
         assert freshest.accepts(change) == is_news
         if is_news:
             seen[user] = position
-
-
-def test_a_line_of_json_holds_everything() -> None:
-    """The JSON holds every field and the values as they are in the record."""
-    assert json.loads(as_json(features("ann", 5, 7))) == {
-        "user": "ann",
-        "feature_set": "set1",
-        "as_of_ms": 7,
-        "valid_until_ms": 99,
-        "completeness": {"n": 0.5},
-        "estimated": ["n"],
-        "event_time_ms": 5,
-        "reason": "every_n",
-        "source_offset": 5,
-        "computed_at_ms": 9,
-        "values": {"n": 1, "top": [["red", 2]], "none": None},
-    }
-    assert json.loads(as_json(Tombstone("ann", 7))) == {"user": "ann", "tombstone": True, "source_offset": 7}
