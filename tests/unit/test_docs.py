@@ -14,13 +14,17 @@ import yaml
 
 from infra.cli import command_names
 from streams.config.settings import keys
+from streams.core.features.definitions import Kind
 from streams.core.policy import Reason
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import RejectReason
 from streams.wire.embeddings import EmbeddingBatch, EmbeddingCodec, encode_embeddings
+from streams.wire.features import encode_features
 from tests.unit.wire.test_embeddings import ONE
+from tests.unit.wire.test_features import VALUE, batch_of
 
 ROOT = Path(__file__).parents[2]
+FEATURES = batch_of(VALUE, completeness=[{"n": 0.5}], estimated=[("n",)], source_id="topic")
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -145,9 +149,11 @@ def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_the_contracts_name_every_reason_and_header() -> None:
-    """Each reason for a rejection, each trigger's reason, each codec and each header has its place in the page."""
+    """Each reason for a rejection, each trigger's reason, each codec, kind and header has its place in the page."""
     assert isinstance(ONE, EmbeddingBatch)
     contracts = text(DOCS / "reference/contracts.md")
     [(_, _, headers)] = encode_embeddings(ONE, EmbeddingCodec.FLOAT32)
-    named = [*RejectReason, *EmbeddingCodec, *(reason.label for reason in Reason), *(name for name, _ in headers)]
+    [(_, _, of_features)] = encode_features(FEATURES)
+    names = [name for name, _ in (*headers, *of_features)]
+    named = [*RejectReason, *EmbeddingCodec, *(reason.label for reason in Reason), *names, *Kind]
     assert [name for name in named if f"`{name}`" not in contracts] == []
