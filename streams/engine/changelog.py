@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from streams.wire.embeddings import Message
 
 logger = logging.getLogger(__name__)
 
+TRANSACTION_SHARE = 0.8
+"""Share of its timeout after which a transaction is given up."""
 RECORDS_MAX = 1 << 30
 """Records by one producer, half of what aiokafka can count."""
 POLL_MS = 20
@@ -78,6 +81,9 @@ class ChangelogProducer:
     ) -> None:
         self._names, self._batch_bytes = names, batch_bytes
         self._step_s = transaction_timeout_ms / 2_000
+        self._transaction_s = transaction_timeout_ms * TRANSACTION_SHARE / 1_000
+        self._give_up_at = math.inf
+        """Time of the event loop at which the open transaction is given up, before the broker does that."""
         self._producer = clients.producer(
             **client,
             acks="all",
@@ -108,6 +114,7 @@ class ChangelogProducer:
 
     async def begin(self) -> None:
         """Begin a transaction."""
+        self._give_up_at = asyncio.get_running_loop().time() + self._transaction_s
         async with self._step():
             await self._producer.begin_transaction()
 
@@ -135,9 +142,13 @@ class ChangelogProducer:
 
     @asynccontextmanager
     async def _step(self) -> AsyncIterator[None]:
-        """Bound one step: a partition without a leader would hold up its checkpoint for as long as that lasts."""
+        """Bound one step, and all of them: a partition without a leader would hold up its checkpoint that long.
+
+        The broker ends a transaction that takes longer than its timeout, and fences its producer. That would look as
+        if the partition had a new owner.
+        """
         try:
-            async with asyncio.timeout(self._step_s):
+            async with asyncio.timeout_at(min(self._give_up_at, asyncio.get_running_loop().time() + self._step_s)):
                 yield
         except ProducerFenced as error:
             raise Fenced(f"partition {self._names.source.partition} has a new owner") from error

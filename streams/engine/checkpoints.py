@@ -27,6 +27,9 @@ from streams.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+REACQUIRE_AFTER_S = 1.0
+"""Time that a rebalance has to show that a fenced partition is another worker's."""
+
 
 class CheckpointedPartitions(Service):
     """The partitions whose state is in memory, with their checkpoints; `Partitions` acquires and revokes them."""
@@ -46,6 +49,10 @@ class CheckpointedPartitions(Service):
         """Return whether the group still counts this worker as a member."""
         raise NotImplementedError
 
+    def reacquire(self, number: int) -> None:
+        """Acquire an assigned partition that is not in memory."""
+        raise NotImplementedError
+
     async def restart(self, number: int, reason: str) -> None:
         """Halt a partition whose state in memory cannot be used any more; acquire it again from its last checkpoint."""
         raise NotImplementedError
@@ -54,7 +61,7 @@ class CheckpointedPartitions(Service):
     async def _checkpoints(self) -> None:
         interval_s = self._config.checkpoint_interval_ms / 1000
         async for _ in self.itertimer(interval_s, name="checkpoint"):
-            self._check_fenced()
+            await self._check_fenced()
             for owned in list(self.ready.values()):
                 self.checkpoint_soon(owned)  # by itself: one that cannot be written does not delay the others
 
@@ -129,11 +136,21 @@ class CheckpointedPartitions(Service):
         self._host.on_lost(owned)
         await self._close([owned])
 
-    def _check_fenced(self) -> None:
-        """Abort a worker that was fenced and sees no rebalance: it is cut off from its group; only a restart helps."""
+    async def _check_fenced(self) -> None:
+        """See to partitions that were fenced, and of which no rebalance has taken the assignment.
+
+        While the group counts this worker as their owner, something else has fenced it: the broker ended a transaction
+        that took too long, or a late start of a former owner. They are acquired again. A worker that does not reach its
+        group is cut off from it: only a restart helps.
+        """
         bound_s = self._config.session_timeout_ms / 1000 + 3
-        for number, at in self._fenced_at.items():
-            if time.monotonic() - at > bound_s:
+        for number, at in list(self._fenced_at.items()):
+            elapsed_s = time.monotonic() - at
+            if elapsed_s > REACQUIRE_AFTER_S and await self._is_member() and self._fenced_at.get(number) == at:
+                del self._fenced_at[number]
+                logger.warning("partition %d was fenced, and is still this worker's: it is acquired again", number)
+                self.reacquire(number)
+            elif elapsed_s > bound_s and number in self._fenced_at:
                 self._host.abort(f"partition {number} was fenced {bound_s:.0f} s ago and no rebalance has followed")
 
     def _new_producer(self, number: int) -> ChangelogProducer:

@@ -103,6 +103,10 @@ class Partitions(ProvenPartitions):
         await self._close([owned])
         self._start_acquiring(number, generation, delay_s=self.halted.next_retry_s(number))
 
+    def reacquire(self, number: int) -> None:
+        """Acquire an assigned partition that is not in memory, under the present assignment."""
+        self._start_acquiring(number, self.app.consumer_generation_id, delay_s=self.halted.next_retry_s(number))
+
     def hold(self, owned: OwnedPartition, until: Coroutine[Any, Any, None]) -> None:
         """Pause a partition until `until` returns, as backpressure; what arrives before that is fetched again."""
         number = owned.tp.partition

@@ -192,6 +192,21 @@ def test_a_predecessor_is_fenced_and_leaves_nothing(names: ChangelogNames, clien
     asyncio.run(scenario())
 
 
+def test_a_transaction_is_given_up_before_the_broker_ends_it(names: ChangelogNames, client: Client) -> None:
+    """The broker would fence the producer, as if the partition had a new owner; a slow step fails in time instead."""
+
+    async def scenario() -> None:
+        writer = ChangelogProducer(names, client.options, transaction_timeout_ms=1_000, clients=client.clients)
+        await writer.start()
+        await writer.begin()
+        await asyncio.sleep(0.85)
+        with pytest.raises(TimeoutError):
+            await writer.append(numbered(1))
+        await writer.stop()
+
+    asyncio.run(scenario())
+
+
 def test_an_open_transaction_of_a_dead_predecessor_is_aborted(names: ChangelogNames, client: Client) -> None:
     """Records that were sent but not committed are invisible, and do not delay the reader."""
 

@@ -302,3 +302,42 @@ def test_notes_are_deleted_by_the_checkpoint_that_has_passed_them(
         assert owned.notes_until == 0
 
     asyncio.run(scenario())
+
+
+def test_a_fenced_partition_that_is_still_ours_is_acquired_again(
+    tmp_path: Path, fenced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker fences the producer of a transaction that took too long; the group knows whose the partition is."""
+    monkeypatch.setattr(checkpoints, "REACQUIRE_AFTER_S", 0.0)
+    monkeypatch.setattr("streams.engine.halts.RETRY_FIRST_S", 0.01)
+
+    async def scenario() -> None:
+        partitions, _, host = partitions_in(tmp_path)
+        await partitions._drop_fenced(owned_by(partitions))
+        assert (fenced, partitions.ready) == ([], {})
+        await partitions._check_fenced()
+        await asyncio.sleep(0.05)
+        assert (host.aborted, "fenced" in fenced) == ([], True)
+        await partitions.revoke_all()
+
+    asyncio.run(scenario())
+
+
+def test_a_fenced_worker_that_has_lost_its_group_ends(
+    tmp_path: Path, fenced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fences nobody, and ends after a session timeout without a rebalance."""
+    monkeypatch.setattr(checkpoints, "REACQUIRE_AFTER_S", 0.0)
+
+    async def scenario() -> None:
+        partitions, app, host = partitions_in(tmp_path)
+        app.is_member = False
+        await partitions._drop_fenced(owned_by(partitions))
+        await partitions._check_fenced()
+        assert (fenced, host.aborted) == ([], [])
+        partitions._fenced_at[0] -= 60
+        await partitions._check_fenced()
+        assert fenced == []
+        assert "no rebalance has followed" in host.aborted[0]
+
+    asyncio.run(scenario())
