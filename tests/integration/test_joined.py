@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from infra.harness.events import action, send
+from infra.harness.run import Run
 from infra.kafka.broker import Broker, ExternalBroker
 from streams.errors import StreamformerError
 from streams.subscriber import FeatureSubscriber, Joined, JoinedSubscriber, Tombstone
 from streams.wire.features import FeatureBatch, encode_features
 from streams.wire.headers import encode_tombstone
+from tests.integration.test_features import USERS, deployed
 from tests.integration.test_subscriber import Publisher, tail
 
 pytestmark = pytest.mark.broker
@@ -111,3 +116,29 @@ def test_tail_prints_features(publishers: tuple[Publisher, FeaturePublisher]) ->
     ]
     (line,) = printed("--user", "bob", "--count", "1", "--json")
     assert json.loads(line)["values"] == {"n": 6}
+
+
+@pytest.mark.slow
+def test_pairs_of_a_worker_are_complete(broker: Broker | ExternalBroker, topic_prefix: str, tmp_path: Path) -> None:
+    """Every user's newest embedding and features of a real worker are of one offset: that of the user's last action."""
+    with Run(deployed(tmp_path, broker.bootstrap_servers, topic_prefix)) as run:
+        names = run.deployment.settings.topics
+        topics = (names.embeddings, names.features)
+        run.supervisor.scale(1)
+        for number in range(6):
+            send(run.deployment.settings, [action(user, number) for user in USERS])
+            time.sleep(0.05)
+        with JoinedSubscriber(broker.bootstrap_servers, topics=topics, from_beginning=True) as joined:
+
+            def newest() -> dict[str, int]:
+                joined.poll(200)
+                pairs = {user: joined.get(user) for user in USERS}
+                return {user: len(pair.features.values["latest"]) for user, pair in pairs.items() if pair}
+
+            run.wait_until(lambda: newest() == dict.fromkeys(USERS, 3) and not joined.unmatched, 20)
+            for user in USERS:
+                pair = joined.get(user)
+                assert pair is not None
+                assert pair.embedding.metadata.event_time_ms == pair.features.metadata.event_time_ms
+                assert pair.embedding.metadata.sequence_length == 6
+            assert (joined.malformed, joined.evicted) == (0, 0)
