@@ -26,12 +26,12 @@ void add_to_ring(const Part &part, const Batch &batch) {
             const Accumulator &each = accumulators[at];
             if (!batch.passes[each.filter * batch.stride + e]) continue;
             const double number = each.number < 0 ? 1.0 : batch.numbers[each.number * batch.stride + e];
-            if (std::isnan(number)) continue;
+            if (!std::isfinite(number)) continue;
             switch (each.statistic) {
                 case COUNT: tile[at] += 1; break;
-                case SUM: tile[at] += number; break;
                 case MIN: tile[at] = std::min(tile[at], number); break;
-                default: tile[at] = std::max(tile[at], number);
+                case MAX: tile[at] = std::max(tile[at], number); break;
+                default: tile[at] += number;
             }
         }
     }

@@ -9,6 +9,8 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from streams.core.features.attributes import Attributes, json_text
 from streams.core.features.completeness import Completeness
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind
@@ -45,7 +47,12 @@ class KnownTexts:
     def __init__(self, attributes: Attributes) -> None:
         hashes = attributes.name_hashes()
         self.items = Items(attributes)
-        self.names = {each: Names(names, hashes[each]) for each, names in attributes.names.items()}
+        self._names = {each: Names(names, hashes[each]) for each, names in attributes.names.items()}
+        self._nothing = Names((), np.zeros(0, np.int64))
+
+    def of(self, attribute: str) -> Names:
+        """Return the values of an attribute, none of one that is not known any more."""
+        return self._names.get(attribute, self._nothing)
 
 
 class Binding:
@@ -107,7 +114,7 @@ class Binding:
                     structure.column = IDS.index(feature.of)
                 if feature.group:
                     structure.column = self.groups.index(feature.group)
-                    structure.e = ctypes.addressof(self._texts.names[feature.group].structure)
+                    structure.e = ctypes.addressof(self._texts.of(feature.group).structure)
         for name, array in zip("abcde", arrays_of(part), strict=False):
             assert array.flags.c_contiguous
             setattr(structure, name, array.ctypes.data)
@@ -120,6 +127,7 @@ class Binding:
             structure.filter = self.filters.index(each.filter)
             structure.number = NUMBERS.index(each.of) if each.of else -1
             structure.statistic, structure.initial = int(each.statistic), initial
+            structure.reach = ring.reach(each)
         self._kept.append(structures)
         return ctypes.addressof(structures)
 

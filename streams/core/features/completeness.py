@@ -44,12 +44,21 @@ class Completeness:
     """The times from which on the features of each user are complete."""
 
     def __init__(self, feature_set: FeatureSet, parts: Parts, rows: int) -> None:
-        self._features, self._parts = feature_set.features, parts
+        self._features, self.parts = feature_set.features, parts
         self._column = {each.name: at for at, each in enumerate(self._features)}
         self.from_ms = np.zeros((rows, len(self._features)), np.int64)
         """[R, F] in the order of the features; 0 for "always"."""
         self.is_partial = np.zeros(rows, np.bool_)
         """Whether any time of the user is not 0."""
+
+    def feature(self, name: str) -> Feature:
+        """Return a feature by its name."""
+        return self._features[self._column[name]]
+
+    def of(self, name: str, rows: I64) -> I64:
+        """Return the times of one feature [U]."""
+        found: I64 = self.from_ms[rows, self._column[name]]
+        return found
 
     def set(self, rows: I64, names: Sequence[str], times_ms: I64) -> None:
         """Set the times of these features for users [U]; `times_ms` is [U], or [U, names]."""
@@ -69,7 +78,7 @@ class Completeness:
             {
                 feature.name: share / WHOLE
                 for feature, from_ms in zip(self._features, self.from_ms[row].tolist(), strict=True)
-                if (share := _share(feature, self._parts.of(feature), row, at_ms, from_ms)) < WHOLE
+                if (share := _share(feature, self.parts.of(feature), row, at_ms, from_ms)) < WHOLE
             }
             for row, at_ms in zip(rows.tolist(), as_of_ms.tolist(), strict=True)
         ]

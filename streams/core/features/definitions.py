@@ -29,7 +29,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from streams.errors import CannotStart
+from streams.errors import CannotStart, RebuildsPartition
 
 SECOND_MS, MINUTE_MS, HOUR_MS, DAY_MS = 1_000, 60_000, 3_600_000, 86_400_000
 UNITS_MS = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
@@ -93,6 +93,10 @@ class DefinitionsError(CannotStart):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("feature definitions are not valid: " + "; ".join(problems))
+
+
+class DamagedDefinitions(RebuildsPartition):
+    """Stored feature definitions are not what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +163,42 @@ class FeatureSet:
     @property
     def version(self) -> str:
         """Hash of every definition, which records and state carry."""
-        return xxh3_64_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+        return xxh3_64_hexdigest(self.as_json().encode())
+
+    def as_json(self) -> str:
+        """Return the definitions as one line of text, which `from_json` reads."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> FeatureSet:
+        """Return the definitions that `as_json` wrote; raise `DamagedDefinitions` if they cannot be read."""
+        try:
+            found = json.loads(text)
+            return cls(tuple(_stored(each) for each in found["features"]), str(found["attributes"]))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedDefinitions("stored feature definitions cannot be read", f"{error!r}") from error
 
     @property
     def longest_ms(self) -> int:
         """Length of the longest window, hop included: events older than that change nothing."""
         return max((each.window_ms + each.hop_ms for each in self.features), default=0)
+
+
+def _stored(found: dict[str, Any]) -> Feature:
+    """Return a feature from its stored form."""
+    kept = found["filter"]
+    where = tuple((str(name), tuple(map(str, values))) for name, values in kept["where"])
+    chosen = Filter(tuple(map(str, kept["actions"])), tuple(map(str, kept["surfaces"])), where)
+    feature = Feature(**{**found, "kind": Kind(found["kind"]), "filter": chosen})
+    texts, numbers = (
+        (feature.name, feature.of, feature.group),
+        (feature.window_ms, feature.half_life_ms, feature.gap_ms),
+    )
+    if not all(type(each) is str for each in texts) or not all(
+        type(each) is int for each in (*numbers, feature.k, feature.cap)
+    ):
+        raise TypeError(f"a key of {feature.name!r} has the wrong type")
+    return feature
 
 
 def parse_features(toml_text: str, attributes: Mapping[str, object] | None = None, version: str = "") -> FeatureSet:

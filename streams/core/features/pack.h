@@ -97,11 +97,14 @@ void pack_ring(const Part &part, int64_t row, Writer &out) {
     const int32_t newest = newest_of(hops, part.tiles);
     out.whole(newest + 1);
     if (newest < 0) return;
+    const auto holds = [&](int64_t back, int64_t at) {
+        const double number = numbers[(newest - back) % part.tiles * part.accumulators + at];
+        return back < accumulators[at].reach && number != accumulators[at].initial;
+    };
     const auto is_used = [&](int64_t back) {
-        const int64_t tile = (newest - back) % part.tiles;
-        if (hops[tile] != newest - back) return false;
+        if (hops[(newest - back) % part.tiles] != newest - back) return false;
         for (int64_t at = 0; at < part.accumulators; ++at)
-            if (accumulators[at].statistic == COUNT && numbers[tile * part.accumulators + at]) return true;
+            if (holds(back, at)) return true;
         return false;
     };
     int64_t used = 0;
@@ -114,7 +117,7 @@ void pack_ring(const Part &part, int64_t row, Writer &out) {
         before = back;
         const double *tile = numbers + (newest - back) % part.tiles * part.accumulators;
         for (int64_t at = 0; at < part.accumulators; ++at)
-            if (accumulators[at].statistic == COUNT || tile[at] != accumulators[at].initial) out.number(tile[at]);
+            if (holds(back, at)) out.number(tile[at]);
             else out.byte(3);  // as it began
     }
 }

@@ -14,10 +14,11 @@ constexpr int LANES_MAX = 1024;
 enum Kind : int64_t { RING, DISTINCT, TOP_K, AFFINITY, LAST_K, SINCE, SESSION };
 // Kinds of features that share one `Kind`: COUNTED to GREATEST a ring, LENGTH and DEPTH the sessions.
 enum FieldKind : int64_t { COUNTED, TOTAL, MEAN, LEAST, GREATEST, OTHER, LENGTH, DEPTH };
-enum Statistic : int32_t { COUNT, SUM, MIN, MAX };
+enum Statistic : int32_t { COUNT, SUM, MIN, MAX, MEAN_SUM };
 
 struct Accumulator {
-    int32_t filter, number, statistic, unused;  // number: -1 for the event itself
+    int32_t filter, number, statistic;  // number: -1 for the event itself
+    int32_t reach;                      // tiles that the windows of its features can touch
     double initial;
 };
 
@@ -61,7 +62,7 @@ struct Items {
 // A feature of the output.
 struct Field {
     int64_t part, kind, window_ms;
-    int64_t count, number;  // accumulators of its ring: of the events, and of the value
+    int64_t count, number;  // accumulators of its ring; `count` is that of a mean's numbers
     int64_t estimate;       // its column among the features that may be estimates, FREE for the others
     Texts name;             // with the colon
     const Items *items;

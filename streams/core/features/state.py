@@ -23,14 +23,18 @@ from streams.core.features.attributes import Attributes as Attributes
 from streams.core.features.attributes import AttributesError as AttributesError
 from streams.core.features.binding import FORMAT, Binding, KnownTexts
 from streams.core.features.completeness import Completeness
-from streams.core.features.definitions import FeatureSet, Filter
+from streams.core.features.definitions import Feature, FeatureSet, Filter
 from streams.core.features.distinct import hashed
+from streams.core.features.evolution import copy, copy_completeness, origins
 from streams.core.features.kernel import Events, Kernel
 from streams.core.features.parts import Parts
 from streams.core.features.reference import FeatureColumns as FeatureColumns
 from streams.core.features.reference import Reference
 from streams.core.features.structures import Functions
 from streams.errors import HaltsPartition, RebuildsPartition
+
+REBUILT_TOGETHER = 256
+"""Users whose features are computed from their kept actions at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,26 @@ class OtherFeatureSet(HaltsPartition):
 class FeatureState:
     """The state of all features for the users of a hot table."""
 
-    def __init__(self, feature_set: FeatureSet, attributes: Attributes, rows: int, functions: Functions) -> None:
-        """Make room for `rows` users; `functions` are those of the compiled kernel."""
-        self.feature_set, self._attributes = feature_set, attributes
+    def __init__(
+        self,
+        feature_set: FeatureSet,
+        attributes: Attributes,
+        rows: int,
+        functions: Functions,
+        texts: KnownTexts | None = None,
+    ) -> None:
+        """Make room for `rows` users; `functions` are those of the compiled kernel.
+
+        `texts` are those of the attributes, given where another state of the same attributes has them.
+        """
+        self.feature_set, self._attributes, self._functions = feature_set, attributes, functions
+        self._texts = texts or KnownTexts(attributes)
         self._parts = Parts(feature_set, rows)
         self._complete = Completeness(feature_set, self._parts, rows)
-        self._binding = Binding(feature_set, self._parts, self._complete, KnownTexts(attributes))
+        self._binding = Binding(feature_set, self._parts, self._complete, self._texts)
         self._kernel = Kernel(functions, self._binding)
         self._reference = Reference(feature_set, self._parts, attributes, self._complete)
+        self._rebuilders: dict[tuple[str, ...], FeatureState] = {}
         self._codes = {
             each: (_table(each.actions), _table(each.surfaces), self._wanted(each)) for each in self._binding.filters
         }
@@ -87,7 +103,7 @@ class FeatureState:
         items, surfaces = actions["item"].astype(np.int64), actions["surface"].astype(np.int64)
         places = self._attributes.places(items)
         durations = actions["duration_ms"].astype(np.float64)
-        groups = [_codes(self._attributes.codes[each], places) for each in self._binding.groups]
+        groups = [_codes(self._codes_of(each), places) for each in self._binding.groups]
         self._kernel.add(
             Events(
                 rows=rows,
@@ -145,10 +161,55 @@ class FeatureState:
             self.clear(rows)
             raise _damaged(packed, damaged, f"{len(packed[damaged])} bytes")
 
+    def take_over(self, rows: I64, old: FeatureState, old_rows: I64) -> list[str]:
+        """Copy what users [U] keep of a state with other definitions; return the features that are left to `rebuild`.
+
+        `rows` must be cleared. See `streams.core.features.evolution` for what is kept.
+        """
+        found = origins(self.feature_set, old.feature_set)
+        pairs = [(each, found[each.name][0]) for each in self.feature_set.features if each.name in found]
+        copy(self._parts, rows, old._parts, old_rows, pairs)
+        copy_completeness(self._complete, rows, old._complete, old_rows, found)
+        return [each.name for each in self.feature_set.features if each.name not in found]
+
+    def rebuild(self, rows: I64, names: Sequence[str], actions: Actions, starts: I64, complete_from_ms: I64) -> None:
+        """Compute the features that `take_over` returned from the kept actions of users [U], and no other feature.
+
+        User u owns the actions from `starts[u]` to `starts[u + 1]`, oldest first, and they are complete from
+        `complete_from_ms[u]`. Kept actions have no `value`, so features of one begin after the newest of them.
+        """
+        wanted = [each for each in self.feature_set.features if each.name in set(names)]
+        if not wanted or not len(rows):
+            return
+        state = self._rebuilder(wanted)
+        pairs = [(each, each) for each in wanted]
+        for low in range(0, len(rows), REBUILT_TOGETHER):
+            users = np.arange(low, min(low + REBUILT_TOGETHER, len(rows)))
+            chosen = actions[starts[users[0]] : starts[users[-1] + 1]]
+            state.clear(users - low)
+            state.add(np.repeat(users - low, np.diff(starts)[users]), chosen, np.full(len(chosen), np.nan))
+            copy(self._parts, rows[users], state._parts, users - low, pairs)
+        self._complete.set(rows, [each.name for each in wanted], complete_from_ms)
+        is_empty = starts[1:] == starts[:-1]
+        newest_ms = np.zeros(len(rows), np.int64)
+        newest_ms[~is_empty] = actions["timestamp_ms"][starts[1:][~is_empty] - 1]
+        from_ms = np.where(is_empty, complete_from_ms, np.maximum(complete_from_ms, newest_ms + 1))
+        self._complete.set(rows, [each.name for each in wanted if each.of == "value"], from_ms)
+
     def clear(self, rows: I64) -> None:
         """Forget everything of the users in these rows."""
         self._parts.clear(rows)
         self._complete.clear(rows)
+
+    def _rebuilder(self, features: Sequence[Feature]) -> FeatureState:
+        """Return an empty state of only these features."""
+        names = tuple(each.name for each in features)
+        if names not in self._rebuilders:
+            chosen = FeatureSet(tuple(features), self.feature_set.attributes)
+            self._rebuilders = {
+                names: FeatureState(chosen, self._attributes, REBUILT_TOGETHER, self._functions, self._texts)
+            }
+        return self._rebuilders[names]
 
     def _other(self, packed: Sequence[bytes]) -> DamagedFeatures | OtherFeatureSet:
         """Return what is wrong with the header of the first user that has another one."""
@@ -165,6 +226,10 @@ class FeatureState:
         names = self._attributes.names
         return [(each, np.isin(np.array(names.get(each, ()), object), values)) for each, values in chosen.where]
 
+    def _codes_of(self, attribute: str) -> I64:
+        """Return the code of each item, none where the attribute is not known any more."""
+        return self._attributes.codes.get(attribute, np.zeros(0, np.int64))
+
     def _passes(self, chosen: Filter, actions: Actions, places: I64) -> Bool:
         """Return which events pass the filter [E]."""
         by_action, by_surface, wanted = self._codes[chosen]
@@ -174,7 +239,7 @@ class FeatureState:
         if by_surface is not None:
             passes &= by_surface[actions["surface"]]
         for attribute, counts in wanted:
-            codes = _codes(self._attributes.codes[attribute], places)
+            codes = _codes(self._codes_of(attribute), places)
             passes &= (codes >= 0) & counts[np.maximum(codes, 0)] if len(counts) else False
         return passes
 

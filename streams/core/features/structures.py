@@ -37,7 +37,7 @@ class Functions(Protocol):
 class AccumulatorStructure(ctypes.Structure):
     """An accumulator of a ring."""
 
-    _fields_ = (("filter", _INT), ("number", _INT), ("statistic", _INT), ("unused", _INT), ("initial", _DOUBLE))
+    _fields_ = (("filter", _INT), ("number", _INT), ("statistic", _INT), ("reach", _INT), ("initial", _DOUBLE))
 
 
 class TextsStructure(ctypes.Structure):

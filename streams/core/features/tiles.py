@@ -35,17 +35,28 @@ class Statistic(IntEnum):
     SUM = 1
     MIN = 2
     MAX = 3
+    MEAN_SUM = 4
 
 
-INITIAL = {Statistic.COUNT: 0.0, Statistic.SUM: 0.0, Statistic.MIN: np.inf, Statistic.MAX: -np.inf}
+INITIAL = {
+    Statistic.COUNT: 0.0,
+    Statistic.SUM: 0.0,
+    Statistic.MIN: np.inf,
+    Statistic.MAX: -np.inf,
+    Statistic.MEAN_SUM: 0.0,
+}
 STATISTICS = {
     Kind.COUNT: (Statistic.COUNT,),
-    Kind.SUM: (Statistic.COUNT, Statistic.SUM),
-    Kind.MEAN: (Statistic.COUNT, Statistic.SUM),
-    Kind.MIN: (Statistic.COUNT, Statistic.MIN),
-    Kind.MAX: (Statistic.COUNT, Statistic.MAX),
+    Kind.SUM: (Statistic.SUM,),
+    Kind.MEAN: (Statistic.COUNT, Statistic.MEAN_SUM),
+    Kind.MIN: (Statistic.MIN,),
+    Kind.MAX: (Statistic.MAX,),
 }
-"""Accumulators of each kind; the count tells whether there is any event at all."""
+"""Accumulators of each kind, its value last.
+
+A mean has a sum of its own, so that its sum and its count always cover the same events, even if a sum of the same
+numbers was defined earlier than the mean.
+"""
 KINDS = frozenset(STATISTICS)
 
 
@@ -65,10 +76,7 @@ class Ring:
         """Make room for `rows` users; `features` are all of this hop and of `KINDS`."""
         self.hop_ms, self.features = hop_ms, tuple(features)
         self.tiles = max(each.tiles for each in features)
-        wanted = [
-            Accumulator(each.filter, each.of, statistic) for each in features for statistic in STATISTICS[each.kind]
-        ]
-        self.accumulators = tuple(dict.fromkeys(wanted))
+        self.accumulators = tuple(dict.fromkeys(each for feature in features for each in accumulators_of(feature)))
         self._number = {accumulator: at for at, accumulator in enumerate(self.accumulators)}
         self.initial = np.array([INITIAL[each.statistic] for each in self.accumulators])  # [A]
         self.hops = np.full((rows, self.tiles), EMPTY, np.int32)
@@ -84,17 +92,19 @@ class Ring:
     def values(self, rows: I64, as_of_ms: I64) -> tuple[dict[str, F64], I64]:
         """Return the values [U] by feature name, and when [U] the first of them changes without an event.
 
-        NaN stands for "none": the mean, least or greatest of no number.
+        NaN and infinity stand for "none": the mean, least or greatest of no number, or a sum beyond every number.
         """
         hops = self.hops[rows].astype(np.int64)  # [U, T]
         numbers = self.numbers.reshape(-1, self.tiles, len(self.accumulators))[rows]  # [U, T, A]
         values, until_ms = {}, np.full(len(rows), NEVER_MS)
         for feature in self.features:
             begin = (as_of_ms - feature.window_ms) // self.hop_ms  # [U] first hop of the window
-            counts = np.where(hops >= begin[:, None], self._numbers_of(numbers, feature, Statistic.COUNT), 0.0)
-            values[feature.name] = self._value(feature, numbers, counts)
-            oldest = np.where(counts > 0, hops, NEVER_MS // self.hop_ms - self.tiles).min(axis=1)
-            gone_ms = np.where(counts.any(axis=1), (oldest + 1) * self.hop_ms + feature.window_ms, NEVER_MS)
+            first, last = STATISTICS[feature.kind][0], STATISTICS[feature.kind][-1]
+            evidence, tiles = (numbers[:, :, self.place(feature, each)] for each in (first, last))
+            used = (hops >= begin[:, None]) & (evidence != INITIAL[first])  # [U, T]
+            values[feature.name] = _value(feature, np.where(used, tiles, INITIAL[last]), np.where(used, evidence, 0.0))
+            oldest = np.where(used, hops, NEVER_MS // self.hop_ms - self.tiles).min(axis=1)
+            gone_ms = np.where(used.any(axis=1), (oldest + 1) * self.hop_ms + feature.window_ms, NEVER_MS)
             until_ms = np.minimum(until_ms, gone_ms)
         return values, until_ms
 
@@ -102,24 +112,38 @@ class Ring:
         """Return the index of an accumulator of a feature."""
         return self._number[Accumulator(feature.filter, feature.of, statistic)]
 
-    def _numbers_of(self, numbers: F64, feature: Feature, statistic: Statistic) -> F64:
-        """Return the tiles [U, T] of one accumulator."""
-        found: F64 = numbers[:, :, self.place(feature, statistic)]
-        return found
+    def oldest_ms(self, feature: Feature, rows: I64) -> I64:
+        """Return where the oldest tile begins that is kept of users [U], 0 if a window of the feature needs no older.
 
-    def _value(self, feature: Feature, numbers: F64, counts: F64) -> F64:
-        """Return the value [U] over the tiles that are in the window; `counts` [U, T] is 0 in all others."""
-        total: F64 = counts.sum(axis=1)
-        if feature.kind is Kind.COUNT:
-            return total
-        statistic = STATISTICS[feature.kind][1]
-        tiles = np.where(counts > 0, self._numbers_of(numbers, feature, statistic), INITIAL[statistic])
-        if statistic is Statistic.SUM:
-            summed: F64 = np.cumsum(tiles, axis=1)[:, -1]  # one after another, as the kernel does
-            return (
-                summed
-                if feature.kind is Kind.SUM
-                else np.divide(summed, total, np.full(len(total), np.nan), where=total > 0)
-            )
-        extreme: F64 = tiles.min(axis=1) if statistic is Statistic.MIN else tiles.max(axis=1)
-        return np.where(total > 0, extreme, np.nan)
+        The accumulators of the feature must be among those of the ring, which need not have the feature.
+        """
+        reach = min(self.reach(each) for each in accumulators_of(feature))
+        if feature.tiles <= reach:
+            return np.zeros(len(rows), np.int64)
+        newest: I64 = self.hops[rows].max(axis=1).astype(np.int64)
+        return np.maximum(newest - reach + 1, 0) * self.hop_ms
+
+    def reach(self, accumulator: Accumulator) -> int:
+        """Return the number of tiles, counted from the newest, that windows over an accumulator can touch."""
+        return max(each.tiles for each in self.features if accumulator in accumulators_of(each))
+
+
+def accumulators_of(feature: Feature) -> tuple[Accumulator, ...]:
+    """Return the accumulators that a feature of `KINDS` is computed from."""
+    return tuple(Accumulator(feature.filter, feature.of, each) for each in STATISTICS[feature.kind])
+
+
+def _value(feature: Feature, tiles: F64, counts: F64) -> F64:
+    """Return the value [U] of the tiles [U, T] in the window; a mean divides by the sum of `counts` [U, T]."""
+    match feature.kind:
+        case Kind.MIN:
+            least: F64 = tiles.min(axis=1)
+            return least
+        case Kind.MAX:
+            greatest: F64 = tiles.max(axis=1)
+            return greatest
+        case _:
+            total: F64 = np.cumsum(tiles, axis=1)[:, -1]  # one after another, as the kernel does
+            number = counts.sum(axis=1) if feature.kind is Kind.MEAN else np.ones(len(tiles))
+            quotient: F64 = np.divide(total, number, np.full(len(total), np.nan), where=number > 0)
+            return quotient

@@ -66,25 +66,23 @@ struct Moment {
 void write_tiled(const Part &part, const Field &field, Moment &moment, Json &out) {
     const auto *hops = static_cast<int32_t *>(part.a) + moment.row * part.tiles;
     const auto *tiles = static_cast<double *>(part.b) + moment.row * part.tiles * part.accumulators;
-    const auto *accumulators = static_cast<const Accumulator *>(part.c);
+    const double initial = static_cast<const Accumulator *>(part.c)[field.number].initial;
     const int64_t first = first_hop(moment.as_of_ms, field.window_ms, part.hop_ms);
-    double count = 0, value = accumulators[field.number].initial;
+    double count = 0, value = initial;
     int64_t oldest = NEVER_MS;
     for (int64_t at = 0; at < part.tiles; ++at) {
         const double *tile = tiles + at * part.accumulators;
-        if (hops[at] < first || !(tile[field.count] > 0)) continue;
+        const double number = tile[field.number];
+        if (hops[at] < first || (field.kind == MEAN ? tile[field.count] == 0 : number == initial)) continue;
         count += tile[field.count];
         oldest = std::min<int64_t>(oldest, hops[at]);
-        const double number = tile[field.number];
         if (field.kind == LEAST) value = std::min(value, number);
         else if (field.kind == GREATEST) value = std::max(value, number);
         else value += number;
     }
-    if (count > 0) moment.leaves(oldest, field.window_ms, part.hop_ms);
-    if (field.kind == COUNTED) return out.whole(static_cast<int64_t>(count));
-    if (field.kind == TOTAL) return out.number(value);
-    if (!(count > 0)) return out.text("null", 4);
-    out.number(field.kind == MEAN ? value / count : value);
+    if (oldest < NEVER_MS) moment.leaves(oldest, field.window_ms, part.hop_ms);
+    if (field.kind == COUNTED) out.whole(static_cast<int64_t>(value));
+    else out.number(field.kind == MEAN ? value / count : value);  // infinite or not a number without an event: null
 }
 
 void write_distinct(const Part &part, const Field &field, Moment &moment, Json &out) {

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from encoder.actions.columns import ACTION_DTYPE, item_key, name_code
+from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
 from infra.harness.feature_model import Event
 from streams.core.features.attributes import Attributes
 from streams.core.features.definitions import DAY_MS, HOUR_MS, parse_features
@@ -41,13 +41,18 @@ EVENT = st.builds(
 )
 
 
+def actions_of(events: list[Event]) -> Actions:
+    """Return events as actions, which have no `value`."""
+    actions = np.zeros(len(events), ACTION_DTYPE)
+    actions["item"] = [item_key(event.item) for event in events]
+    actions["action"] = [name_code(event.action) for event in events]
+    actions["surface"] = [name_code(event.surface) for event in events]
+    actions["timestamp_ms"] = [event.timestamp_ms for event in events]
+    actions["duration_ms"] = [event.duration_ms for event in events]
+    return actions
+
+
 def add_events(state: FeatureState, batch: list[tuple[int, Event]]) -> None:
     """Add events, each with its user's row."""
-    actions = np.zeros(len(batch), ACTION_DTYPE)
-    actions["item"] = [item_key(event.item) for _, event in batch]
-    actions["action"] = [name_code(event.action) for _, event in batch]
-    actions["surface"] = [name_code(event.surface) for _, event in batch]
-    actions["timestamp_ms"] = [event.timestamp_ms for _, event in batch]
-    actions["duration_ms"] = [event.duration_ms for _, event in batch]
     numbers = np.array([math.nan if event.value is None else event.value for _, event in batch], np.float64)
-    state.add(np.array([row for row, _ in batch], np.int64), actions, numbers)
+    state.add(np.array([row for row, _ in batch], np.int64), actions_of([event for _, event in batch]), numbers)
