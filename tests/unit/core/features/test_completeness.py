@@ -18,7 +18,17 @@ from tests.unit.core.features.histories import ATTRIBUTES, EVENT, FEATURES, FUNC
 NAMES = [each.name for each in FEATURES.features]
 ROWS = np.arange(USERS)
 AS_OF_MS = START_MS + 100 * DAY_MS
-TIMES = st.one_of(st.just(0), st.integers(START_MS - 50 * DAY_MS, START_MS + 60 * DAY_MS))
+NEWEST_MS = START_MS + 40 * DAY_MS
+"""Time of the newest events of a history, or shortly after it."""
+SPANS_MS = (0, 30 * MINUTE_MS, HOUR_MS, 4 * HOUR_MS, 7 * DAY_MS, 28 * DAY_MS, 30 * DAY_MS)
+TIMES = st.one_of(
+    st.just(0),
+    st.builds(
+        lambda span_ms, later_ms: NEWEST_MS - span_ms + later_ms,
+        st.sampled_from(SPANS_MS),
+        st.one_of(st.integers(-DAY_MS, DAY_MS), st.sampled_from([0, 1, -1])),
+    ),
+)
 
 
 def shares(state: FeatureState, as_of_ms: int) -> list[dict[str, float]]:
@@ -113,6 +123,28 @@ def test_what_is_over_is_not_packed() -> None:
     assert short == other
     state.set_complete_from(np.array([0]), NAMES, np.array([AS_OF_MS]))
     assert len(state.pack(ROWS)[0]) > len(other)
+
+
+def test_what_is_not_over_is_packed() -> None:
+    """A week that ends with the day of the newest event is not over when it began a moment before the time."""
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS)
+    add_events(state, [(0, Event("item-1", "view", AS_OF_MS + 1))])
+    for early_ms in (0, -1):
+        state.set_complete_from(ROWS[:1], ["watched"], np.array([AS_OF_MS - 7 * DAY_MS - early_ms]))
+        state.unpack(ROWS[1:], state.pack(ROWS[:1]))
+        assert bool(state.complete_from_ms(ROWS[1:]).any()) == bool(early_ms)
+
+
+def test_sessions_are_complete_once_eight_are_certain() -> None:
+    """A late event may still join the oldest session that is kept, so its time is kept until that one is certain."""
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS)
+    add_events(state, [(0, Event("item-1", "view", AS_OF_MS + n * HOUR_MS)) for n in range(8)])
+    for from_ms, is_kept in ((AS_OF_MS - 30 * MINUTE_MS, False), (AS_OF_MS - 30 * MINUTE_MS + 1, True)):
+        state.set_complete_from(ROWS[:1], ["depth"], np.array([from_ms]))
+        state.unpack(ROWS[1:], state.pack(ROWS[:1]))
+        assert state.complete_from_ms(ROWS[1:]).any() == is_kept
+    add_events(state, [(1, Event("item-1", "view", AS_OF_MS + n * HOUR_MS // 4)) for n in range(29)])
+    assert state.records(ROWS[1:], np.array([AS_OF_MS + 7 * HOUR_MS + 1])).completeness == [{"depth": 0.9999}]
 
 
 def test_clearing_makes_complete() -> None:

@@ -234,6 +234,26 @@ def test_rebuilding_twice_is_rebuilding_once() -> None:
     assert state.pack(ROWS) == before
 
 
+def test_actions_outside_the_kept_tiles() -> None:
+    """An action before the ring's oldest tile is left out, and one after its newest begins a tile for all features."""
+    state = FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS)
+    add_events(state, [(0, Event("item-1", "view", START_MS + 29 * DAY_MS, "home", 5, 1.0))])
+    for days, watched, price in (((0, 29), 7.0, 1.0), ((29, 58), 7.0, None)):
+        events = [Event("item-1", "view", START_MS + day * DAY_MS, "home", 7, 1.0) for day in days]
+        state.rebuild(ROWS, ["watched"], actions_of(events), np.array([0, 2, 2]), np.zeros(2, np.int64))
+        found = state.values(ROWS[:1], np.array([events[-1].timestamp_ms + 1])).values
+        assert (found["watched"], found["price"]) == ([watched], [price])
+
+
+def test_the_most_complete_of_two_former_features_is_believed() -> None:
+    """Two counts share their tiles, so both hold what either has seen."""
+    tables = [{"name": f"n{days}", "kind": "count", "window": f"{days}d"} for days in (7, 14)]
+    old = FeatureState(defined(tables), ATTRIBUTES, USERS, FUNCTIONS)
+    old.set_complete_from(ROWS, ["n14"], np.array([START_MS, START_MS]))
+    state = moved(old, [{"name": "n", "kind": "count", "window": "10d"}], [[], []], [0, 0])
+    assert state.complete_from_ms(ROWS + 3).tolist() == [[0], [0]]
+
+
 def test_more_users_than_are_rebuilt_together() -> None:
     """The users of a large call are those of many small ones, whoever has no action among them."""
     state = FeatureState(FEATURES, ATTRIBUTES, 600, FUNCTIONS)
