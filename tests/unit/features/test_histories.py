@@ -7,6 +7,7 @@ gets the records as they are, and decides by itself which of them count.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from functools import cache
@@ -89,7 +90,9 @@ def history(rng: np.random.Generator) -> History:
     window = int(rng.choice([HOUR_MS, DAY_MS, 7 * DAY_MS, 28 * DAY_MS]))
     boundary = (newest // DAY_MS + 1 + int(rng.integers(30))) * DAY_MS
     oldest_leaves = int(rng.choice([event.timestamp_ms for event in counted] or [START_MS])) + window
-    times = [newest + 1, boundary, oldest_leaves, oldest_leaves + 1, newest + int(rng.integers(1, 60 * DAY_MS))]
+    gap = int(rng.choice([30 * MINUTE_MS, DAY_MS])) + int(rng.integers(2))  # the session ends 1 ms after the gap
+    random = newest + int(rng.integers(1, 60 * DAY_MS))
+    times = [newest + 1, newest + gap, boundary, oldest_leaves, oldest_leaves + 1, random]
     return History(records, [at for at in times if at > newest], counted)
 
 
@@ -185,7 +188,7 @@ def test_histories_are_worth_it() -> None:
 
 
 def test_the_state_is_the_model_is_the_query() -> None:
-    """Every feature of every history as of up to five times: counts and ids exactly, numbers to 1e-9."""
+    """Every feature of every history as of up to six times: counts and ids exactly, numbers to 1e-9."""
     made, rng = histories(), np.random.default_rng(SEED + 1)
     state = FeatureState(FEATURES, ATTRIBUTES, HISTORIES, load_functions())
     by_query = feature_sql.values(database(made), FEATURES)
@@ -193,13 +196,15 @@ def test_the_state_is_the_model_is_the_query() -> None:
     for row, each in enumerate(made):
         feed(state, row, each.records, rng)
         rows = np.full(len(each.as_of_ms), row)
-        found = state.values(rows, np.array(each.as_of_ms, np.int64))
+        as_of = np.array(each.as_of_ms, np.int64)
+        found, published = state.values(rows, as_of), [json.loads(text) for text in state.records(rows, as_of).values]
         for at, as_of_ms in enumerate(each.as_of_ms):
             by_model = feature_model.values(WHOLE, each.counted, as_of_ms, ITEMS)
             for feature in FEATURES.features:
                 queried = by_query[feature.name][place]
                 where = (SEED, row, as_of_ms, feature.name, by_model[feature.name])
                 assert agrees(feature, found.values[feature.name][at], by_model[feature.name]), where
+                assert agrees(feature, published[at][feature.name], by_model[feature.name]), where
                 assert agrees(feature, found.values[feature.name][at], queried), (*where, queried)
             place += 1
     assert place > 3 * HISTORIES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from infra.features.ordered import OrderedRows
 from infra.features.spine import Spine, read_spine
 from infra.harness import feature_model
 from streams.core.features.attributes import Attributes
-from streams.core.features.definitions import DAY_MS, HOUR_MS, FeatureSet, parse_features
+from streams.core.features.definitions import DAY_MS, HOUR_MS, DefinitionsError, FeatureSet, parse_features
+from streams.features_attributes import AttributeFileError
 from tests.unit.core.features.definitions import TOML
 from tests.unit.features.agreement import agrees
 
@@ -46,7 +48,7 @@ def log_rows(users: int = 20, events: int = 30) -> list[dict[str, Any]]:
             "user_id": f"u{rng.integers(users)} 'ß\"",
             "item_id": f"i{rng.integers(8)} 'ü\"",
             "action": str(rng.choice(["view", "buy"])),
-            "timestamp_ms": START_MS + int(rng.integers(40 * DAY_MS)) // 60_000 * 60_000,
+            "timestamp_ms": START_MS + int(rng.integers(160)) * 6 * HOUR_MS,
             "surface": str(rng.choice(["", "home"])),
             "duration_ms": int(rng.integers(3)) * 700,
             "value": None if rng.random() < 0.3 else float(rng.normal()),
@@ -350,3 +352,32 @@ def test_the_command_computes_and_prints_json(tmp_path: Path) -> None:
     assert summary["attributes"]
     text = CliRunner().invoke(app, ["features", "compute", str(tmp_path / "log.parquet"), *words])
     assert f"{len(spine):,} rows of " in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("definitions", "attributes", "error", "text"),
+    [
+        ("actions = [1]", None, DefinitionsError, r"feature\[0\]\.actions: must be a list of names"),
+        ('where = { size = ["xl"] }', None, DefinitionsError, "'size' needs an item attribute file"),
+        (
+            'where = { size = ["xl"] }',
+            "item_id,color\ni,red",
+            DefinitionsError,
+            "'size' is not among",
+        ),
+        ("", "item_id,color\ni,red\ni,red", AttributeFileError, "item_id occurs more than once"),
+    ],
+)
+def test_the_command_refuses_definitions_and_attributes_that_are_wrong(
+    tmp_path: Path, definitions: str, attributes: str | None, error: type[Exception], text: str
+) -> None:
+    """An unknown attribute, a wrong filter and a damaged attribute file end the command before the log is read."""
+    (tmp_path / "features.toml").write_text(f'[[feature]]\nname = "n"\nkind = "seconds_since"\n{definitions}')
+    words = ["--definitions", str(tmp_path / "features.toml"), "--at", "absent", "--out", str(tmp_path / "out.parquet")]
+    if attributes:
+        (tmp_path / "items.csv").write_text(attributes)
+        words += ["--attributes", str(tmp_path / "items.csv")]
+    result = CliRunner().invoke(app, ["features", "compute", "absent.parquet", *words])
+    assert isinstance(result.exception, error)
+    assert re.search(text, str(result.exception))
+    assert not (tmp_path / "out.parquet").exists()
