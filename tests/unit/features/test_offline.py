@@ -298,11 +298,9 @@ def test_items_without_an_id_are_counted(tmp_path: Path) -> None:
     """Items that the attribute file does not list are shown by their keys; the summary has their number."""
     text = '[[feature]]\nname = "last"\nkind = "last_k"\nk = 2'
     rows = log_rows()
-    write(
-        tmp_path / "log.parquet",
-        [{**row, "item_id": "new" if at % 9 else row["item_id"]} for at, row in enumerate(rows)],
-    )
-    spine = Spine([rows[0]["user_id"]], np.zeros(1, np.int64), np.full(1, START_MS + 99 * DAY_MS))
+    user = rows[0]["user_id"]
+    write(tmp_path / "log.parquet", [{**row, "item_id": "new"} if row["user_id"] == user else row for row in rows])
+    spine = Spine([user], np.zeros(1, np.int64), np.full(1, START_MS + 99 * DAY_MS))
     summary = compute_features(job(tmp_path, parse_features(text), spine=spine))
     assert summary.unknown_items == 1
     assert pa.parquet.read_table(tmp_path / "out.parquet")["last"].to_pylist() == [[f"{item_key('new'):016x}"] * 2]
