@@ -18,6 +18,8 @@ import numpy as np
 
 from encoder.actions.columns import ActionBatch
 from streams.core.effects import Effects
+from streams.core.features.partition import PartitionFeatures
+from streams.core.layout import StoredFeatures
 from streams.core.merge import Outcome
 from streams.core.policy import Reason
 from streams.encoding.partition_jobs import PartitionJobs
@@ -27,8 +29,9 @@ from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
+from streams.storage.features import former_definitions
 from streams.storage.reader import read_users
-from streams.storage.store import NO_NOTE, StoreDamaged
+from streams.storage.store import NO_NOTE, PartitionStore, StoreDamaged
 from streams.telemetry.metrics import Metrics
 from streams.telemetry.times import SkewMeter
 from streams.wire.actions import Decoded, DecodeLimits, decode_actions
@@ -268,11 +271,21 @@ class Ingest:
             return False
         if read.corrupt and not await self._quarantine(owned, read.corrupt):
             return False
+        if state.features is not None:
+            self._learn(owned.store, state.features, read.features)
         state.load(cold, read.stored, read.features)
         if noted:
             rows = [row for row, offset in enumerate(noted) if offset != NO_NOTE]
             state.seed_published([cold[row] for row in rows], np.array([noted[row] for row in rows], np.int64))
         return True
+
+    def _learn(
+        self, store: PartitionStore, features: PartitionFeatures, stored: Sequence[StoredFeatures | None]
+    ) -> None:
+        """Read the definitions of feature sets of before, as far as users of theirs are to be loaded."""
+        for version, feature_set in former_definitions(store, features.unknown_versions(stored)).items():
+            logger.info("features of feature set %s are taken over or computed again as %s", version, features.version)
+            features.learn(version, feature_set)
 
     async def _wait_room(self, owned: OwnedPartition, users: int) -> None:
         while self._is_mine(owned) and owned.state.room < users:

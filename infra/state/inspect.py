@@ -14,7 +14,7 @@ from encoder.actions.columns import Actions
 from infra.state.logs import Application
 from infra.state.rewrite import partition_of
 from streams.core.columns import Columns
-from streams.core.layout import LONG_AGO, NEVER
+from streams.core.layout import LONG_AGO, NEVER, StoredFeatures
 from streams.core.policy import Reason
 from streams.engine.changelog import LogReader
 from streams.engine.proof import Found, prove
@@ -31,9 +31,10 @@ from streams.storage.codec import (
     head_key,
     unseal,
 )
+from streams.storage.features import decode_features, features_key
 from streams.storage.memory_store import MemoryStore
 from streams.storage.reader import read_users
-from streams.storage.store import PartitionStore
+from streams.storage.store import DEFINITIONS_PREFIX, FEATURES_PREFIX, PartitionStore
 
 USERS_PER_READ = 5_000
 PROBLEMS_SHOWN = 20
@@ -73,6 +74,7 @@ class Checked:
     records: int = 0
     deleted: int = 0
     users: int = 0
+    users_with_features: int = 0
     forgotten: int = 0
     """Users without an action, of whom a head remains."""
     actions: int = 0
@@ -140,10 +142,12 @@ def _check_record(record: Any, before: CheckpointMark | None, checked: Checked) 
                 f"offset {record.offset}: the mark goes back from {before.source_offset} to {mark.source_offset}"
             )
         return mark
-    if key[:1] not in (HEAD_PREFIX, CHUNK_PREFIX):
+    if key[:1] == FEATURES_PREFIX:
+        decode_features(key[1:], value)
+    elif key[:1] == DEFINITIONS_PREFIX or key[:1] in (HEAD_PREFIX, CHUNK_PREFIX):
+        unseal(key, value)
+    else:
         checked.problem(f"offset {record.offset}: the key {key[:40]!r} is unknown")
-        return before
-    unseal(key, value)
     return before
 
 
@@ -151,7 +155,7 @@ def _check_users(app: Application, store: PartitionStore, users: Sequence[bytes]
     """Check that every user is whole and in its partition."""
     count = app.settings.topics.partitions
     try:
-        read = read_users(store, users, app.limits)
+        read = read_users(store, users, app.limits, with_features=True)
     except LayoutChanged as error:
         checked.problem(str(error))
         return
@@ -161,6 +165,7 @@ def _check_users(app: Application, store: PartitionStore, users: Sequence[bytes]
     for damage in read.corrupt.values():
         checked.problem(str(damage))
     checked.users += len(users)
+    checked.users_with_features += sum(each is not None for each in read.features)
     checked.forgotten += int((read.stored.headers["count"] == 0).sum())
     checked.actions += len(read.stored.actions)
 
@@ -168,7 +173,8 @@ def _check_users(app: Application, store: PartitionStore, users: Sequence[bytes]
 async def show(app: Application, user: bytes) -> dict[str, Any] | None:
     """Return the state of one user as of the last checkpoint; None if it has none."""
     partition = partition_of(user, app.settings.topics.partitions)
-    wanted = {head_key(user), *(chunk_key(user, number, app.limits) for number in range(app.limits.chunk_keys))}
+    chunks = (chunk_key(user, number, app.limits) for number in range(app.limits.chunk_keys))
+    wanted = {head_key(user), features_key(user), *chunks}
     store = MemoryStore()
     mark: CheckpointMark | None = None
     reader = LogReader(TopicPartition(app.settings.changelog_topic, partition), app.client)
@@ -184,10 +190,18 @@ async def show(app: Application, user: bytes) -> dict[str, Any] | None:
         await reader.close()
     if head_key(user) not in store.records:
         return None
-    read = read_users(store, [user], app.limits)
+    read = read_users(store, [user], app.limits, with_features=True)
     for error in read.corrupt.values():
         raise error
-    return _user_as_json(user, partition, mark, read.stored.headers, read.stored.actions)
+    shown = _user_as_json(user, partition, mark, read.stored.headers, read.stored.actions)
+    return shown | {"features": _features_as_json(read.features[0])}
+
+
+def _features_as_json(stored: StoredFeatures | None) -> dict[str, Any] | None:
+    """Return what is stored of a user's features; their values are in the features topic."""
+    if stored is None:
+        return None
+    return {"feature_set": stored.version, "bytes": len(stored.packed), "refresh": _time(stored.refresh_ms)}
 
 
 def _user_as_json(

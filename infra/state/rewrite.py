@@ -138,6 +138,11 @@ async def _adopt_elsewhere(plan: Adoption, report: Report) -> int:
             async with plan.old.restored(old) as store:
                 for key, value in store.chunks():
                     await writers[partition_of(key[1:-1], count)].append((key, value))
+                for key, value in store.features():
+                    await writers[partition_of(key[1:], count)].append((key, value))
+                for key, value in store.definitions():
+                    for writer in writers.values():
+                        await writer.append((key, value))
                 for records in _rebased(store, OTHER_LOG, report):
                     users += len(records)
                     for record in records:

@@ -119,7 +119,12 @@ class StoredFeatures:
     had_refresh: bool
     """Whether the record before this one had a refresh, so the index may have an entry that must be deleted."""
     packed: bytes
-    """Written by `streams.core.features.state.FeatureState.pack`; it begins with the feature set."""
+    """Written by `streams.core.features.state.FeatureState.pack`; it begins with a format and the feature set."""
+
+    @property
+    def version(self) -> str:
+        """Version of the feature set."""
+        return self.packed[1:9].hex()
 
 
 @dataclass(frozen=True, slots=True)

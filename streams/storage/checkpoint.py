@@ -16,7 +16,7 @@ from typing import Protocol
 
 from streams.core.partition_state import PartitionState
 from streams.storage.codec import CheckpointMark, encode, encode_mark
-from streams.storage.features import encode_features
+from streams.storage.features import encode_features, missing_definitions
 from streams.storage.store import Record, Store
 
 __all__ = ["ChangelogTransaction", "CheckpointMark", "Outputs", "checkpoint"]
@@ -66,7 +66,12 @@ async def checkpoint(
         mark = replace(mark, output_offset=known.output_offset, features_offset=known.features_offset)
     snapshot = state.begin_checkpoint()
     try:
-        records: list[Record] = [*encode(snapshot, state.limits), *encode_features(snapshot), encode_mark(mark)]
+        records: list[Record] = [
+            *missing_definitions(store, state.features),
+            *encode(snapshot, state.limits),
+            *encode_features(snapshot),
+            encode_mark(mark),
+        ]
         await outputs.acknowledged()
         await changelog.begin()
         changelog_offset = await changelog.append(records)

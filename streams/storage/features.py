@@ -7,16 +7,22 @@ The header has the version (1), flags (1: the record before this one had a refre
 (8) of the sequence that the state belongs to, and the time of the next refresh (8). The packed state is that of
 `streams.core.features.state.FeatureState.pack`. Numbers are little-endian, and the checksum is that of every record
 (`streams.storage.codec`). A record is written together with the head of its user, and deleted with the user.
+
+The definitions of a feature set are stored once, so that a later one can take over what both have in common:
+
+    definitions `d`, hash (8)    version (1), JSON, checksum (4)
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from streams.core.features.definitions import DamagedDefinitions, FeatureSet
+from streams.core.features.partition import PartitionFeatures
 from streams.core.layout import Snapshot, StoredFeatures
 from streams.storage.codec import CorruptValue, Records, seal, unseal
-from streams.storage.store import FEATURES_PREFIX, Store
+from streams.storage.store import DEFINITIONS_PREFIX, FEATURES_PREFIX, Store
 
 VERSION = 1
 HAD_REFRESH = 1
@@ -57,6 +63,32 @@ def decode_features(user: bytes, value: bytes) -> StoredFeatures:
         raise CorruptValue(key, f"{len(value)} bytes")
     _, flags, _, revision, count, refresh_ms = _HEADER.unpack_from(body)
     return StoredFeatures(count, revision, refresh_ms, bool(flags & HAD_REFRESH), body[_HEADER.size :])
+
+
+def definitions_key(version: str) -> bytes:
+    """Return the key of the definitions of a feature set."""
+    return DEFINITIONS_PREFIX + bytes.fromhex(version)
+
+
+def missing_definitions(store: Store, features: PartitionFeatures | None) -> Records:
+    """Return the record of the definitions, unless the store has it."""
+    if features is None or store.get_many([key := definitions_key(features.version)]) != [None]:
+        return []
+    feature_set = features.config.feature_set
+    return [(key, seal(key, bytes((VERSION,)) + feature_set.as_json().encode()))]
+
+
+def former_definitions(store: Store, versions: Collection[str]) -> dict[str, FeatureSet | None]:
+    """Return the feature sets of these versions; None for one whose definitions are missing or cannot be read."""
+    found: dict[str, FeatureSet | None] = {}
+    for version in versions:
+        key = definitions_key(version)
+        (value,) = store.get_many([key])
+        try:
+            found[version] = FeatureSet.from_json(unseal(key, value, versions=(VERSION,))[1:]) if value else None
+        except (CorruptValue, DamagedDefinitions):
+            found[version] = None
+    return found
 
 
 def read_features(

@@ -70,6 +70,8 @@ REFRESH_PREFIX = b"q"
 """First byte of the key of a refresh; the user id follows."""
 FEATURES_PREFIX = b"f"
 """First byte of the key of a user's features in the changelog; the user id follows (`streams.storage.features`)."""
+DEFINITIONS_PREFIX = b"d"
+"""First byte of the key of the definitions of a feature set in the changelog; its hash follows."""
 _REFRESH_AT = 16
 """Place of the refresh in a feature record."""
 NOTE_PREFIX = b"n"
@@ -259,6 +261,14 @@ class PartitionStore:
     def chunks(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, value) of every chunk, in order of key."""
         return self._scan(CHUNK_PREFIX)
+
+    def features(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) of every user's features, in order of key."""
+        return self._scan(FEATURES_PREFIX)
+
+    def definitions(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, value) of the definitions of every feature set."""
+        return self._scan(DEFINITIONS_PREFIX)
 
     def pending(self) -> Iterator[tuple[bytes, int]]:
         """Yield (user, due_ms) of every user with a deadline; an entry may be outdated, but none is missing."""

@@ -19,11 +19,11 @@ import numpy as np
 
 from encoder.actions.columns import ActionBatch
 from encoder.arrays import I64, Bool
-from streams.core.columns import Columns, rows_where, spans
+from streams.core.columns import Columns, rows_where, spans, starts_of
 from streams.core.features.attributes import Attributes
 from streams.core.features.definitions import FeatureSet
 from streams.core.features.parts import Parts
-from streams.core.features.state import DamagedFeatures, FeatureRecords, FeatureState, OtherFeatureSet
+from streams.core.features.state import DamagedFeatures, FeatureRecords, FeatureState
 from streams.core.features.structures import Functions
 from streams.core.features.tiles import NEVER_MS
 from streams.core.layout import NEVER, StoredFeatures, StoredSequences
@@ -32,8 +32,8 @@ from streams.core.sequences import Applied
 
 _LATE, _TOMBSTONE, _TOO_OLD = int(Outcome.LATE), int(Outcome.TOMBSTONE), int(Outcome.TOO_OLD)
 """Plain ints: an enum lookup costs as much as one step of a small batch."""
-VALUE = "value"
-"""Number of an action that sequences do not keep."""
+REBUILT_TOGETHER = 256
+"""Users whose features are computed again at a time."""
 REFRESH_RETRY_MS = 5_000
 """Time after which a refresh that was handed over and not acknowledged is handed over again."""
 
@@ -100,8 +100,12 @@ class PartitionFeatures:
         """Processing time at which each user is published again without an event."""
         self._changed = np.zeros(rows, np.bool_)
         """Whether the state of a row differs from what is stored."""
+        self._former: dict[str, FeatureState | None] = {}
+        """Room for users whose features another feature set has stored, by its version; None if it is lost."""
         self.damaged = 0
         """Users whose stored features could not be read, although their checksum was right."""
+        self.rebuilt = 0
+        """Users whose features were computed again from their kept actions, at least in part."""
         self._had_refresh = np.zeros(rows, np.bool_)
         """Whether what is stored of a row has a refresh, so that the index may have an entry that must be deleted."""
 
@@ -120,52 +124,80 @@ class PartitionFeatures:
         self._state.clear(rows)
         self.refresh_ms[rows], self._changed[rows], self._had_refresh[rows] = NEVER, False, False
         headers = stored.headers
-        same, others = [], []
+        same: list[int] = []
+        others: dict[str, list[int]] = {}
+        """Users whose features are computed again at least in part, by the feature set that stored them."""
         for index, (found, count, revision) in enumerate(
             zip(features, headers["count"].tolist(), headers["revision"].tolist(), strict=True)
         ):
             if found is not None and found.refresh_ms != NEVER:
                 self._had_refresh[rows[index]] = True
             if found is None or (found.count, found.revision) != (count, revision):
-                others.append(index)
-                continue
-            same.append(index)
-            self.refresh_ms[rows[index]] = found.refresh_ms
-        others += self._unpack(rows, same, features)
-        others = [index for index in others if headers["count"][index]]
-        if others:
-            self._rebuild(rows, np.array(others), stored)
+                others.setdefault("", []).append(index)
+            elif found.version != self.version:
+                others.setdefault(found.version, []).append(index)
+            else:
+                same.append(index)
+                self.refresh_ms[rows[index]] = found.refresh_ms
+        others.setdefault("", []).extend(self._unpack(self._state, rows, same, features))
+        for version, indices in others.items():
+            acting = [index for index in indices if headers["count"][index]]
+            for low in range(0, len(acting), REBUILT_TOGETHER):
+                self._rebuild(rows, acting[low : low + REBUILT_TOGETHER], stored, features, version)
 
-    def _unpack(self, rows: I64, same: list[int], features: Sequence[StoredFeatures | None]) -> list[int]:
-        """Unpack the features of users `same`; return those whose bytes cannot be read."""
-        packed = [found.packed for index in same if (found := features[index]) is not None]
+    def unknown_versions(self, features: Sequence[StoredFeatures | None]) -> set[str]:
+        """Return the feature sets that have stored `features` and whose definitions are not known: see `learn`."""
+        return {found.version for found in features if found is not None} - {self.version} - self._former.keys()
+
+    def learn(self, version: str, feature_set: FeatureSet | None) -> None:
+        """Take note of a feature set of before; None if its definitions are lost."""
+        attributes, functions = self.config.attributes, self.config.functions
+        state = FeatureState(feature_set, attributes, REBUILT_TOGETHER, functions) if feature_set else None
+        self._former[version] = state
+
+    def _unpack(
+        self, state: FeatureState, rows: I64, users: list[int], features: Sequence[StoredFeatures | None]
+    ) -> list[int]:
+        """Unpack the features of `users`, user u into rows[u]; return those whose bytes cannot be read."""
+        if not users:
+            return []
         try:
-            self._state.unpack(rows[same], packed)
-        except (DamagedFeatures, OtherFeatureSet) as error:
-            if len(same) == 1:
-                self.damaged += isinstance(error, DamagedFeatures)
-                return same
-            half = len(same) // 2
-            return self._unpack(rows, same[:half], features) + self._unpack(rows, same[half:], features)
+            state.unpack(rows[users], [found.packed for user in users if (found := features[user]) is not None])
+        except DamagedFeatures:
+            if len(users) == 1:
+                self.damaged += 1
+                return users
+            half = len(users) // 2
+            parts = users[:half], users[half:]
+            return [user for part in parts for user in self._unpack(state, rows, part, features)]
         return []
 
-    def _rebuild(self, rows: I64, others: I64, stored: StoredSequences) -> None:
-        """Compute the features of some of the loaded users again, as far as their actions are kept.
+    def _rebuild(
+        self,
+        rows: I64,
+        users: list[int],
+        stored: StoredSequences,
+        features: Sequence[StoredFeatures | None],
+        version: str,
+    ) -> None:
+        """Take features of loaded users over from a former feature set, and compute the others from the kept actions.
 
-        What the sequence does not have any more is not complete, and neither are features of `value`, which is not
-        kept.
+        What neither has is not complete.
         """
-        lengths = np.diff(stored.starts)[others]
-        owner, places = spans(stored.starts[:-1][others], lengths)
-        actions = stored.actions[places]
-        self._state.add(rows[others[owner]], actions, np.full(len(actions), np.nan))
-        features = self.config.feature_set.features
-        starts, is_cut = stored.starts[:-1][others], stored.headers["count"][others] > lengths
-        oldest_ms = np.where(is_cut, stored.actions["timestamp_ms"][starts], 0)
-        self._state.set_complete_from(rows[others], [each.name for each in features if each.of != VALUE], oldest_ms)
-        newest_ms = stored.actions["timestamp_ms"][starts + lengths - 1]
-        self._state.set_complete_from(rows[others], [each.name for each in features if each.of == VALUE], newest_ms + 1)
-        self._changed[rows[others]] = True
+        former, names = self._former.get(version), [each.name for each in self.config.feature_set.features]
+        if former is not None:
+            places = np.zeros(len(rows), np.int64)
+            places[users] = np.arange(len(users))
+            if not self._unpack(former, places, users, features):  # otherwise all of it is computed again
+                names = self._state.take_over(rows[users], former, places[users])
+        lengths = np.diff(stored.starts)[users]
+        _, kept = spans(stored.starts[:-1][users], lengths)
+        actions, starts = stored.actions[kept], starts_of(lengths)
+        is_cut = stored.headers["count"][users] > lengths
+        complete_from_ms = np.where(is_cut, actions["timestamp_ms"][starts[:-1]], 0)
+        self._state.rebuild(rows[users], names, actions, starts, complete_from_ms)
+        self._changed[rows[users]] = True
+        self.rebuilt += len(users)
 
     def drop(self, rows: I64) -> None:
         """Free the rows of users that leave memory."""
