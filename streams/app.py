@@ -7,6 +7,7 @@ names inside the libraries, and `_faust_app` passes our table, table manager and
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -18,9 +19,11 @@ from faust.types import TP
 from rocksdict import Cache
 from yarl import URL
 
-from encoder.inference import EncoderRuntime, load_runtime
+from encoder import inference
+from encoder.inference import EncoderRuntime
 from streams.config.settings import Settings
 from streams.core.features.partition import FeatureConfig
+from streams.core.features.schema import value_bytes_max
 from streams.core.layout import StateLimits
 from streams.core.policy import TriggerPolicy, parse_policy
 from streams.encoding.no_encoder import NoEncoder
@@ -47,6 +50,7 @@ from streams.storage.store import PartitionStore
 from streams.telemetry.metrics import Metrics
 from streams.wire.actions import DecodeLimits
 from streams.wire.embeddings import EmbeddingCodec, largest_embedding
+from streams.wire.features import largest_features
 
 STREAM_BUFFER_FETCHES = 4
 """Fetches, not events: one Faust message holds everything that a fetch returned."""
@@ -146,6 +150,11 @@ class WorkerApp(WorkerParts):
             codec = EmbeddingCodec(settings.output.codec)
             embedding = largest_embedding(id_bytes, self.runtime.embedding_dim, self.runtime.version, codec)
             largest[settings.topics.embeddings] = size_of(embedding)
+        if (features := self._config.features) is not None:
+            feature_set = features.feature_set
+            value_bytes = value_bytes_max(feature_set, *features.attributes.longest_texts())
+            names = [each.name for each in feature_set.features]
+            largest[settings.topics.features] = size_of(largest_features(id_bytes, names, value_bytes))
         return largest
 
 
@@ -160,7 +169,10 @@ def load_encoder(settings: Settings, features: FeatureConfig | None = None) -> E
     if encoder.release_dir is None:
         remedy = "create a release with `streamformer train` or `make demo`"
         raise SettingsError([f"encoder.release_dir: the worker needs a release; {remedy}"])
-    runtime = load_runtime(
+    if importlib.util.find_spec("torch") is None:
+        remedy = "run pip install 'streamformer[worker]', or leave it out to publish features only"
+        raise SettingsError([f"encoder.release_dir: an encoder needs torch, which is not installed; {remedy}"])
+    runtime = inference.load_runtime(  # imports torch, which a worker without an encoder does without
         encoder.release_dir,
         kind=encoder.runtime,
         cache_bytes_max=encoder.cache_bytes_max,

@@ -15,6 +15,7 @@ from infra.harness.deployment import Deployment, deploy
 from infra.harness.events import action, send
 from infra.harness.feature_model import Event, values
 from infra.harness.run import NotReached, Run
+from infra.harness.supervisor import STOPPED
 from streams.wire.features import UserFeatures, decode_features
 from streams.wire.headers import Tombstone
 
@@ -94,7 +95,7 @@ def newest(run: Run) -> dict[str, UserFeatures | Tombstone]:
     return found
 
 
-def expected(events: list[dict[str, Any]], as_of_ms: int) -> dict[str, Any]:
+def expected(events: list[dict[str, Any]], as_of_ms: int, tables: list[dict[str, Any]] = TABLES) -> dict[str, Any]:
     """Return the values of the model."""
     of_user = [
         Event(
@@ -107,7 +108,7 @@ def expected(events: list[dict[str, Any]], as_of_ms: int) -> dict[str, Any]:
         )
         for arrival, each in enumerate(events)
     ]
-    return json.loads(json.dumps(values(TABLES, of_user, as_of_ms, CATEGORIES)))
+    return json.loads(json.dumps(values(tables, of_user, as_of_ms, CATEGORIES)))
 
 
 def act(run: Run, number: int, sent: dict[str, list[dict[str, Any]]], **fields: Any) -> None:
@@ -118,13 +119,13 @@ def act(run: Run, number: int, sent: dict[str, list[dict[str, Any]]], **fields: 
     send(run.deployment.settings, events)
 
 
-def difference(run: Run, sent: dict[str, list[dict[str, Any]]]) -> str:
+def difference(run: Run, sent: dict[str, list[dict[str, Any]]], tables: list[dict[str, Any]] = TABLES) -> str:
     """Describe how the last records differ from the model."""
     found, lines = newest(run), []
     for user, events in sent.items():
         of = found.get(user)
         if isinstance(of, UserFeatures):
-            must = expected(events, of.metadata.as_of_ms)
+            must = expected(events, of.metadata.as_of_ms, tables)
             lines += [
                 f"{user}.{name}: {of.values.get(name)} must be {must[name]}"
                 for name in must
@@ -164,3 +165,73 @@ def test_a_worker_publishes_the_features_of_every_user(run: Run) -> None:
     time.sleep(0.1)
     act(run, 1_002, sent, item_id="item-9")  # newer than the deletion
     wait_agreed(run, sent)
+
+
+def test_changed_definitions_keep_what_is_unchanged(run: Run) -> None:
+    """After a restart with other definitions the first event publishes all of them, complete where nothing was cut."""
+    sent: dict[str, list[dict[str, Any]]] = {}
+    run.supervisor.scale(1)
+    for number in range(5):
+        act(run, number, sent, value=number / 2)
+    wait_agreed(run, sent)
+    before = newest(run)["ann"]
+    assert run.supervisor.stop() == {STOPPED: 1}
+    file = run.deployment.settings.features.definitions_file
+    assert file is not None
+    file.write_text(DEFINITIONS.replace("k = 3", "k = 4"))
+    run.supervisor.scale(1)
+    act(run, 8, sent)
+    tables = tomllib.loads(file.read_text())["feature"]
+    run.wait_until(lambda: not difference(run, sent, tables), 20)
+    after = newest(run)["ann"]
+    assert isinstance(before, UserFeatures)
+    assert isinstance(after, UserFeatures)
+    assert before.metadata.feature_set != after.metadata.feature_set
+    assert after.metadata.completeness == {}
+    assert run.supervisor.stop() == {STOPPED: 1}
+
+
+def test_a_worker_without_a_release_publishes_features_only(run: Run) -> None:
+    """It needs no torch, writes no embeddings, and continues after a kill where its checkpoint ended."""
+    config, sent = run.deployment.config, dict[str, list[dict[str, Any]]]()
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("release_dir")))
+    run.supervisor.scale(1)
+    for number in range(3):
+        act(run, number, sent)
+    wait_agreed(run, sent)
+    process = run.supervisor.workers[0].process
+    assert process is not None
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    run.supervisor.kill(0)
+    act(run, 4, sent)
+    wait_agreed(run, sent)
+    send(run.deployment.settings, [(b"ben", None)])
+    run.wait_until(lambda: isinstance(newest(run)["ben"], Tombstone), 20)
+    assert run.supervisor.stop() == {STOPPED: 1}
+    assert run.reader.read_all(run.deployment.settings.topics.embeddings) == []
+
+
+def test_a_value_that_changes_with_time_is_published_again(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
+    """The session ends without an event, so its depth is published as 0; the source offset stays the same."""
+    refresh = {"refresh": "always", "refresh_every_ms": 500}
+    deployment = deployed(tmp_path, broker.bootstrap_servers, topic_prefix, features=refresh)
+    short = DEFINITIONS.replace('gap = "30m"', 'gap = "3s"')
+    (tmp_path / "features.toml").write_text(short)
+    with Run(deployment) as run:
+        run.supervisor.scale(1)
+        send(run.deployment.settings, [action("ben", 1_000)])
+        run.wait_until(lambda: "ben" in newest(run), 20)
+        send(run.deployment.settings, [action("ann", 1_000, timestamp_ms=time.time_ns() // 1_000_000)])
+        run.wait_until(lambda: depth_of(run, "ann") == 1, 20)
+        offset = newest(run)["ann"].metadata.source_offset
+        run.wait_until(lambda: depth_of(run, "ann") == 0, 20)
+        again = newest(run)["ann"]
+        assert isinstance(again, UserFeatures)
+        assert (again.metadata.reason, again.metadata.source_offset) == ("refresh", offset)
+
+
+def depth_of(run: Run, user: str) -> int | None:
+    """Return the published depth of the user's session."""
+    found = newest(run).get(user)
+    return found.values["depth"] if isinstance(found, UserFeatures) else None

@@ -68,6 +68,12 @@ class Attributes:
             for attribute, names in self.names.items()
         }
 
+    def longest_texts(self) -> tuple[dict[str, int], int]:
+        """Return the bytes of the longest value of each attribute, and of the longest item id, as JSON."""
+        names = {each: max((len(json_text(name)) for name in known), default=0) for each, known in self.names.items()}
+        key = len('"89eb52baa21651ff"')  # of an item that is not known
+        return names, max([key, *(len(json_text(item)) for item in self.ids)])
+
     def places(self, items: I64) -> I64:
         """Return the index of each item, -1 for one that is not known."""
         if not len(self.keys):
