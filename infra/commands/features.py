@@ -153,6 +153,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     pace = f"{seconds:.1f} s, {summary['rows'] / seconds:,.0f} rows/s"
     print(f"{summary['rows']:,} rows of {summary['users']:,} users from {summary['events']:,} actions in {pace}")
     print(f"{summary['unknown_users']:,} users do not act in the log; their values are empty")
-    print(f"{summary['unknown_items']:,} items are not among the item attributes; last_k shows their keys")
+    if summary["unknown_items"]:
+        print(f"{summary['unknown_items']:,} items are not among the item attributes; last_k shows their keys")
     print(f"{summary['repeats']:,} repeated actions were dropped; {summary['estimated_rows']:,} rows have an estimate")
     print(f"feature set {summary['feature_set']}, {summary['features']} features: {out}")

@@ -39,7 +39,7 @@ from infra.features.spine import AS_OF, MILLISECONDS_FROM, TIME_MAX_MS, USER, Sp
 from streams.batch.feature_table import schema, table
 from streams.batch.features import Timeline, compute
 from streams.core.columns import spans
-from streams.core.features.definitions import FeatureSet
+from streams.core.features.definitions import FeatureSet, Kind
 from streams.core.features.state import Attributes
 from streams.features_kernel import load_functions
 
@@ -76,7 +76,7 @@ class Summary:
     events: int = 0
     """Actions of users of the spine before their last time."""
     unknown_items: int = 0
-    """Different items of the log that the item attributes do not list: `last_k` shows them by their keys."""
+    """Different items of the log that the item attributes do not list, if there is a `last_k`: it shows their keys."""
     repeats: int = 0
     """Actions dropped because they repeat an event id of their user."""
     estimated_rows: int = 0
@@ -155,8 +155,9 @@ class _Computation:
         for part in [log] if isinstance(log, ActionLog) else map(log.read, range(len(log))):
             _check_times(part)
             self._summary.repeats += part.repeats
-            items = np.unique(part.actions["item"]).astype(np.int64)
-            self._unknown_items.update(items[self._job.attributes.places(items) < 0].tolist())
+            if any(each.kind is Kind.LAST_K for each in self._job.features.features):
+                items = np.unique(part.actions["item"]).astype(np.int64)
+                self._unknown_items.update(items[self._job.attributes.places(items) < 0].tolist())
             pairs = [(self._number[user], at) for at, user in enumerate(part.users.tolist()) if user in self._number]
             users, of_log = np.array(pairs, np.int64).reshape(-1, 2).T
             waiting.difference_update(users.tolist())
