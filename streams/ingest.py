@@ -274,6 +274,10 @@ class Ingest:
         if state.features is not None:
             self._learn(owned.store, state.features, read.features)
         state.load(cold, read.stored, read.features)
+        if state.features is not None:
+            rebuilt, damaged = state.features.take_counts()
+            self._metrics.features_rebuilt.inc(rebuilt)
+            self._metrics.features_damaged.inc(damaged)
         if noted:
             rows = [row for row, offset in enumerate(noted) if offset != NO_NOTE]
             state.seed_published([cold[row] for row in rows], np.array([noted[row] for row in rows], np.int64))

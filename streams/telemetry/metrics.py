@@ -287,6 +287,14 @@ class Metrics:
             "streamformer_features_incomplete_total",
             "Published users with a feature that has not seen its whole window.",
         )
+        self.features_rebuilt = Counter(
+            "streamformer_features_rebuilt_total",
+            "Users loaded whose features were computed again, at least in part, from their kept actions.",
+        )
+        self.features_damaged = Counter(
+            "streamformer_features_damaged_total",
+            "Users loaded whose stored features could not be read, although their checksum was right.",
+        )
         self.unacknowledged_seconds = Gauge(
             "streamformer_output_unacknowledged_seconds",
             "Age of the oldest output of a partition that the broker has not acknowledged; failures count as one wait.",

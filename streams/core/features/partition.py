@@ -145,6 +145,12 @@ class PartitionFeatures:
             for low in range(0, len(acting), REBUILT_TOGETHER):
                 self._rebuild(rows, acting[low : low + REBUILT_TOGETHER], stored, features, version)
 
+    def take_counts(self) -> tuple[int, int]:
+        """Return how many users were rebuilt, and how many were damaged, since the last call."""
+        counts = self.rebuilt, self.damaged
+        self.rebuilt = self.damaged = 0
+        return counts
+
     def unknown_versions(self, features: Sequence[StoredFeatures | None]) -> set[str]:
         """Return the feature sets that have stored `features` and whose definitions are not known: see `learn`."""
         return {found.version for found in features if found is not None} - {self.version} - self._former.keys()
