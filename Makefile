@@ -40,8 +40,8 @@ install: $(STAMP)  ## Create .venv with everything, as every other target does w
 simulate: $(STAMP)  ## Run random histories of faults in memory; SEED=7 RUNS=10000, without SEED a new one is drawn
 	$(BIN)/python -m infra.harness.simulation $(if $(SEED),--seed $(SEED)) --runs $(or $(RUNS),1000) --processes $(or $(PROCESSES),1)
 
-chaos: $(STAMP)  ## Inject faults into real processes and check the outcome; SEED=7 MINUTES=60 BROKERS=3
-	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10) --brokers $(or $(BROKERS),3)
+chaos: $(STAMP)  ## Inject faults into real processes and check the outcome; SEED=7 MINUTES=60 BROKERS=3 FEATURES=1
+	$(BIN)/python -m infra.chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),10) --brokers $(or $(BROKERS),3) $(if $(filter 0,$(FEATURES)),--no-features)
 
 field-cases: $(STAMP)  ## Try what people reported about such systems on real workers; ONLY=5,17 TREE=/path/to/checkout
 	$(BIN)/python -m infra.field_cases $(if $(ONLY),--only $(ONLY)) $(if $(TREE),--tree $(TREE))

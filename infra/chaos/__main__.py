@@ -22,13 +22,14 @@ from infra.signals import interrupt_on_sigterm
 VIOLATIONS_SHOWN = 20
 
 
-def chaos(
+def chaos(  # noqa: PLR0913 - one parameter per option
     seed: Annotated[int | None, typer.Option(help="Root seed; drawn at random and printed by default.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Duration; the last round is completed.")] = 10.0,
     faults: Annotated[str, typer.Option(help="Faults to run, separated by commas; a+b is a pair. Default: all.")] = "",
     keep_going: Annotated[bool, typer.Option(help="Continue after a violation.")] = False,
     rate: Annotated[float, typer.Option(min=1, max=5_000, help="Actions per second.")] = 500.0,
     brokers: Annotated[int, typer.Option(help="Number of brokers: 3, or 1.")] = 3,
+    features: Annotated[bool, typer.Option(help="Compute features, too.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print only the JSON line.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/chaos"),
 ) -> None:
@@ -38,7 +39,9 @@ def chaos(
     console.quiet = json
     for library in ("kafka", "aiokafka"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    plan = Plan(SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate, brokers)
+    plan = Plan(
+        SystemRandom().randrange(10**6) if seed is None else seed, minutes, names, keep_going, rate, brokers, features
+    )
     _progress(f"seed {plan.seed}, {minutes:g} minutes, {brokers} broker(s)")
     interrupt_on_sigterm()  # leave no broker and no disk behind
     outcome = run_schedule(plan, _progress, _report_round)

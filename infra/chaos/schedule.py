@@ -52,6 +52,7 @@ class Plan:
     rate: float = 500.0
     """Actions per second."""
     brokers: int = 3
+    features: bool = True
 
 
 @dataclass(slots=True)
@@ -127,7 +128,9 @@ def _context(plan: Plan, progress: Callable[[str], None], outcome: Outcome) -> I
     progress(f"starting {plan.brokers} broker(s)")
     try:
         with Cluster.start(BrokerOptions(message_bytes_max=LARGEST_RECORD_BYTES), plan.brokers) as cluster:
-            deployment = deploy(folder / "chaos", cluster.bootstrap_servers, "chaos", brokers=plan.brokers)
+            deployment = deploy(
+                folder / "chaos", cluster.bootstrap_servers, "chaos", brokers=plan.brokers, features=plan.features
+            )
             workload = Workload(deployment.settings, plan.seed, options=WorkloadOptions(rate=0.0))
             with Run(deployment) as run:
                 workload.start()

@@ -14,6 +14,7 @@ from typing import Any
 
 from encoder.inference import EncoderRuntime, load_runtime
 from encoder.model import EncoderConfig
+from infra.harness.feature_files import write_features
 from infra.harness.releases import random_release
 from infra.kafka.topics import ensure_topics
 from streams.config.settings import Settings
@@ -52,6 +53,11 @@ class Deployment:
     brokers: int = 1
     """Number of brokers, and of replicas of each topic."""
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the workers compute features."""
+        return self.settings.features.definitions_file is not None
+
     def oracle(self) -> EncoderRuntime:
         """Return an encoder that makes a full pass over each history, to compare published embeddings with."""
         return load_runtime(self.release_dir, kind="full", cache_bytes_max=CACHE_BYTES, dtype="fp32")
@@ -69,11 +75,17 @@ class Deployment:
 
 
 def deploy(
-    folder: Path, bootstrap_servers: str, name: str, overrides: Overrides | None = None, *, brokers: int = 1
+    folder: Path,
+    bootstrap_servers: str,
+    name: str,
+    overrides: Overrides | None = None,
+    *,
+    brokers: int = 1,
+    features: bool = False,
 ) -> Deployment:
     """Write a release and a settings file, and create the topics with one replica per broker.
 
-    `overrides` take precedence over `DEFAULTS`.
+    `overrides` take precedence over `DEFAULTS`. With `features` the workers compute features of every kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     release_dir = folder / "release"
@@ -83,6 +95,8 @@ def deploy(
     groups["topics"].update(features=f"{name}-features")
     groups["kafka"]["bootstrap_servers"] = bootstrap_servers
     groups["encoder"]["release_dir"] = str(release_dir)
+    if features:
+        groups["features"] = write_features(folder)
     for group, values in (overrides or {}).items():
         groups.setdefault(group, {}).update(values)
     config = folder / "settings.toml"

@@ -26,3 +26,4 @@ class History:
     changelog: Sequence[LogRecord] = ()
     outputs: Sequence[LogRecord] = ()
     dead_letters: Sequence[LogRecord] = ()
+    features: Sequence[LogRecord] = ()

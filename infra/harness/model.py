@@ -8,8 +8,9 @@ sequences are compared.
 from __future__ import annotations
 
 import json
+import sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -18,6 +19,7 @@ import numpy as np
 
 from encoder.actions.columns import ACTION_DTYPE, Actions, item_key, name_code
 from infra.harness.events import partition_of
+from infra.harness.feature_model import Event
 from infra.harness.history import LogRecord
 
 VALUE_BYTES_MAX = 65_536
@@ -41,6 +43,9 @@ class UserVersion:
     length: int
     rows: tuple[Row, ...] = ()
     """Kept actions, of sampled users only: every one of their embeddings is recomputed."""
+    events: Sequence[Event] = ()
+    """Events since the user was last forgotten, of which the first `events_count` are those up to the source offset."""
+    events_count: int = 0
 
 
 @dataclass(slots=True)
@@ -54,6 +59,8 @@ class ModelUser:
     forgotten_ms: int = LONG_AGO
     versions: dict[int, UserVersion] = field(default_factory=dict)
     tombstones: set[int] = field(default_factory=set)
+    events: list[Event] = field(default_factory=list)
+    """Every event since the user was last forgotten, kept or not, in order of arrival; empty without features."""
 
     def actions(self) -> Actions:
         """Return the kept actions as columns."""
@@ -67,8 +74,14 @@ class Rejected(Exception):
 class Model:
     """Every user as it must be after the input fed so far."""
 
-    def __init__(self, sequence_length: int, sample_every: int = 0, partitions: int = 0) -> None:
-        """Expect each user in its place among `partitions`; with 0 every place is right."""
+    def __init__(
+        self, sequence_length: int, sample_every: int = 0, partitions: int = 0, *, has_features: bool = False
+    ) -> None:
+        """Expect each user in its place among `partitions`; with 0 every place is right.
+
+        With features every event is kept, and one that is older than the kept sequence changes its user too.
+        """
+        self.has_features = has_features
         self._length_max = sequence_length
         self._sample_every = sample_every
         self._partitions = partitions
@@ -93,7 +106,7 @@ class Model:
             self.ends[record.partition] = record.offset + 1
             self.events += 1
             try:
-                name, row = parse(record, self._partitions)
+                name, row = parse(record, self._partitions, with_values=self.has_features)
             except Rejected as rejected:
                 self.rejected[record.partition, record.offset] = (str(rejected), record)
                 continue
@@ -126,17 +139,24 @@ class Model:
         changed = self._forget(user, record) if row is None else self._insert(user, row)
         if not changed:
             return
+        if self.has_features and row is not None:
+            user.events.append(_event(record, len(user.events)))
         user.applied_offset = record.offset
         newest_ms = user.rows[-1][TIME] if user.rows else LONG_AGO
         user.versions[record.offset] = UserVersion(
-            user.count, newest_ms, len(user.rows), tuple(user.rows) if self.is_sampled(name) else ()
+            user.count,
+            newest_ms,
+            len(user.rows),
+            tuple(user.rows) if self.is_sampled(name) else (),
+            user.events,
+            len(user.events),
         )
         self.changes.setdefault(record.partition, []).append((record.offset, name))
         if row is not None:
             self.arrived_ms[record.partition, record.offset] = record.timestamp_ms
 
     def _forget(self, user: ModelUser, record: LogRecord) -> bool:
-        user.rows, user.count = [], 0
+        user.rows, user.events, user.count = [], [], 0
         user.forgotten_ms = max(user.forgotten_ms, record.timestamp_ms)
         user.tombstones.add(record.offset)
         return True
@@ -148,24 +168,31 @@ class Model:
             return False
         place = bisect_right(user.rows, row[TIME], key=lambda kept: kept[TIME])
         if place == 0 and len(user.rows) == self._length_max:
-            return False
+            return self.has_features
         user.rows.insert(place, row)
         user.count += 1
         del user.rows[: max(0, len(user.rows) - self._length_max)]
         return True
 
 
-def parse(record: LogRecord, partitions: int = 0) -> tuple[bytes, Row | None]:
-    """Return user and action of a record, None as the action of a deletion; raise `Rejected` if it is neither."""
+def parse(record: LogRecord, partitions: int = 0, *, with_values: bool = False) -> tuple[bytes, Row | None]:
+    """Return user and action of a record, None as the action of a deletion; raise `Rejected` if it is neither.
+
+    With `with_values` the field `value` must be a number; otherwise it is ignored, like any other.
+    """
     if record.key is None:
         raise Rejected("key-missing")
-    name, row = (_deleted(record, partitions), None) if record.value is None else (record.key, _row(record))
+    name, row = (
+        (_deleted(record, partitions), None)
+        if record.value is None
+        else (record.key, _row(record, with_values=with_values))
+    )
     if partitions and partition_of(name, partitions) != record.partition:
         raise Rejected("wrong-partition")
     return name, row
 
 
-def _row(record: LogRecord) -> Row:
+def _row(record: LogRecord, *, with_values: bool) -> Row:
     value = record.value or b""
     if len(value) > VALUE_BYTES_MAX:
         raise Rejected("value-too-large")
@@ -182,7 +209,24 @@ def _row(record: LogRecord) -> Row:
         raise Rejected("key-mismatch")
     _check_time(row[TIME], record.timestamp_ms)
     _check_duration(event.get("duration_ms"))
+    if with_values and (isinstance(event.get("value"), bool) or not isinstance(event.get("value"), int | float | None)):
+        raise Rejected("field-type")
     return row
+
+
+def _event(record: LogRecord, arrival: int) -> Event:
+    """Return an action that was accepted as the model of the features takes it; equal texts are one object."""
+    value = record.value or b""
+    event = _object(value[5:] if value[:1] == b"\0" else value)
+    return Event(
+        sys.intern(event["item_id"]),
+        sys.intern(event["action"]),
+        event["timestamp_ms"],
+        sys.intern(event.get("surface") or ""),
+        event.get("duration_ms") or 0,
+        None if event.get("value") is None else float(event["value"]),
+        arrival,
+    )
 
 
 def _deleted(record: LogRecord, partitions: int) -> bytes:

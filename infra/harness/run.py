@@ -17,9 +17,11 @@ from kafka.errors import KafkaError
 from infra.chaos.checks.checker import Checker, Rules, Verdict
 from infra.chaos.checks.violations import Explained
 from infra.harness.deployment import Deployment
+from infra.harness.feature_files import feature_rules
 from infra.harness.supervisor import Supervisor
 from infra.harness.topic_reader import HistoryReader
 from infra.harness.worker_process import WORKER
+from streams.features import load_features
 
 TICK_S = 0.1
 LOOK_EVERY_S = 0.3
@@ -54,6 +56,8 @@ class Run:
             SAMPLE_EVERY,
             self.explained,
             deployment.settings.topics.partitions,
+            feature_rules(deployment.settings),
+            load_features(deployment.settings),
         )
         self.checker = Checker(rules, oracle)
 
@@ -136,5 +140,5 @@ class Run:
             if committed.get(partition, 0) < end:
                 return f"partition {partition} is committed up to {committed.get(partition, 0)} of {end}"
         if self.checker.is_behind():
-            return "users wait for their embeddings"
-        return "workers write" if history.outputs or history.changelog else ""
+            return "users wait for their embeddings or features"
+        return "workers write" if history.outputs or history.features or history.changelog else ""

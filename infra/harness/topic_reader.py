@@ -39,11 +39,13 @@ class HistoryReader:
         The input topic is read last, so that it reaches at least as far as the topics derived from it.
         """
         names = self._settings.topics
-        topics = (self._settings.changelog_topic, names.embeddings, names.dead_letter, names.actions)
+        has_features = self._settings.features.definitions_file is not None
+        features = [names.features] if has_features else []
+        topics = (self._settings.changelog_topic, names.embeddings, names.dead_letter, *features, names.actions)
         read = {topic: self._read(topic, self._next.get(topic, {})) for topic in topics}
         self._next = {topic: positions for topic, (_, positions) in read.items()}
-        changelog, outputs, dead_letters, inputs = (read[topic][0] for topic in topics)
-        return History(inputs, changelog, outputs, dead_letters)
+        changelog, outputs, dead_letters, *more, inputs = (read[topic][0] for topic in topics)
+        return History(inputs, changelog, outputs, dead_letters, *more)
 
     def read_all(self, topic: str) -> list[LogRecord]:
         """Return all records of a topic; `read_new` is unaffected."""

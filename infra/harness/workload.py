@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.05
 OVERSIZED_BYTES = (70_000, 400_000, 1_900_000)
 """Sizes above the limit of a value; the last one, like its dead letter, is close to the limit of the broker."""
+DELAYED_MS = (20_000, 10 * 86_400_000)
+"""Least and greatest delay; each power of ten is as likely as the next."""
 CODECS = ("gzip", "snappy", "lz4", "zstd")
 CODEC_S = 2.0
 """Time after which a compressed workload goes on with another codec."""
@@ -49,6 +51,9 @@ class WorkloadOptions:
     """Events per second."""
     duplicates: float = 0.01
     disorder: float = 0.02
+    delayed: float = 0.02
+    """Share of events that arrive minutes to days late: within the windows of features, and often older than
+    everything that is kept of their user."""
     poison: float = 0.0
     oversized: float = 0.0
     tombstones: float = 0.001
@@ -250,7 +255,7 @@ class Workload:
     def _action(self, user: _User) -> tuple[bytes, bytes]:
         """Return the user's next action; four in five have an event id, and only those are ever sent twice."""
         user.number += 1
-        late_ms = self._random.randrange(20_000) if self._random.random() < self.options.disorder else 0
+        late_ms = self._late_ms()
         event: dict[str, Any] = {
             "user_id": user.name,
             "item_id": f"item-{self._random.randrange(ITEMS)}",
@@ -260,8 +265,18 @@ class Workload:
         }
         if self._random.random() < 0.5:
             event["surface"] = self._random.choice(SURFACES)
+        if self._random.random() < 0.6:
+            event["value"] = self._random.choice((0, 5, round(self._random.uniform(0.01, 500), 2)))
         if self._random.random() < 0.8:
             event["event_id"] = f"{user.name}/{user.number}"
         value = json.dumps(event).encode()
         user.last = value if "event_id" in event else b""
         return user.name.encode(), value
+
+    def _late_ms(self) -> int:
+        draw = self._random.random()
+        if draw < self.options.disorder:
+            return self._random.randrange(20_000)
+        if draw < self.options.disorder + self.options.delayed:
+            return int(DELAYED_MS[0] * (DELAYED_MS[1] / DELAYED_MS[0]) ** self._random.random())
+        return 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kafka.errors import KafkaError
 
-from infra.chaos.faults import limits
+from infra.chaos.faults import limits as tight
 from infra.harness.events import action, partition_of
 from infra.harness.history import LogRecord
 from infra.harness.model import Rejected, parse
@@ -42,10 +42,11 @@ class Received:
     timestamp: int
 
 
-def judged_by_worker(message: Outgoing, partition: int, now_ms: int) -> str:
+def judged_by_worker(message: Outgoing, partition: int, now_ms: int, *, with_values: bool) -> str:
     """Return the reason for which the worker rejects a record; the user and whether it is forgotten if it does not."""
     record = Received(message.key, message.value, message.headers, 7, now_ms)
-    decoded = decode_actions([record], now_ms=now_ms, limits=DecodeLimits(), placement=Placement(partition, PARTITIONS))
+    limits, placement = DecodeLimits(with_values=with_values), Placement(partition, PARTITIONS)
+    decoded = decode_actions([record], now_ms=now_ms, limits=limits, placement=placement)
     wrong = misplaced(decoded.actions.users, partition, PARTITIONS)
     decoded = reject_misplaced(decoded, wrong, [record], partition, PARTITIONS)
     if decoded.rejected:
@@ -53,16 +54,18 @@ def judged_by_worker(message: Outgoing, partition: int, now_ms: int) -> str:
     return f"{decoded.actions.users[0]!r} {bool(decoded.actions.is_tombstone[0])}"
 
 
-def judged_by_model(message: Outgoing, partition: int, now_ms: int) -> str:
+def judged_by_model(message: Outgoing, partition: int, now_ms: int, *, with_values: bool) -> str:
     """Return the same by the model."""
+    record = LogRecord(partition, 7, now_ms, message.key, message.value, message.headers)
     try:
-        user, row = parse(LogRecord(partition, 7, now_ms, message.key, message.value, message.headers), PARTITIONS)
+        user, row = parse(record, PARTITIONS, with_values=with_values)
     except Rejected as rejected:
         return str(rejected)
     return f"{user!r} {row is None}"
 
 
-def test_worker_and_model_agree_about_every_strange_record() -> None:
+@pytest.mark.parametrize("with_values", [False, True])
+def test_worker_and_model_agree_about_every_strange_record(*, with_values: bool) -> None:
     """Each kind of poison, drawn often for users of all partitions, has one meaning; every reason occurs."""
     rng, now_ms, found = random.Random(SEED), time.time_ns() // 1_000_000, Counter[str]()
     for number in range(DRAWS):
@@ -73,8 +76,8 @@ def test_worker_and_model_agree_about_every_strange_record() -> None:
             message = kind(Template(key, value, json.loads(value), PARTITIONS), rng)
             own = partition_of(message.key, PARTITIONS)
             partition = own if message.partition is None else message.partition
-            by_model = judged_by_model(message, partition, now_ms)
-            assert judged_by_worker(message, partition, now_ms) == by_model, message
+            by_model = judged_by_model(message, partition, now_ms, with_values=with_values)
+            assert judged_by_worker(message, partition, now_ms, with_values=with_values) == by_model, message
             found[by_model.rsplit(" ", 1)[-1]] += 1
     reasons = {str(reason) for reason in RejectReason} - {"value-too-large"}
     assert set(found) == {*reasons, "True", "False"}
@@ -127,7 +130,7 @@ def test_a_partition_without_a_leader_is_an_answer_that_did_not_come() -> None:
     assert reader._consumer is None
 
 
-@pytest.mark.parametrize("values", [limits.FEW_HOT_USERS, limits.SHORT_QUEUE])
+@pytest.mark.parametrize("values", [tight.FEW_HOT_USERS, tight.SHORT_QUEUE])
 def test_tight_limits_are_valid_settings(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that is restarted with them starts: settings that depend on each other go together."""
     for name, value in environment(values).items():
@@ -138,6 +141,6 @@ def test_tight_limits_are_valid_settings(values: dict[str, int], monkeypatch: py
 
 def test_the_patient_policy_is_valid_and_leaves_no_user_behind() -> None:
     """Its session end makes every user due in the end, without which a run would never come to rest."""
-    policy = parse_policy(limits.POLICY)
+    policy = parse_policy(tight.POLICY)
     assert policy.session_gap_ms > policy.cooldown_ms > 0
     assert policy.every_n > 1

@@ -9,6 +9,7 @@ The model recomputes every user from the input topic. Compared with it are:
 - every checkpoint: the state of each user it touched, as of the source offset that its mark names;
 - the final state: no action is lost, doubled or swapped;
 - every output record: its headers must have been true at its source offset;
+- every features record: its headers, and its values, those of every record for a sample of users;
 - the last embedding of each user, and every embedding of a sample of users: it must equal the one computed from the
   full history;
 - forgotten users: no chunk of their actions is left;
@@ -23,13 +24,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from encoder.inference import EncoderRuntime
+from infra.chaos.checks.features import FeatureChecks
 from infra.chaos.checks.outputs import OutputChecks
 from infra.chaos.checks.state import StateChecks
 from infra.chaos.checks.violations import Explained, Kind, Violation
+from infra.harness.feature_files import FeatureRules
 from infra.harness.history import History, LogRecord
 from infra.harness.model import Model
+from streams.core.features.partition import FeatureConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,10 @@ class Rules:
     """Times in which outputs may be stale or repeated: a frozen worker woke up, or acknowledgements were lost."""
     partitions: int = 0
     """Number of partitions; with 0, records in the partition of another user are not noticed."""
+    features: FeatureRules | None = None
+    """None if no features are computed."""
+    feature_config: FeatureConfig | None = None
+    """What reads the stored features."""
 
 
 @dataclass(slots=True)
@@ -67,10 +76,20 @@ class Checker:
     """Compares topics with the model, as they grow."""
 
     def __init__(self, rules: Rules, encoder: EncoderRuntime | None) -> None:
-        self.model = Model(rules.sequence_length, rules.sample_every, rules.partitions)
+        self.model = Model(
+            rules.sequence_length,
+            rules.sample_every,
+            rules.partitions,
+            has_features=rules.features is not None,
+        )
         self._rules = rules
         self._state = StateChecks(self.model, sequence_length=rules.sequence_length, chunk_length=rules.chunk_length)
         self._outputs = OutputChecks(self.model, rules.encoder_version, encoder, rules.explained)
+        self._features: FeatureChecks | None = None
+        if rules.features is not None and rules.feature_config is not None:
+            self._features = FeatureChecks(
+                self.model, self._state, rules.features, rules.feature_config, rules.explained
+            )
         self._dead: dict[tuple[int, int], list[LogRecord]] = {}
         self._records: Counter[str] = Counter()
         self._violations: list[Violation] = []
@@ -82,17 +101,20 @@ class Checker:
         self.model.feed(history.inputs)
         self._violations += self._state.feed(history.changelog)
         self._violations += self._outputs.feed(history.outputs)
+        if self._features:
+            self._violations += self._features.feed(history.features)
         for record in history.dead_letters:
             self._feed_dead_letter(record)
         self._records.update(
             changelog_records=len(history.changelog),
-            output_records=len(history.outputs),
+            output_records=len(history.outputs) + len(history.features),
             dead_letters=len(history.dead_letters),
         )
 
     def is_behind(self) -> bool:
         """Return whether some user's last change is not in the output topic yet."""
-        return next(self._outputs.behind(), None) is not None
+        behind = chain(self._outputs.behind(), self._features.behind() if self._features else ())
+        return next(behind, None) is not None
 
     def judge(self, committed: Mapping[int, int]) -> Verdict:
         """Compare everything at rest; `committed` is the group's offset by partition."""
@@ -100,6 +122,7 @@ class Checker:
             *self._violations,
             *self._state.at_rest(),
             *self._outputs.at_rest(),
+            *(self._features.at_rest() if self._features else ()),
             *self._dead_letters_at_rest(),
             *self._commits(committed),
         ]
@@ -111,6 +134,7 @@ class Checker:
                 "rejected": len(self.model.rejected),
                 "checkpoints": self._state.checkpoints,
                 **self._outputs.counts,
+                **(self._features.counts if self._features else {}),
             }
         )
         return Verdict(violations, counts, self._outputs.freshness_ms())
@@ -120,6 +144,8 @@ class Checker:
         self._settled = dict(self.model.ends)
         self._state.settle()
         self._outputs.settle()
+        if self._features:
+            self._features.settle()
         self.model.settle()
         self._dead.clear()
         self._violations.clear()
@@ -134,6 +160,8 @@ class Checker:
         self.model.move(partition, to, offset_max)
         self._state.move(partition, to)
         self._outputs.move(partition, offset_max)
+        if self._features:
+            self._features.move(partition, offset_max)
 
     def _commits(self, committed: Mapping[int, int]) -> list[Violation]:
         """Committed offsets are never ahead of the state, and at rest not behind the log either."""

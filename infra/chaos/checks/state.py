@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,10 +27,8 @@ from streams.storage.codec import (
 
 @dataclass(slots=True)
 class _Partition:
-    """Changelog of one partition, compacted."""
+    """Changelog of one partition."""
 
-    values: dict[bytes, bytes] = field(default_factory=dict)
-    """Last value of each key."""
     checked: int = 0
     """Number of the model's changes that a checkpoint has been compared with."""
 
@@ -42,6 +40,8 @@ class StateChecks:
         self._model = model
         self._limits = StateLimits(sequence_length=sequence_length, chunk_length=chunk_length)
         self._partitions: dict[int, _Partition] = defaultdict(_Partition)
+        self.values: dict[int, dict[bytes, bytes]] = defaultdict(dict)
+        """Last value of each key of the changelog, by partition."""
         self.marks: dict[int, int] = {}
         """Source offset in the last mark, by partition."""
         self._moves: dict[int, int] = {}
@@ -53,7 +53,7 @@ class StateChecks:
         found: list[Violation] = []
         for record in records:
             assert record.key is not None
-            values = self._partitions[record.partition].values
+            values = self.values[record.partition]
             if record.value is None:
                 values.pop(record.key, None)
             else:
@@ -91,7 +91,7 @@ class StateChecks:
 
     def _head(self, partition: int, name: bytes, offset: int) -> Iterator[Violation]:
         """A user's head must be the one right after `offset`."""
-        value = self._partitions[partition].values.get(HEAD_PREFIX + name)
+        value = self.values[partition].get(HEAD_PREFIX + name)
         if value is None:
             yield Violation(Kind.WRONG_CHECKPOINT, name, partition, offset, "the user has no head")
             return
@@ -126,7 +126,7 @@ class StateChecks:
 
     def _user_at_rest(self, name: bytes, user: ModelUser) -> Iterator[Violation]:
         where = (name, user.partition, user.applied_offset)
-        value = self._partitions[user.partition].values.get(HEAD_PREFIX + name)
+        value = self.values[user.partition].get(HEAD_PREFIX + name)
         if value is None:
             yield Violation(Kind.LOST, *where, "the user is not in the changelog")
             return
@@ -146,7 +146,7 @@ class StateChecks:
 
     def _kept(self, name: bytes, partition: int, count: int, tail: Actions) -> Actions:
         """Return the kept actions, oldest first: chunks by number, then the tail. Raises `CorruptValue`."""
-        length, values = self._limits.chunk_length, self._partitions[partition].values
+        length, values = self._limits.chunk_length, self.values[partition]
         first = max(0, count - self._limits.sequence_length)
         numbers = range(first // length, count // length)
         chunks = [
@@ -156,15 +156,15 @@ class StateChecks:
         return np.concatenate((*chunks, tail))[first - (first // length) * length :]
 
     def _unknown_users(self) -> Iterator[Violation]:
-        for number, part in self._partitions.items():
-            for key in part.values:
+        for number, values in self.values.items():
+            for key in values:
                 if key[:1] == HEAD_PREFIX and key[1:] not in self._model.users:
                     yield Violation(Kind.FOREIGN, key[1:], number, -1, "the input has no action of this user")
 
     def _leftovers(self) -> Iterator[Violation]:
         """A chunk that the user, as counted since the last deletion, has not written is one of before."""
-        for number, part in self._partitions.items():
-            for key in part.values:
+        for number, values in self.values.items():
+            for key in values:
                 if key[:1] != CHUNK_PREFIX:
                     continue
                 name, index = key[1:-1], key[-1]

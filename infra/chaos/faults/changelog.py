@@ -47,7 +47,13 @@ def recreated(context: FaultContext) -> Steps:
 def _try(context: FaultContext, name: str, harm: Harm) -> Steps:
     for disk in DISKS:
         app = f"{context.deployment.settings.app_id}-{name}-{disk}-{context.rng.randrange(10**6)}"
-        deployment = deploy(context.folder / app, context.servers, app, brokers=context.deployment.brokers)
+        deployment = deploy(
+            context.folder / app,
+            context.servers,
+            app,
+            brokers=context.deployment.brokers,
+            features=context.deployment.has_features,
+        )
         workload = Workload(
             deployment.settings, context.rng.randrange(2**31), users=USERS, options=WorkloadOptions(rate=200)
         )

@@ -205,7 +205,13 @@ def _cut(broker: Broker, topic: str) -> None:
 @contextmanager
 def _app(context: FaultContext, what: str) -> Iterator[App]:
     name = f"{context.deployment.settings.app_id}-{what}-{context.rng.randrange(10**6)}"
-    deployment = deploy(context.folder / name, context.servers, name, brokers=context.deployment.brokers)
+    deployment = deploy(
+        context.folder / name,
+        context.servers,
+        name,
+        brokers=context.deployment.brokers,
+        features=context.deployment.has_features,
+    )
     options = WorkloadOptions(rate=0.0)
     workload = Workload(deployment.settings, context.rng.randrange(2**31), users=USERS, options=options)
     with Run(deployment) as run:
