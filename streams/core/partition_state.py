@@ -424,7 +424,10 @@ class PartitionState:
     def _look_at_ms(self, rows: I64) -> I64:
         """Return when each user is to be looked at: its deadline, but not before `retry_ms`; NEVER without one."""
         at_ms: I64 = np.maximum(self._sequences.headers["due_ms"][rows], self._sequences.live["retry_ms"][rows])
-        return np.minimum(at_ms, self.features.refresh_ms[rows]) if self.features else at_ms
+        if not self.features:
+            return at_ms
+        is_due = self._sequences.headers["reason"][rows] != 0  # published soon, and without a refresh
+        return np.minimum(at_ms, np.where(is_due, NEVER, self.features.refresh_ms[rows]))
 
     def _phases_ms(self, users: Sequence[bytes]) -> I64:
         """Return a fixed shift per user, 0 to `spread_ms`, so that deadlines do not fall due all at once."""

@@ -288,3 +288,17 @@ def test_a_refresh_is_handed_over_when_a_value_changes_and_again_until_it_is_ack
 def test_when_a_user_is_refreshed(policy: RefreshPolicy, valid_until_ms: int, newest_ms: int, expected: int) -> None:
     """Never, when a value changes but not before the least interval, or only while the user is active."""
     assert policy.next_ms(np.array([valid_until_ms]), np.array([newest_ms]), 100).tolist() == [expected]
+
+
+def test_a_user_that_is_due_is_not_looked_at_for_its_refresh() -> None:
+    """A refresh that has passed while a user cools down is not a deadline: the user is published soon anyway."""
+    site = Site(config=dataclasses.replace(CONFIG, refresh=RefreshPolicy(enabled=True, every_min_ms=1)))
+    site.state = PartitionState(TriggerPolicy(cooldown_ms=100 * DAY_MS), LIMITS, site.config)
+    user = USERS[0]
+    site.apply([(user, Event("item-1", "view", NOW_MS - 1_000))])
+    site.publish([user])
+    site.apply([(user, Event("item-2", "view", NOW_MS - 500))])  # due, and cooling down
+    later_ms = NOW_MS + 50 * DAY_MS
+    assert site.state.fire_timers(later_ms).refresh == []
+    assert site.state.next_deadline_ms is not None
+    assert site.state.next_deadline_ms > later_ms
