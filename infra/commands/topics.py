@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from infra.kafka.topics import BROKERS_DEFAULT, TopicMismatch, ensure_topics, topics_of, verify_topics
-from streams.options import BootstrapServers, Config, settings_of
+from streams.options import BootstrapServers, Config, Release, settings_of
 
 Replication = Annotated[
     int | None,
@@ -22,10 +22,16 @@ app = typer.Typer(name="topics", help="Create or verify the topics.", no_args_is
 
 @app.command()
 def create(
-    config: Config = None, bootstrap_servers: BootstrapServers = None, replication_factor: Replication = None
+    config: Config = None,
+    bootstrap_servers: BootstrapServers = None,
+    replication_factor: Replication = None,
+    release: Release = None,
 ) -> None:
-    """Create missing topics, then verify all. A topic of another shape is reported, never changed."""
-    settings = settings_of(config, bootstrap_servers)
+    """Create missing topics, then verify all. A topic of another shape is reported, never changed.
+
+    With feature definitions and no release, in the settings or here, the topic of embeddings is left out.
+    """
+    settings = settings_of(config, bootstrap_servers, release)
     created = ensure_topics(settings, replication_factor=replication_factor or BROKERS_DEFAULT)
     for topic in topics_of(settings):
         print(f"{'created' if topic.name in created else 'present'}  {topic.name}")
@@ -34,12 +40,17 @@ def create(
 
 
 @app.command()
-def verify(config: Config = None, bootstrap_servers: BootstrapServers = None, strict: Strict = False) -> None:
+def verify(
+    config: Config = None,
+    bootstrap_servers: BootstrapServers = None,
+    strict: Strict = False,
+    release: Release = None,
+) -> None:
     """Verify that every topic has the partition count and the cleanup policy that the code relies on.
 
     Topics that work, but would lose records in a failure, are listed too; with --strict they are an error.
     """
-    settings = settings_of(config, bootstrap_servers)
+    settings = settings_of(config, bootstrap_servers, release)
     findings = verify_topics(settings)
     for topic in topics_of(settings):
         print(f"as it must be  {topic.name}")

@@ -36,7 +36,8 @@ class ExplainedFeature:
     """Rule for where the window begins, empty for a kind without one."""
     exactness: str
     standard_error: float | None
-    """Relative standard error beyond the cap; None where the value is exact or has no stated error."""
+    """Relative standard error beyond the cap, while as many ids as the cap are known in the window; with fewer it is
+    1/√(ids known in the window). None where the value is exact or has no stated error."""
     cap: int | None
     """Ids or values of an attribute kept per user."""
     bytes: Size

@@ -6,6 +6,7 @@ survives. A topic with the wrong ones is therefore rejected, and never changed i
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -29,6 +30,7 @@ KNOWN_LOOKS = 3
 """Successive looks at which new topics must be known: each look may be answered by another broker."""
 BROKERS_DEFAULT = -1
 """Replication factor that makes the broker apply its own `default.replication.factor`."""
+CREATE = "streamformer topics create"
 TOPIC_AUTHORIZATION_FAILED = 29
 """Error code of the broker: this user has no right to describe the topic."""
 
@@ -51,6 +53,8 @@ class Topic:
     configs: Mapping[str, str] = field(default_factory=dict)
     rights: frozenset[str] = frozenset()
     """Rights that a worker needs; READ and WRITE include DESCRIBE."""
+    command: str = CREATE
+    """Command that creates the topic."""
 
     def creation(self, replication_factor: int) -> dict[str, Any]:
         """Return the topic in the form that kafka-python's `create_topics` takes."""
@@ -65,7 +69,7 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
     """Return every topic of the application; all have one partition count, so that a user has one partition."""
     names, partitions = settings.topics, settings.topics.partitions
     outputs = [
-        Topic(name, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE)
+        Topic(name, partitions, "compact", {"segment.ms": str(DAY_MS)}, _READ | _WRITE, _command(settings, name))
         for name in settings.output_topics
     ]
     return (
@@ -74,6 +78,13 @@ def topics_of(settings: Settings) -> tuple[Topic, ...]:
         Topic(names.dead_letter, partitions, "delete", _DEAD_LETTER_CONFIGS, _WRITE),
         Topic(settings.changelog_topic, partitions, "compact", _CHANGELOG_CONFIGS, _READ | _WRITE),
     )
+
+
+def _command(settings: Settings, output: str) -> str:
+    """Return the command that creates an output topic: with definitions, that of embeddings needs the release."""
+    if output == settings.topics.features or settings.features.definitions_file is None:
+        return CREATE
+    return f"{CREATE} --release {shlex.quote(str(settings.encoder.release_dir))}"
 
 
 _READ, _WRITE = frozenset({"READ"}), frozenset({"WRITE"})
@@ -223,7 +234,7 @@ def _require_rights(topics: Sequence[Topic], described: Mapping[str, Mapping[str
 def _differences(topic: Topic, found: TopicFacts | None) -> list[str]:
     """Return each difference of one topic, with its remedy; a cleanup policy that cannot be read is no difference."""
     if found is None:
-        return [f"{topic.name} is missing: create it with `streamformer topics create`"]
+        return [f"{topic.name} is missing: create it with `{topic.command}`"]
     problems = []
     if found.partitions != topic.partitions:
         problems.append(partition_count_problem(topic.name, found.partitions, topic.partitions))

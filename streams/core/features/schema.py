@@ -67,7 +67,8 @@ def exactness(feature: Feature) -> str:
             error = 100 / feature.cap**0.5
             return (
                 f"Exact while at most {feature.cap} different {feature.of}s are in the window; beyond that a theta "
-                f"sketch with a relative standard error of about {error:.1f} %, and named in the header `estimated`."
+                f"sketch with a relative standard error of about {error:.1f} %, larger while most of a user's ids "
+                "leave the window (1/√(ids known in the window)), and named in the header `estimated`."
             )
         case Kind.TOP_K | Kind.DECAYED_AFFINITY:
             return (

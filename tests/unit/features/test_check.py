@@ -58,7 +58,8 @@ def test_each_feature_is_explained() -> None:
         "  window    as of t it begins at t - 7d, rounded down to a boundary of 1d in UTC: at least 7d, less than 8d; "
         "8 tiles of 1d",
         "  exact     Exact while at most 64 different items are in the window; beyond that a theta sketch with a "
-        "relative standard error of about 12.5 %, and named in the header `estimated`.",
+        "relative standard error of about 12.5 %, larger while most of a user's ids leave the window "
+        "(1/√(ids known in the window)), and named in the header `estimated`.",
         "  cap       64 per user",
         "  bytes     107 typically, 341 at most",
     ]

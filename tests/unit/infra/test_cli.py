@@ -7,10 +7,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+import infra.commands.topics
 import infra.commands.worker
 from infra.cli import main
 from infra.kafka.durability import Findings
@@ -106,6 +107,25 @@ def test_a_release_on_the_command_line_comes_first(tmp_path: Path, run: Run, mon
     assert run("worker", "--config", "settings.toml", "--release", "b").returncode == 7
     assert [one.encoder.release_dir for one in given] == [Path("a"), Path("b")]
     assert given[0].encoder.runtime == given[1].encoder.runtime == "full"
+
+
+def test_topics_of_a_release_on_the_command_line(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With definitions, `topics create` and `topics verify` include the embeddings if `--release` names a release."""
+    created: list[list[str]] = []
+
+    def ensure(settings: Settings, **_: Any) -> list[str]:
+        created.append(settings.output_topics)
+        return []
+
+    monkeypatch.setattr(infra.commands.topics, "ensure_topics", ensure)
+    monkeypatch.setattr(infra.commands.topics, "verify_topics", lambda _: Findings())
+    (tmp_path / "features.toml").touch()
+    (tmp_path / "settings.toml").write_text("[features]\ndefinitions_file = 'features.toml'\n")
+    assert run("topics", "create", "--config", "settings.toml").returncode == 0
+    with_release = run("topics", "create", "--config", "settings.toml", "--release", "a")
+    assert created == [["user-features"], ["user-embeddings", "user-features"]]
+    assert "present  user-embeddings" in with_release.stdout
+    assert "user-embeddings" in run("topics", "verify", "--config", "settings.toml", "--release", "a").stdout
 
 
 @pytest.fixture

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from kafka.errors import ClusterAuthorizationFailedError, KafkaConnectionError, KafkaError, NodeNotReadyError
 
 from infra.errors import InfraError
 from infra.kafka import topics
+from streams.config.groups import EncoderSettings, FeaturesSettings
+from streams.config.settings import Settings
 
 
 def failing(*errors: KafkaError) -> list[KafkaError]:
@@ -40,3 +44,16 @@ def test_what_a_broker_rejects_is_not_asked_again() -> None:
     with pytest.raises(InfraError, match="the broker rejected a request about topics"):
         topics._asked(answer, errors)
     assert len(errors) == 1
+
+
+def test_a_missing_topic_is_reported_with_the_command_that_creates_it(tmp_path: Path) -> None:
+    """With definitions, `topics create` alone would leave out the embeddings, so their remedy names the release."""
+    (tmp_path / "features.toml").touch()
+    encoder = EncoderSettings(release_dir=tmp_path / "my release")
+    with_both = Settings(encoder=encoder, features=FeaturesSettings(definitions_file=tmp_path / "features.toml"))
+    remedies = {topic.name: topics._differences(topic, None) for topic in topics.topics_of(with_both)}
+    plain = "is missing: create it with `streamformer topics create`"
+    assert remedies["user-embeddings"] == [f"user-embeddings {plain[:-1]} --release '{tmp_path}/my release'`"]
+    assert remedies["user-features"] == [f"user-features {plain}"]
+    (_, embeddings, *_) = topics.topics_of(Settings(encoder=encoder))
+    assert topics._differences(embeddings, None) == [f"user-embeddings {plain}"]
