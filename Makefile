@@ -14,7 +14,7 @@ BASE := streams.subscriber streams.producer streams.send streams.cli streams.con
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-parts lint install simulate chaos field-cases clean \
-        bench-ingest bench-freshness bench-restore bench-encoder bench-train evaluate-ml1m
+        bench-ingest bench-features bench-freshness bench-restore bench-encoder bench-train evaluate-ml1m
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ field-cases: $(STAMP)  ## Try what people reported about such systems on real wo
 
 bench-ingest: $(STAMP) $(PEERS)/installed  ## Measure events per CPU-second, beside other stream processors
 	$(BIN)/python -m infra.bench.stream.ingest
+
+bench-features: $(STAMP) $(PEERS)/installed  ## Measure what features cost, beside windows of other stream processors
+	$(BIN)/python -m infra.bench.stream.features
 
 bench-freshness: $(STAMP) $(PEERS)/installed  ## Measure the time from event to embedding, and against load
 	$(BIN)/python -m infra.bench.stream.freshness

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,28 @@ def test_bench_ingest_without_broker_fails_in_one_line(monkeypatch: pytest.Monke
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: no Kafka broker answers at 127.0.0.1:1")
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_bench_features_measures_every_worker(broker: Broker | ExternalBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick features benchmark reports each worker's rate and the overhead, and no last line."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", broker.bootstrap_servers)
+    ended = subprocess.run(
+        [sys.executable, "-m", "infra.bench.stream.features", "--quick", "--no-peers"],
+        capture_output=True,
+        text=True,
+        timeout=QUICK_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == ""
+    figures = r"round 1 of 1: worker-features [\d,]+, worker [\d,]+, worker-subset [\d,]+, worker-published [\d,]+"
+    assert re.search(figures, ended.stderr)
+    assert re.search(r"users published per CPU second: [1-9]", ended.stderr)
+    stored = re.search(r"state of a user: ([\d,]+) bytes", ended.stderr)
+    assert stored is not None
+    assert 1_000 < int(stored[1].replace(",", "")) < 3_072
 
 
 @pytest.mark.broker

@@ -117,6 +117,24 @@ def bytewax(job: Job) -> Subject:
 
 def kafka_streams(job: Job) -> Subject:
     """Compile and prepare Kafka Streams; raise `BaselineUnavailable` if there is no JDK or no network."""
+    return _java(job, "KafkaStreamsBaseline")
+
+
+def kafka_streams_windows(job: Job) -> Subject:
+    """Prepare Kafka Streams with windowed aggregates; raise `BaselineUnavailable`."""
+    return _java(job, "KafkaStreamsWindows")
+
+
+def quix_windows(job: Job) -> Subject:
+    """Prepare Quix Streams with windowed aggregates; raise `BaselineUnavailable` if it is not installed."""
+    return _prepared(job, "quix", (_venv_python("quixstreams"), str(BASELINES / "quix_windows.py")))
+
+
+WINDOWS = {"quix": quix_windows, "kafka-streams": kafka_streams_windows}
+
+
+def _java(job: Job, main: str) -> Subject:
+    """Compile and prepare a program of Kafka Streams."""
     java, javac = shutil.which("java"), shutil.which("javac")
     if not java or not javac:
         raise BaselineUnavailable("no JDK on this machine (javac); on Debian: apt-get install default-jdk-headless")
@@ -125,13 +143,13 @@ def kafka_streams(job: Job) -> Subject:
     except (requests.RequestException, RuntimeError, OSError, ValueError) as error:
         raise BaselineUnavailable(f"its jars cannot be downloaded from Maven Central: {error}") from error
     classes = job.folder / "kafka-streams" / "classes"
-    source = BASELINES / "kafka_streams" / "KafkaStreamsBaseline.java"
+    source = BASELINES / "kafka_streams" / f"{main}.java"
     compiled = subprocess.run(
         [javac, "-cp", jars, "-d", str(classes), str(source)], capture_output=True, text=True, check=False
     )
     if compiled.returncode:
         raise BaselineUnavailable(f"it does not compile: {compiled.stderr.strip().splitlines()[0]}")
-    return _prepared(job, "kafka-streams", (java, "-Xmx1g", "-cp", f"{classes}:{jars}", "KafkaStreamsBaseline"))
+    return _prepared(job, "kafka-streams", (java, "-Xmx1g", "-cp", f"{classes}:{jars}", main))
 
 
 def _prepared(job: Job, name: str, command: Sequence[str], extra: Mapping[str, str] | None = None) -> Subject:

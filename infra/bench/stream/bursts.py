@@ -39,9 +39,16 @@ def distinct_users(rng: np.random.Generator, users: int, events: int) -> I64:
 class Burst:
     """Events of `users` (numbers), ready to be appended to a topic once."""
 
-    def __init__(self, users: I64, partitions: int, *, seed: int) -> None:
+    def __init__(
+        self, users: I64, partitions: int, *, seed: int, times_ms: I64 | None = None, with_values: bool = False
+    ) -> None:
+        """Prepare one event of each of `users` [N], at `times_ms` [N] if given; `with_values` adds the number `value`.
+
+        Without times, event time rises over `SPAN_MS` to the present, so no event is late.
+        """
         self.events = len(users)
         self._users, self._partitions, self._seed = users, partitions, seed
+        self._times_ms, self._with_values = times_ms, with_values
 
     async def append(self, topic: str, client: Mapping[str, Any]) -> float:
         """Append all events and return the seconds from the first to the last acknowledgement."""
@@ -71,20 +78,27 @@ class Burst:
         yield from ((partition, batch) for partition, batch in enumerate(open_batches) if batch.record_count())
 
     def _values(self) -> Iterator[bytes]:
-        """Yield the JSON of each event; event time rises over `SPAN_MS` to the present, so no event is late."""
+        """Yield the JSON of each event."""
         rng = np.random.default_rng(self._seed)
         items = rng.integers(ITEMS, size=self.events).tolist()
         actions = rng.choice(len(ACTIONS), size=self.events, p=(0.62, 0.25, 0.1, 0.03)).tolist()
         durations_ms = rng.integers(60_000, size=self.events).tolist()
-        now_ms = time.time_ns() // 1_000_000
-        times_ms = np.linspace(now_ms - SPAN_MS, now_ms, self.events).astype(np.int64).tolist()
-        for row, (user, item, action, time_ms, duration_ms) in enumerate(
-            zip(self._users.tolist(), items, actions, times_ms, durations_ms, strict=True)
+        values = [b""] * self.events
+        if self._with_values:
+            values = [b',"value":%d.99' % number for number in rng.integers(500, size=self.events).tolist()]
+        times_ms = self._times_ms if self._times_ms is not None else _present(self.events)
+        for row, (user, item, action, time_ms, duration_ms, value) in enumerate(
+            zip(self._users.tolist(), items, actions, times_ms.tolist(), durations_ms, values, strict=True)
         ):
             yield (
                 b'{"user_id":"user-%d","item_id":"item-%d","action":"%s","timestamp_ms":%d,"surface":"home",'
-                b'"duration_ms":%d,"event_id":"%x-%d"}'
-            ) % (user, item, ACTIONS[action].encode(), time_ms, duration_ms, self._seed, row)
+                b'"duration_ms":%d,"event_id":"%x-%d"%s}'
+            ) % (user, item, ACTIONS[action].encode(), time_ms, duration_ms, self._seed, row, value)
+
+
+def _present(events: int) -> I64:
+    now_ms = time.time_ns() // 1_000_000
+    return np.linspace(now_ms - SPAN_MS, now_ms, events).astype(np.int64)
 
 
 async def _send(producer: AIOKafkaProducer, topic: str, batches: Sequence[tuple[int, Any]]) -> None:

@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from encoder.arrays import I64
 from infra.bench.baselines.stream import BaselineUnavailable, Job
 from infra.bench.stream.bursts import Burst
 from infra.bench.stream.subject import Subject
-from infra.bench.stream.worker import PARTITIONS
 from infra.harness.reporting import Spread, agreed_ratio, console, print_table
 from infra.harness.worker_process import STOP_S, Process, running
 
@@ -29,8 +27,8 @@ class Measurement:
 
     subject: Subject
     process: Process
-    users: Callable[[int], I64]
-    """Return who acts in the burst of a round."""
+    burst_of: Callable[[int], Burst]
+    """Return the burst of a round."""
     progress: Callable[[], int]
     """Return how many events have had their effect, or more; each event adds one."""
     expected: int = 0
@@ -42,7 +40,7 @@ class Measurement:
 
     def burst(self, client: Mapping[str, str], round_: int) -> tuple[int, float]:
         """Send a burst and wait for its effect; return its events, and the seconds from its first append on."""
-        burst = Burst(self.users(round_), PARTITIONS, seed=round_)
+        burst = self.burst_of(round_)
         appending_s = asyncio.run(burst.append(self.subject.topic, client))
         started_s = time.monotonic() - appending_s
         self.expected += burst.events

@@ -18,7 +18,6 @@ import kafka
 import numpy as np
 from kafka.structs import TopicPartition
 
-from encoder.arrays import I64
 from infra.bench.baselines import stream as baselines
 from infra.bench.stream.bursts import Burst, distinct_users
 from infra.bench.stream.comparison import Comparison, Measurement, start_baselines
@@ -101,11 +100,11 @@ def measure_rates(
 
 
 def _measurement(subject: Subject, process: Process, client: dict[str, str], users: int, events: int) -> Measurement:
-    def acting(round_: int) -> I64:
-        return distinct_users(np.random.default_rng(round_), users, events)
+    def burst_of(round_: int) -> Burst:
+        return Burst(distinct_users(np.random.default_rng(round_), users, events), PARTITIONS, seed=round_)
 
     published = _published(client, subject.output)
-    return Measurement(subject, process, acting, published, expected=published())
+    return Measurement(subject, process, burst_of, published, expected=published())
 
 
 def _fill(baseline: Subject, process: Process, client: dict[str, str], kept: int) -> None:

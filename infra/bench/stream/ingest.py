@@ -30,9 +30,9 @@ import typer
 
 from encoder.arrays import I64
 from infra.bench.baselines import stream as baselines
-from infra.bench.stream.bursts import distinct_users, zipf_users
+from infra.bench.stream.bursts import Burst, distinct_users, zipf_users
 from infra.bench.stream.comparison import Comparison, Measurement, start_baselines
-from infra.bench.stream.worker import MeasuredWorker, prepare_worker
+from infra.bench.stream.worker import PARTITIONS, MeasuredWorker, prepare_worker
 from infra.harness.reporting import Spread, console, machine, print_result, run_command
 from infra.harness.worker_process import STOP_S, running
 from infra.kafka.broker import broker_or_external
@@ -101,12 +101,12 @@ def _started(
 ) -> Iterator[Setup]:
     """Start two workers, one for each choice of users, those of the other checkout, and the baselines."""
 
-    def active(events: int) -> Callable[[int], I64]:
+    def active(events: int) -> Callable[[int], Burst]:
         count = int(events * scale)
-        return lambda _: zipf_users(np.random.default_rng(count), ACTIVE_USERS, count)
+        return _bursts(zipf_users(np.random.default_rng(count), ACTIVE_USERS, count))
 
     distinct = distinct_users(np.random.default_rng(1), ALL_USERS, int(DISTINCT_EVENTS * scale))
-    chosen = {"worker": active(EVENTS), "worker-distinct": lambda _: distinct}
+    chosen = {"worker": active(EVENTS), "worker-distinct": _bursts(distinct)}
     with ExitStack() as stack:
         measurements = []
         workers = {name: prepare_worker(name, bootstrap_servers, folder / name) for name in chosen}
@@ -122,6 +122,10 @@ def _started(
         for name, (subject, process) in started.items():
             measurements.append(Measurement(subject, process, active(BASELINES[name][1]), subject.applied))
         yield Setup(Comparison(measurements, unavailable), workers["worker"])
+
+
+def _bursts(users: I64) -> Callable[[int], Burst]:
+    return lambda round_: Burst(users, PARTITIONS, seed=round_)
 
 
 def _measure_round(setup: Setup, client: dict[str, str], round_: int) -> None:

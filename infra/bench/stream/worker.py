@@ -49,6 +49,12 @@ class WorkerJob:
     """Items that the encoder knows; all others share its unknown row."""
     hot_users_max: int = 65_536
     """Users of one partition in memory."""
+    is_embedding: bool = True
+    """Whether the worker has a release; without one it computes features only."""
+    definitions: str = ""
+    """Feature definitions, in TOML; without any no features are computed."""
+    attributes: Path | None = None
+    """Item attributes that the definitions use."""
 
 
 NO_TRIGGERS = WorkerJob()
@@ -95,14 +101,20 @@ def prepare_worker(name: str, bootstrap_servers: str, folder: Path, job: WorkerJ
         "state.sequence_length": job.encoder.sequence_length,
         "state.hot_users_max": job.hot_users_max,
         "web.port": free_port(),
-        "encoder.release_dir": folder / "release",
         "encoder.cache_bytes_max": job.cache_bytes_max,
         "triggers.policy_file": folder / "policy.toml",
         "worker.instance_id": app_id,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "policy.toml").write_text(job.policy)
-    random_release(job.encoder, vocabularies(job.items, ACTIONS, SURFACES)).save(folder / "release")
+    if job.is_embedding:
+        values["encoder.release_dir"] = folder / "release"
+        random_release(job.encoder, vocabularies(job.items, ACTIONS, SURFACES)).save(folder / "release")
+    if job.definitions:
+        (folder / "features.toml").write_text(job.definitions)
+        values |= {"topics.features": f"{app_id}-features", "features.definitions_file": folder / "features.toml"}
+        if job.attributes:
+            values["features.attributes_file"] = job.attributes
     worker = _measured(name, values, folder)
     ensure_topics(worker.settings)
     return worker
