@@ -1,6 +1,6 @@
 """Freshness against load on the whole path: from handing an event to Kafka to receiving an embedding that contains it.
 
-    python -m infra.bench.stream.freshness [--quick] [--no-peers] [--size small|reference]
+    python -m infra.bench.stream.freshness [--quick] [--no-peers] [--size small|reference] [--against CHECKOUT]
 
 A real broker with four partitions, the shipped worker, every event a trigger, 5,000 users with full sequences. Producer
 and consumer are this process; broker, worker and client share the machine.
@@ -13,7 +13,8 @@ and consumer are this process; broker, worker and client share the machine.
 4. Two workers, 2,000 events/s; inside a burst of ten times that rate, one is killed (SIGKILL) and stays down. Take-over
    is the time from the kill to the first embedding of each of its partitions; from then on freshness counts again.
 
-The program prints what is not equal before the figures.
+The program prints what is not equal before the figures. With `--against` it does something else: the worker and that of
+another checkout of this project take turns at 2,000 events/s, which shows what a change does to freshness and CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -121,10 +122,14 @@ def main(
     ] = False,
     with_baselines: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure the baselines too.")] = True,
     size: Annotated[Size, typer.Option(help="Size of the encoder.")] = Size.SMALL,
+    against: Annotated[Path | None, typer.Option(exists=True, help="Compare with the worker of this checkout.")] = None,
 ) -> None:
     """Measure freshness on the whole path, against load, through a kill, and against baselines."""
     plan = QUICK if quick else FULL
     job = WorkerJob(EVERY_ACTION, ENCODERS[size], CACHE_BYTES_MAX, items=10_000)
+    if against is not None:
+        _compare(against, job, plan)
+        return
     with (
         tempfile.TemporaryDirectory(prefix="streamformer-bench-") as folder,
         broker_or_external() as broker,
@@ -141,6 +146,33 @@ def main(
     plot = save_plot([(each.outcome.rate, each.outcome.freshness_ms) for each in steps], rates.saturation, REPORTS)
     _report(size, job.encoder, rates, steady, steps, kill)
     console.print(f"plot: {plot}")
+
+
+def _compare(against: Path, job: WorkerJob, plan: Plan) -> None:
+    """Drive this worker and that of another checkout in turn, and print the figures of both."""
+    found: dict[str, list[tuple[float, float, float]]] = {"this": [], "other": []}
+    with tempfile.TemporaryDirectory(prefix="streamformer-bench-") as folder, broker_or_external() as broker:
+        workers = {name: prepare_worker(name, broker.bootstrap_servers, Path(folder) / name, job) for name in found}
+        programs = {name: worker.subject.program for name, worker in workers.items()}
+        programs["other"] = replace(programs["other"], folder=against)
+        with ExitStack() as stack:
+            processes = {}
+            for name, worker in workers.items():
+                processes[name] = stack.enter_context(running(programs[name], grace_s=STOP_S))
+                processes[name].wait_until(lambda: is_settled([worker]), "the state of readiness", READY_S)  # noqa: B023
+                _fill(worker, job.encoder.sequence_length)
+            for round_ in range(2 * plan.rounds):
+                for name in sorted(found, reverse=round_ % 2 == 0):
+                    step = _step(workers[name], processes[name], 1.0, RATE, plan.steady_s / 3)
+                    _print_step(f"round {round_ + 1}, {name}", step)
+                    p50, p99 = percentiles(step.outcome.freshness_ms, 50, 99)
+                    found[name].append((p50, p99, step.worker_cpu))
+    figures = {
+        f"{name}_{what}": [round(each[at], 3) for each in rows]
+        for name, rows in found.items()
+        for at, what in enumerate(("p50_ms", "p99_ms", "cpu"))
+    }
+    print_result({"bench": "freshness-against", "machine": machine(), "events_per_second": RATE, **figures})
 
 
 @contextmanager
