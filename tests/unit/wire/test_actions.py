@@ -314,3 +314,42 @@ def test_more_names_than_are_cached_still_have_their_codes() -> None:
         decoded = decode(*(record_of({**GOOD, "action": name}) for name in names))
         assert decoded.actions.actions["action"].tolist() == [name_code(name) for name in names]
     assert len(actions._CODES) <= NAMES_KEPT_MAX
+
+
+WITH_VALUES = DecodeLimits(with_values=True)
+
+
+def test_values_are_a_column_of_numbers() -> None:
+    """An absent or null value is NaN, and a batch without any has no column; tombstones have none."""
+    records = [record_of({**GOOD, **more}) for more in ({"value": 2}, {"value": -0.5}, {"value": None}, {})]
+    decoded = decode_actions([*records, FetchedRecord(b"ann", None)], now_ms=NOW_MS, limits=WITH_VALUES)
+    assert decoded.rejected == []
+    assert decoded.actions.values is not None
+    np.testing.assert_array_equal(decoded.actions.values, [2.0, -0.5, np.nan, np.nan, np.nan])
+    assert decode_actions(records[2:], now_ms=NOW_MS, limits=WITH_VALUES).actions.values is None
+    selected = decoded.actions.select(np.array([1, 2])).values
+    assert selected is not None
+    np.testing.assert_array_equal(selected, [-0.5, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ('"9.99"', RejectReason.FIELD_TYPE),
+        ("true", RejectReason.FIELD_TYPE),
+        ("[1]", RejectReason.FIELD_TYPE),
+        ("NaN", RejectReason.NOT_JSON),
+        ("Infinity", RejectReason.NOT_JSON),
+        ("1e999", RejectReason.FIELD_RANGE),
+    ],
+)
+def test_a_value_that_is_no_number_is_rejected_where_features_use_it(value: str, reason: RejectReason) -> None:
+    """Elsewhere the field is ignored like any other unknown one, as long as the record is JSON."""
+    text = json.dumps({**GOOD, "value": 0}).replace('"value": 0', f'"value": {value}')
+    record = FetchedRecord(b"ann", text.encode())
+    decoded = decode_actions([record, record_of({**GOOD, "value": 1})], now_ms=NOW_MS, limits=WITH_VALUES)
+    assert [rejected.reason for rejected in decoded.rejected] == [reason]
+    assert decoded.actions.values is not None
+    assert decoded.actions.values.tolist() == [1.0]
+    if reason is not RejectReason.NOT_JSON:
+        assert decode(record).rejected == []
