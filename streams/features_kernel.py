@@ -13,7 +13,7 @@ from streams.errors import CannotStart
 FOLDER = Path(__file__).parent / "core" / "features"
 KERNEL = Kernel(
     FOLDER / "kernel.cpp",
-    tuple(FOLDER / name for name in ("parts.h", "add.h", "pack.h", "complete.h", "values.h")),
+    tuple(FOLDER / name for name in ("parts.h", "add.h", "bits.h", "pack.h", "lanes.h", "complete.h", "values.h")),
     "features cannot be computed",
 )
 
@@ -33,6 +33,7 @@ def load_functions() -> Functions:
     library.write_values.argtypes, library.write_values.restype = [pointer, pointer, pointer, whole], whole
     library.write_shares.argtypes, library.write_shares.restype = [pointer, pointer, pointer, whole, pointer], None
     library.pack_users.argtypes, library.pack_users.restype = [pointer, pointer, whole, pointer, whole, pointer], whole
+    library.clear_users.argtypes, library.clear_users.restype = [pointer, pointer, whole], None
     library.unpack_users.argtypes, library.unpack_users.restype = [pointer, pointer, whole, pointer, pointer], whole
     functions: Functions = library
     return functions

@@ -26,9 +26,7 @@ import numpy as np
 from encoder.actions.columns import Actions
 from encoder.arrays import F64, I64, Bool
 from streams.core.columns import run_lengths, run_starts
-from streams.core.features.binding import arrays_of
 from streams.core.features.definitions import FeatureSet
-from streams.core.features.parts import Parts
 from streams.core.features.state import Attributes, FeatureRecords, FeatureState
 from streams.core.features.structures import Functions
 
@@ -56,11 +54,6 @@ class Timeline:
     def slice(self, low: int, high: int) -> Timeline:
         """Return some of the rows."""
         return Timeline(self.users[low:high], self.actions[low:high], self.values[low:high], self.is_query[low:high])
-
-
-def state_bytes(feature_set: FeatureSet) -> int:
-    """Return the memory of one user's state."""
-    return sum(int(array.nbytes) for _, part in Parts(feature_set, 1).all for array in arrays_of(part))
 
 
 def compute(
@@ -115,7 +108,7 @@ class _States:
     def __init__(
         self, feature_set: FeatureSet, attributes: Attributes, functions: Functions, state_bytes_max: int
     ) -> None:
-        self.rows = max(1, min(USERS_MAX, state_bytes_max // state_bytes(feature_set)))
+        self.rows = max(1, min(USERS_MAX, state_bytes_max // FeatureState.row_bytes(feature_set)))
         self._state = FeatureState(feature_set, attributes, self.rows, functions)
         self._last_user, self._last_row, self._last_key = -1, 0, 0
 

@@ -6,8 +6,6 @@ The arrays keep their addresses for life, so they are taken once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from streams.core.features.attributes import Attributes, json_text
 from streams.core.features.completeness import Completeness
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind
 from streams.core.features.distinct import Distinct
-from streams.core.features.parts import Part, Parts
+from streams.core.features.parts import Part, Parts, arrays_of
 from streams.core.features.rankings import Affinity, TopK
 from streams.core.features.recent import LastK, SecondsSince, Sessions
 from streams.core.features.structures import (
@@ -109,7 +107,7 @@ class Binding:
             else:
                 feature = part.feature
                 structure.hop_ms, structure.tiles, structure.cap = feature.hop_ms or 1, feature.tiles, feature.cap
-                structure.k, structure.half_life_ms = feature.k, float(feature.half_life_ms)
+                structure.k, structure.half_life_ms = feature.k, feature.half_life_ms or 1
                 if isinstance(part, Distinct):
                     structure.column = IDS.index(feature.of)
                 if feature.group:
@@ -130,22 +128,3 @@ class Binding:
             structure.reach = ring.reach(each)
         self._kept.append(structures)
         return ctypes.addressof(structures)
-
-
-def arrays_of(part: Part) -> Sequence[Any]:
-    """Return the arrays of a part in the order in which the kernel has them."""
-    match part:
-        case Ring():
-            return [part.hops, part.numbers]
-        case Distinct():
-            return [part.keys, part.last, part.newest, part.theta, part.dropped]
-        case TopK():
-            return [part.keys, part.hops, part.counts, part.dropped]
-        case Affinity():
-            return [part.keys, part.sums, part.newest_ms, part.dropped]
-        case LastK():
-            return [part.items, part.times_ms]
-        case SecondsSince():
-            return [part.last_ms]
-        case Sessions():
-            return [part.first_ms, part.last_ms, part.depths]

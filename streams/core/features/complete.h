@@ -9,11 +9,10 @@ namespace {
 
 constexpr int64_t WHOLE = 10000;
 constexpr int64_t HALF_LIVES = 10;
-constexpr int64_t LATEST_MS = int64_t{1} << 50;
 
 int64_t certain_places(const Part &part, int64_t row, int64_t from_ms) {
-    const auto *items = static_cast<int64_t *>(part.a) + row * part.k;
-    const auto *times_ms = static_cast<int64_t *>(part.b) + row * part.k;
+    const auto *items = part.of<int64_t>(part.a, row, part.k);
+    const auto *times_ms = part.of<int64_t>(part.b, row, part.k);
     int64_t certain = 0;
     while (certain < part.k && items[certain] && times_ms[certain] >= from_ms) ++certain;
     return certain;
@@ -23,15 +22,15 @@ int64_t share_of(const Part &part, const Field &field, int64_t row, int64_t as_o
     int64_t begin_ms;
     switch (part.kind) {
         case LAST_K: return certain_places(part, row, from_ms) * WHOLE / part.k;
-        case SINCE: return static_cast<int64_t *>(part.a)[row] >= from_ms ? WHOLE : 0;
+        case SINCE: return static_cast<int64_t *>(part.a)[row] - 1 >= from_ms ? WHOLE : 0;
         case SESSION: {
-            const int64_t at = row * SESSIONS, last_ms = static_cast<int64_t *>(part.b)[at];
-            const bool is_open = static_cast<int64_t *>(part.c)[at] > 0 && as_of_ms - last_ms <= part.gap_ms;
-            begin_ms = (is_open ? static_cast<int64_t *>(part.a)[at] : as_of_ms) - part.gap_ms;
+            const Session &newest = *part.of<Session>(part.a, row, SESSIONS);
+            const bool is_open = newest.depth && as_of_ms - newest.last_ms <= part.gap_ms;
+            begin_ms = (is_open ? newest.first_ms : as_of_ms) - part.gap_ms;
             break;
         }
-        case AFFINITY: begin_ms = as_of_ms - HALF_LIVES * static_cast<int64_t>(part.half_life_ms); break;
-        default: begin_ms = first_hop(as_of_ms, field.window_ms, part.hop_ms) * part.hop_ms;
+        case AFFINITY: begin_ms = as_of_ms - HALF_LIVES * part.half_life_ms; break;
+        default: begin_ms = (first_mark(as_of_ms, field.window_ms, part.hop_ms) - 1) * part.hop_ms;
     }
     if (from_ms <= begin_ms) return WHOLE;
     const auto seen_ms = static_cast<__int128>(std::max<int64_t>(as_of_ms - from_ms, 0));
@@ -42,20 +41,13 @@ int64_t share_of(const Part &part, const Field &field, int64_t row, int64_t as_o
 bool is_over(const Part &part, const Field &field, int64_t row, int64_t from_ms) {
     switch (part.kind) {
         case LAST_K: return certain_places(part, row, from_ms) == part.k;
-        case SINCE: return static_cast<int64_t *>(part.a)[row] >= from_ms;
+        case SINCE: return static_cast<int64_t *>(part.a)[row] - 1 >= from_ms;
         case SESSION: {
-            const int64_t oldest = row * SESSIONS + SESSIONS - 1;
-            if (static_cast<int64_t *>(part.c)[oldest] == 0) return false;
-            return static_cast<int64_t *>(part.a)[oldest] - part.gap_ms >= from_ms;
+            const Session &oldest = part.of<Session>(part.a, row, SESSIONS)[SESSIONS - 1];
+            return oldest.depth && oldest.first_ms - part.gap_ms >= from_ms;
         }
-        case AFFINITY:
-            return static_cast<int64_t *>(part.c)[row] - HALF_LIVES * static_cast<int64_t>(part.half_life_ms) >= from_ms;
-        case RING:
-        case TOP_K: {
-            const auto *hops = static_cast<int32_t *>(part.kind == RING ? part.a : part.b) + row * part.tiles;
-            return *std::max_element(hops, hops + part.tiles) * part.hop_ms - field.window_ms >= from_ms;
-        }
-        default: return static_cast<int32_t *>(part.c)[row] * part.hop_ms - field.window_ms >= from_ms;
+        case AFFINITY: return newest_ms_of(part, row) - HALF_LIVES * part.half_life_ms >= from_ms;
+        default: return newest_ms_of(part, row) - field.window_ms >= from_ms;
     }
 }
 
@@ -67,21 +59,26 @@ void pack_complete(const State &state, int64_t row, Writer &out) {
     };
     int64_t stored = 0;
     for (int64_t at = 0; at < state.field_count && state.is_partial[row]; ++at) stored += is_stored(at);
-    out.whole(stored);
+    out.gamma(stored + 1);
     for (int64_t at = 0; at < state.field_count && stored; ++at) {
         if (!is_stored(at)) continue;
-        out.whole(at);
-        out.whole(from_ms[at]);
+        out.gamma(at + 1);
+        out.sized(from_ms[at]);
     }
 }
 
 void unpack_complete(const State &state, int64_t row, Reader &in) {
-    const int64_t stored = in.below(state.field_count);
+    const int64_t stored = in.below(state.field_count + 1);
     state.is_partial[row] = stored > 0;
     for (int64_t n = 0; n < stored && !in.bad; ++n) {
-        const int64_t at = in.below(state.field_count - 1);
-        state.complete_from_ms[row * state.field_count + at] = in.below(LATEST_MS);
+        const int64_t at = in.below(state.field_count);
+        state.complete_from_ms[row * state.field_count + at] = in.sized(LATEST_MS);
     }
+}
+
+void clear_complete(const State &state, int64_t row) {
+    if (state.is_partial[row]) std::fill_n(state.complete_from_ms + row * state.field_count, state.field_count, 0);
+    state.is_partial[row] = 0;
 }
 
 }  // namespace

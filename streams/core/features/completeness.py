@@ -67,11 +67,6 @@ class Completeness:
         self.from_ms[rows[:, None], columns] = np.clip(times_ms, 0, LATEST_MS)
         self.is_partial[rows] = self.from_ms[rows].any(axis=1)
 
-    def clear(self, rows: I64) -> None:
-        """Make every feature of these users complete."""
-        partial = rows[self.is_partial[rows]]
-        self.from_ms[partial], self.is_partial[partial] = 0, False
-
     def shares(self, rows: I64, as_of_ms: I64) -> list[dict[str, float]]:
         """Return the shares below 1 of users [U] by feature; the slow reference of `write_shares` in the kernel."""
         return [
@@ -105,10 +100,10 @@ def _share(feature: Feature, part: Part, row: int, as_of_ms: int, from_ms: int) 
             certain = (part.items[row] != 0) & (part.times_ms[row] >= from_ms)
             return int(certain.sum()) * WHOLE // feature.k
         case SecondsSince():
-            return WHOLE if part.last_ms[row] >= from_ms else 0
+            return WHOLE if part.last_ms[row] - 1 >= from_ms else 0
         case Sessions():
-            first_ms, last_ms = int(part.first_ms[row, 0]), int(part.last_ms[row, 0])
-            is_open = part.depths[row, 0] > 0 and as_of_ms - last_ms <= part.gap_ms
+            first_ms, last_ms, depth = part.kept[row, 0].tolist()
+            is_open = depth > 0 and as_of_ms - last_ms <= part.gap_ms
             begin_ms = (first_ms if is_open else as_of_ms) - part.gap_ms
         case _:
             half_lives_ms = HALF_LIVES * feature.half_life_ms

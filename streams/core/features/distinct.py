@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from encoder.arrays import I64, Bool
+from encoder.arrays import I64, U32, Bool
 from streams.core.features.definitions import Feature
 from streams.core.features.tiles import NEVER_MS
 
-FREE = -1
-"""Key of a lane that is not in use."""
 FULL_RANGE = 2**32
-"""Ids of `distinct` are hashed to numbers below this."""
+"""Ids are hashed to numbers below this."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 """Odd multiplier after Fibonacci hashing: its product's upper bits depend on every bit of an id."""
 
 
-def hashed(ids: I64) -> I64:
-    """Return ids as numbers below 2^32, FREE for 0, which stands for no id."""
-    numbers = (ids.astype(np.uint64) * MIX >> np.uint64(32)).astype(np.int64)
-    return np.where(ids == 0, FREE, numbers)
+def hashed(ids: I64) -> U32:
+    """Return ids as numbers from 1 to below 2^32, and 0 for 0, which stands for no id."""
+    numbers = ids.astype(np.uint64) * MIX >> np.uint64(32)
+    return np.where(ids == 0, 0, np.maximum(numbers, 1)).astype(np.uint32)
+
+
+HEAD_DTYPE = np.dtype(
+    [
+        ("newest", "<u4"),  # mark of the user's newest hop
+        ("theta", "<u4"),  # ids below it are known; 0 if all are
+        ("dropped", "<u4"),  # mark of the newest hop of the ids that were dropped
+        ("used", "<u4"),  # lanes in use
+    ]
+)
 
 
 class Distinct:
@@ -38,31 +46,22 @@ class Distinct:
 
     def __init__(self, feature: Feature, rows: int) -> None:
         self.feature = feature
-        self.keys = np.full((rows, feature.cap), FREE, np.int64)
+        self.keys = np.zeros((rows, feature.cap), np.uint32)
         """Hashed ids [R, L] of each user."""
-        self.last = np.full((rows, feature.cap), FREE, np.int32)
-        """Newest hop of each lane's id."""
-        self.newest = np.full(rows, FREE, np.int32)
-        """Newest hop of each user."""
-        self.theta = np.full(rows, FULL_RANGE, np.int64)
-        self.dropped = np.full(rows, FREE, np.int32)
-        """Newest hop of the ids that were dropped."""
-
-    def clear(self, rows: I64) -> None:
-        """Forget everything of these users."""
-        self.keys[rows] = FREE
-        self.last[rows] = self.newest[rows] = self.dropped[rows] = FREE
-        self.theta[rows] = FULL_RANGE
+        self.last = np.zeros((rows, feature.cap), np.uint32)
+        """Mark of the newest hop of each lane's id."""
+        self.heads = np.zeros(rows, HEAD_DTYPE)
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[I64, Bool, I64]:
         """Return the counts [U], whether each is exact [U], and when the first id leaves the window [U]."""
-        feature = self.feature
-        begin = (as_of_ms - feature.window_ms) // feature.hop_ms  # [U]
-        last = self.last[rows].astype(np.int64)
-        inside = (last >= begin[:, None]) & (self.keys[rows] != FREE)  # [U, L]
+        feature, heads = self.feature, self.heads[rows]
+        begin = np.maximum((as_of_ms - feature.window_ms) // feature.hop_ms, 0)  # [U]
+        hops = self.last[rows].astype(np.int64) - 1  # [U, L]
+        inside = (hops >= begin[:, None]) & (np.arange(feature.cap) < heads["used"][:, None])
         counts = inside.sum(axis=1)
-        exact = (self.theta[rows] == FULL_RANGE) | (self.dropped[rows] < begin)
-        estimates = np.rint(counts * (FULL_RANGE / self.theta[rows])).astype(np.int64)
-        oldest = np.where(inside, last, NEVER_MS // feature.hop_ms - feature.tiles).min(axis=1)
+        exact = (heads["theta"] == 0) | (heads["dropped"].astype(np.int64) - 1 < begin)
+        theta = np.where(heads["theta"] == 0, FULL_RANGE, heads["theta"].astype(np.int64))
+        estimates = np.rint(counts * (FULL_RANGE / theta)).astype(np.int64)
+        oldest = np.where(inside, hops, NEVER_MS // feature.hop_ms - feature.tiles).min(axis=1)
         until_ms = np.where(counts > 0, (oldest + 1) * feature.hop_ms + feature.window_ms, NEVER_MS)
         return np.where(exact, counts, estimates), exact, until_ms

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from encoder.arrays import I64
-from streams.core.features.binding import arrays_of
 from streams.core.features.completeness import Completeness
 from streams.core.features.definitions import Feature, FeatureSet
-from streams.core.features.parts import Parts
+from streams.core.features.parts import Parts, arrays_of
 from streams.core.features.tiles import KINDS, Ring, accumulators_of
 
 
@@ -75,20 +74,20 @@ def _needs_attributes(feature: Feature) -> bool:
 
 def _copy_tiles(ring: Ring, rows: I64, source: Ring, source_rows: I64, columns: Sequence[int]) -> None:
     """Replace accumulators (`columns` of the ring) of users by those of `source`, each tile by that of the same hop."""
-    places = [source.accumulators.index(ring.accumulators[column]) for column in columns]
-    numbers = ring.numbers.reshape(-1, ring.tiles, len(ring.accumulators))
-    former = source.numbers.reshape(-1, source.tiles, len(source.accumulators))[source_rows]  # [U, T, A]
-    numbers[rows[:, None], :, np.array(columns)] = ring.initial[columns][:, None]
-    hops = source.hops[source_rows].astype(np.int64)  # [U, T]
-    newest = hops.max(axis=1)
+    places = [1 + source.accumulators.index(ring.accumulators[column]) for column in columns]
+    former = source.cells[source_rows]  # [U, T, 1 + A]
+    marks = former[:, :, 0].astype(np.int64)
+    newest = marks.max(axis=1)
+    ring.cells[rows[:, None], :, np.array(columns) + 1] = ring.initial[columns][:, None]
     for tile in range(source.tiles):
-        hop = hops[:, tile]
-        slot = hop % ring.tiles
-        is_known = (hop >= 0) & (hop >= ring.hops[rows, slot])
+        mark = marks[:, tile]
+        slot = (mark - 1) % ring.tiles
+        is_known = (mark > 0) & (mark >= ring.cells[rows, slot, 0])
         users, at = rows[is_known], slot[is_known]
-        is_new = ring.hops[users, at] < hop[is_known]
-        numbers[users[is_new], at[is_new]] = ring.initial
-        ring.hops[users, at] = hop[is_known]
+        is_new = ring.cells[users, at, 0] < mark[is_known]
+        ring.cells[users[is_new], at[is_new], 1:] = ring.initial
+        ring.cells[users, at, 0] = mark[is_known]
         for column, place in zip(columns, places, strict=True):
-            in_reach = hop[is_known] > newest[is_known] - source.reach(source.accumulators[place])
-            numbers[users, at, column] = np.where(in_reach, former[is_known, tile, place], source.initial[place])
+            in_reach = mark[is_known] > newest[is_known] - source.reach(ring.accumulators[column])
+            number = former[is_known, tile, place]
+            ring.cells[users, at, 1 + column] = np.where(in_reach, number, ring.initial[column])

@@ -5,14 +5,15 @@
 
 #include "add.h"
 #include "complete.h"
+#include "lanes.h"
 #include "pack.h"
 #include "values.h"
 
 namespace {
 
 using Add = void (*)(const Part &, const Batch &);
-using Pack = void (*)(const Part &, int64_t, Writer &);
-using Unpack = void (*)(const Part &, int64_t, Reader &);
+using Pack = void (*)(const Part &, const User &, Writer &);
+using Unpack = void (*)(const Part &, const User &, Reader &);
 using Write = void (*)(const Part &, const Field &, Moment &, Json &);
 constexpr Add ADD[] = {add_to_ring, add_distinct, add_top_k, add_affinity, add_last_k, add_since, add_session};
 constexpr Pack PACK[] = {pack_ring, pack_distinct, pack_top_k, pack_affinity, pack_last_k, pack_since, pack_session};
@@ -29,31 +30,49 @@ constexpr int64_t HEADER_BYTES = 9;
 extern "C" int64_t pack_users(
     const State *state, const int64_t *rows, int64_t users, uint8_t *out, int64_t size, int64_t *ends
 ) {
-    Writer writer{out, out + size};
-    for (int64_t user = 0; user < users; ++user) {
-        for (int64_t at = 0; at < HEADER_BYTES; ++at) writer.byte(state->header[at]);
-        pack_complete(*state, rows[user], writer);
-        for (int64_t at = 0; at < state->part_count; ++at)
-            PACK[state->parts[at].kind](state->parts[at], rows[user], writer);
-        if (writer.full) return -1;
-        ends[user] = writer.at - out;
+    const Part *begin = state->parts, *end = begin + state->part_count;
+    int64_t room = HEADER_BYTES + 64 + state->field_count * 16;
+    for (const Part *part = begin; part != end; ++part) room += bytes_max(*part);
+    uint8_t *at = out;
+    for (int64_t n = 0; n < users; ++n) {
+        if (out + size - at < room) return -1;
+        User user{rows[n], FREE};
+        for (const Part *part = begin; part != end; ++part)
+            user.newest_ms = std::max(user.newest_ms, newest_ms_of(*part, user.row));
+        std::memcpy(at, state->header, HEADER_BYTES);
+        Writer writer{at + HEADER_BYTES};
+        pack_complete(*state, user.row, writer);
+        writer.sized(user.newest_ms + 1);
+        for (const Part *part = begin; part != end; ++part) PACK[part->kind](*part, user, writer);
+        writer.end();
+        at = writer.at;
+        ends[n] = at - out;
     }
-    return writer.at - out;
+    return at - out;
 }
 
 // Read what `pack_users` wrote into cleared rows; return the first user whose bytes are not that, -1 if there is none.
-// Each user's bytes begin with a header, which the caller has compared.
+// Each user's bytes begin with a header, which the caller has compared, and after the last there are 8 more.
 extern "C" int64_t unpack_users(
     const State *state, const int64_t *rows, int64_t users, const uint8_t *in, const int64_t *ends
 ) {
-    for (int64_t user = 0; user < users; ++user) {
-        Reader reader{in + (user ? ends[user - 1] : 0) + HEADER_BYTES, in + ends[user]};
-        unpack_complete(*state, rows[user], reader);
+    for (int64_t n = 0; n < users; ++n) {
+        const int64_t begin = (n ? ends[n - 1] : 0) + HEADER_BYTES;
+        Reader reader{in, begin * 8, ends[n] * 8};
+        unpack_complete(*state, rows[n], reader);
+        const User user{rows[n], reader.sized(LATEST_MS) - 1};
         for (int64_t at = 0; at < state->part_count && !reader.bad; ++at)
-            UNPACK[state->parts[at].kind](state->parts[at], rows[user], reader);
-        if (reader.bad || reader.at != reader.end) return user;
+            UNPACK[state->parts[at].kind](state->parts[at], user, reader);
+        if (!reader.is_at_end()) return n;
     }
     return -1;
+}
+
+extern "C" void clear_users(const State *state, const int64_t *rows, int64_t users) {
+    for (int64_t n = 0; n < users; ++n) {
+        for (int64_t at = 0; at < state->part_count; ++at) clear_part(state->parts[at], rows[n]);
+        clear_complete(*state, rows[n]);
+    }
 }
 
 extern "C" void add_events(const State *state, const Batch *batch) {

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from encoder.arrays import F64, I64, U8, Bool
+from encoder.arrays import F64, I32, I64, U32, Bool
 from streams.core.features.binding import Binding
 from streams.core.features.structures import BatchStructure, Functions, MomentsStructure
 
@@ -33,9 +33,9 @@ class Events:
     numbers: F64
     """[NUMBERS, E], NaN where an event has none."""
     items: I64
-    ids: I64
+    ids: U32
     """[IDS, E], hashed (`distinct.hashed`)."""
-    groups: I64
+    groups: I32
     """[attributes, E], codes of the values, -1 where there is none."""
 
 
@@ -92,11 +92,16 @@ class Kernel:
 
         All bytes must begin with the header of the binding.
         """
-        data: U8 = np.frombuffer(b"".join(packed), np.uint8)
+        data = np.frombuffer(b"".join([*packed, bytes(8)]), np.uint8)  # the kernel may read 8 bytes beyond
         rows, ends = np.ascontiguousarray(rows), np.cumsum([len(each) for each in packed], dtype=np.int64)
         return self._functions.unpack_users(
             self._state, rows.ctypes.data, len(rows), data.ctypes.data, ends.ctypes.data
         )
+
+    def clear(self, rows: I64) -> None:
+        """Forget the users in these rows."""
+        rows = np.ascontiguousarray(rows)
+        self._functions.clear_users(self._state, rows.ctypes.data, len(rows))
 
     def _written(self, write: Callable[[int, int], int], ends: I64) -> list[bytes]:
         """Return what `write` writes for each user, given room and its size; it fills `ends` and returns the size."""

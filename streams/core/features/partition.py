@@ -22,7 +22,6 @@ from encoder.arrays import I64, Bool
 from streams.core.columns import Columns, rows_where, spans, starts_of
 from streams.core.features.attributes import Attributes
 from streams.core.features.definitions import FeatureSet
-from streams.core.features.parts import Parts
 from streams.core.features.state import DamagedFeatures, FeatureRecords, FeatureState
 from streams.core.features.structures import Functions
 from streams.core.features.tiles import NEVER_MS
@@ -70,8 +69,7 @@ class FeatureConfig:
 
     def row_bytes(self) -> int:
         """Return the bytes that the features of a user take in memory."""
-        arrays = [array for _, part in Parts(self.feature_set, 1).all for array in vars(part).values()]
-        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        return FeatureState.row_bytes(self.feature_set)
 
 
 @dataclass(frozen=True, slots=True)

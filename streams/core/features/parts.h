@@ -1,15 +1,23 @@
-// What the kernel is given: the arrays of all parts, and a batch. `kernel.py` has the same structures.
+// What the kernel is given: the arrays of all parts, and a batch. `structures.py` has the same structures.
+//
+// An array begins as zeros, and zero means "nothing", so that rows that were never used take no memory. A hop is
+// therefore kept as its *mark*, the number of the hop plus one, and a time in ms plus one where 0 could be a time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
-constexpr int64_t FULL_RANGE = int64_t{1} << 32;
-constexpr int64_t LONG_AGO_MS = -(int64_t{1} << 62);
-constexpr int32_t FREE = -1;
-constexpr int SESSIONS = 8;
-constexpr int LANES_MAX = 1024;
+constexpr int64_t FREE = -1;
+constexpr int64_t NEVER_MS = int64_t{1} << 62;
+constexpr int64_t LATEST_MS = int64_t{1} << 50;
+constexpr double FULL_RANGE = 4294967296.0;  // of the hashes of ids
+constexpr int64_t SESSIONS = 8;
+constexpr int64_t LANES_MAX = 1024;
+constexpr int64_t COUNT_MAX = int64_t{1} << 53;
+constexpr uint16_t TILE_COUNT_MAX = 65535;
 
 enum Kind : int64_t { RING, DISTINCT, TOP_K, AFFINITY, LAST_K, SINCE, SESSION };
 // Kinds of features that share one `Kind`: COUNTED to GREATEST a ring, LENGTH and DEPTH the sessions.
@@ -22,10 +30,36 @@ struct Accumulator {
     double initial;
 };
 
+// The arrays, each with one entry per row; L is `cap`, T `tiles`, A `accumulators`:
+//
+//     RING      tiles: a mark and A numbers [T, 1 + A]            accumulators [A]
+//     DISTINCT  keys [L]        last: marks [L]    heads
+//     TOP_K     keys [L]        marks [T]          heads    counts [T, L]    names
+//     AFFINITY  keys [L]        sums [L]           heads                     names
+//     LAST_K    items [k]       times [k]
+//     SINCE     times
+//     SESSION   sessions [8]
 struct Part {
-    int64_t kind, hop_ms, tiles, cap, k, filter, column, accumulators, gap_ms;
-    double half_life_ms;
+    int64_t kind, hop_ms, tiles, cap, k, filter, column, accumulators, gap_ms, half_life_ms;
     void *a, *b, *c, *d, *e;
+
+    template <typename T>
+    T *of(void *array, int64_t row, int64_t width) const { return static_cast<T *>(array) + row * width; }
+    double *ring(int64_t row) const { return of<double>(a, row, tiles * (1 + accumulators)); }
+    const Accumulator *accumulator() const { return static_cast<const Accumulator *>(c); }
+};
+
+struct DistinctHead {
+    uint32_t newest, theta, dropped, used;  // marks of hops; theta: 0 for the full range; used: lanes
+};
+
+struct RankingHead {
+    int64_t newest_ms;       // of AFFINITY: plus one
+    uint32_t dropped, used;  // TOP_K: newest mark of the counts that are missing; AFFINITY: whether a sum is missing
+};
+
+struct Session {
+    int64_t first_ms, last_ms, depth;  // no session if the depth is 0; newest first
 };
 
 // Texts as JSON strings, one after another; `starts` has one more, the end of the last.
@@ -41,6 +75,11 @@ struct Names {
     const uint32_t *sorted;  // ascending
     const int64_t *codes;    // of `sorted`
     Texts texts;             // by code
+
+    int64_t code(uint32_t hash) const {
+        const uint32_t *found = std::lower_bound(sorted, sorted + count, hash);
+        return found != sorted + count && *found == hash ? codes[found - sorted] : FREE;
+    }
 };
 
 // The items whose ids are known. Keys are hashes, so their upper bits find a key's bucket of about one.
@@ -69,12 +108,13 @@ struct Field {
 };
 
 struct Batch {
-    int64_t events, stride;         // stride: distance of two columns, in elements
+    int64_t events, stride;  // stride: distance of two columns, in elements
     const int64_t *rows, *times_ms;
-    const uint8_t *passes;          // [filters, E]
-    const double *numbers;          // [numbers, E]
-    const int64_t *items, *ids;     // [E]; [kinds of ids, E], hashed to 32 bits, FREE where there is none
-    const int64_t *groups;          // [attributes, E]
+    const uint8_t *passes;  // [filters, E]
+    const double *numbers;  // [numbers, E]
+    const int64_t *items;   // [E]
+    const uint32_t *ids;    // [kinds of ids, E], hashed to 32 bits, 0 where there is none
+    const int32_t *groups;  // [attributes, E]
 };
 
 // The users whose values are wanted, and what is found beside the values.
@@ -95,10 +135,24 @@ struct State {
     uint8_t header[16];         // format and hash of the feature set, before each packed user
 };
 
-// Return the first hop of a window, rounded down also below 0.
-inline int64_t first_hop(int64_t as_of_ms, int64_t window_ms, int64_t hop_ms) {
+// Return the mark of the first hop of a window; it may be below that of every hop.
+inline int64_t first_mark(int64_t as_of_ms, int64_t window_ms, int64_t hop_ms) {
     const int64_t begin_ms = as_of_ms - window_ms, hop = begin_ms / hop_ms;
-    return hop - (hop * hop_ms > begin_ms);
+    return std::max<int64_t>(hop - (hop * hop_ms > begin_ms), 0) + 1;  // rounded down, also below 0
+}
+
+// Return the newest mark of a ring or of the tiles of a ranking, 0 without one.
+inline int64_t newest_mark(const Part &part, int64_t row) {
+    int64_t newest = 0;
+    if (part.kind == RING) {
+        const double *tile = part.ring(row);
+        for (int64_t at = 0; at < part.tiles; ++at, tile += 1 + part.accumulators)
+            newest = std::max(newest, static_cast<int64_t>(*tile));
+    } else {
+        const auto *marks = part.of<uint32_t>(part.b, row, part.tiles);
+        newest = *std::max_element(marks, marks + part.tiles);
+    }
+    return newest;
 }
 
 }  // namespace

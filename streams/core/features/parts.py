@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from encoder.arrays import I64
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind
 from streams.core.features.distinct import Distinct
 from streams.core.features.rankings import Affinity, TopK
@@ -57,7 +56,27 @@ class Parts:
             return self.single[feature]
         return next(ring for ring in self.rings if ring.hop_ms == feature.hop_ms)
 
-    def clear(self, rows: I64) -> None:
-        """Forget everything of the users in these rows."""
-        for _, part in self.all:
-            part.clear(rows)
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one row of all parts, if it is used fully."""
+        arrays = [array for _, part in self.all for array in arrays_of(part)]
+        return sum(array.nbytes // len(array) for array in arrays)
+
+
+def arrays_of(part: Part) -> Sequence[Any]:
+    """Return the arrays of a part in the order in which the kernel has them."""
+    match part:
+        case Ring():
+            return [part.cells]
+        case Distinct():
+            return [part.keys, part.last, part.heads]
+        case TopK():
+            return [part.keys, part.marks, part.heads, part.counts]
+        case Affinity():
+            return [part.keys, part.sums, part.heads]
+        case LastK():
+            return [part.items, part.times_ms]
+        case SecondsSince():
+            return [part.last_ms]
+        case Sessions():
+            return [part.kept]

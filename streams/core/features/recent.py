@@ -11,9 +11,10 @@ from encoder.arrays import F64, I64
 from streams.core.features.definitions import Feature
 from streams.core.features.tiles import NEVER_MS
 
-LONG_AGO_MS = -(2**62)
 SESSIONS = 8
 """Sessions that are kept of a user, so that late events can join the newest ones."""
+SESSION_DTYPE = np.dtype([("first_ms", "<i8"), ("last_ms", "<i8"), ("depth", "<i8")])
+"""Times of the first and last event, and the number of events: 0 for no session."""
 
 
 class LastK:
@@ -22,11 +23,7 @@ class LastK:
     def __init__(self, feature: Feature, rows: int) -> None:
         self.feature = feature
         self.items = np.zeros((rows, feature.k), np.int64)
-        self.times_ms = np.full((rows, feature.k), LONG_AGO_MS)
-
-    def clear(self, rows: I64) -> None:
-        """Forget everything of these users."""
-        self.items[rows], self.times_ms[rows] = 0, LONG_AGO_MS
+        self.times_ms = np.zeros((rows, feature.k), np.int64)
 
     def values(self, rows: I64) -> I64:
         """Return the keys of the items [U, K], newest first, 0 where there are fewer events."""
@@ -39,16 +36,13 @@ class SecondsSince:
 
     def __init__(self, feature: Feature, rows: int) -> None:
         self.feature = feature
-        self.last_ms = np.full(rows, LONG_AGO_MS)
-
-    def clear(self, rows: I64) -> None:
-        """Forget everything of these users."""
-        self.last_ms[rows] = LONG_AGO_MS
+        self.last_ms = np.zeros(rows, np.int64)
+        """Time of the last event plus one, 0 without one."""
 
     def values(self, rows: I64, as_of_ms: I64) -> F64:
         """Return the seconds [U], NaN for a user without an event. They grow with time, all alike."""
-        last_ms = self.last_ms[rows]
-        return np.where(last_ms == LONG_AGO_MS, np.nan, (as_of_ms - last_ms) / 1_000)
+        last_ms = self.last_ms[rows] - 1
+        return np.where(last_ms < 0, np.nan, (as_of_ms - last_ms) / 1_000)
 
 
 class Sessions:
@@ -60,19 +54,13 @@ class Sessions:
 
     def __init__(self, gap_ms: int, rows: int) -> None:
         self.gap_ms = gap_ms
-        self.first_ms = np.full((rows, SESSIONS), LONG_AGO_MS)
-        self.last_ms = np.full((rows, SESSIONS), LONG_AGO_MS)
-        """Times of each session's last event, newest first."""
-        self.depths = np.zeros((rows, SESSIONS), np.int64)
-
-    def clear(self, rows: I64) -> None:
-        """Forget everything of these users."""
-        self.first_ms[rows], self.last_ms[rows], self.depths[rows] = LONG_AGO_MS, LONG_AGO_MS, 0
+        self.kept = np.zeros((rows, SESSIONS), SESSION_DTYPE)
+        """The sessions of each user, newest first."""
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[F64, I64, I64]:
         """Return seconds [U] and events [U] of the open session, 0 without one, and when it ends [U]."""
-        last_ms = self.last_ms[rows, 0]
-        is_open = (self.depths[rows, 0] > 0) & (as_of_ms - last_ms <= self.gap_ms)
-        seconds = np.where(is_open, (last_ms - self.first_ms[rows, 0]) / 1_000, 0.0)
-        until_ms = np.where(is_open, last_ms + self.gap_ms + 1, NEVER_MS)
-        return seconds, np.where(is_open, self.depths[rows, 0], 0), until_ms
+        newest = self.kept[rows, 0]
+        is_open = (newest["depth"] > 0) & (as_of_ms - newest["last_ms"] <= self.gap_ms)
+        seconds = np.where(is_open, (newest["last_ms"] - newest["first_ms"]) / 1_000, 0.0)
+        until_ms = np.where(is_open, newest["last_ms"] + self.gap_ms + 1, NEVER_MS)
+        return seconds, np.where(is_open, newest["depth"], 0), until_ms

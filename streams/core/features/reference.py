@@ -15,7 +15,7 @@ from encoder.arrays import F64, I64, Bool
 from streams.core.features.attributes import Attributes
 from streams.core.features.completeness import Completeness
 from streams.core.features.definitions import FeatureSet, Kind
-from streams.core.features.distinct import FREE, Distinct
+from streams.core.features.distinct import Distinct
 from streams.core.features.parts import Parts
 from streams.core.features.rankings import Affinity, TopK
 from streams.core.features.recent import LastK, SecondsSince
@@ -62,14 +62,12 @@ class Reference:
                     values[feature.name], estimated[feature.name] = counted.tolist(), ~exact
                     until_ms = np.minimum(until_ms, gone_ms)
                 case TopK():
-                    codes, totals, gone_ms = part.values(rows, as_of_ms)
+                    codes, totals, estimated[feature.name], gone_ms = part.values(rows, as_of_ms)
                     values[feature.name] = self._ranked(feature.group, codes, totals.astype(np.int64))
-                    estimated[feature.name] = part.dropped[rows]
                     until_ms = np.minimum(until_ms, gone_ms)
                 case Affinity():
-                    codes, sums = part.values(rows, as_of_ms)
+                    codes, sums, estimated[feature.name] = part.values(rows, as_of_ms)
                     values[feature.name] = self._ranked(feature.group, codes, sums)
-                    estimated[feature.name] = part.dropped[rows]
                 case LastK():
                     values[feature.name] = self._ids(part.values(rows))
                 case SecondsSince():
@@ -85,11 +83,11 @@ class Reference:
 
     def _ranked(self, group: str, codes: I64, totals: Any) -> list[Any]:
         """Return per user a list of [name, number]."""
-        names = self._attributes.names[group]
+        names = self._attributes.names.get(group, ())
         by_user: list[list[int]] = codes.tolist()
         by_lane: list[list[float]] = totals.tolist()
         return [
-            [[names[code], number] for code, number in zip(row, numbers, strict=True) if code != FREE]
+            [[names[code], number] for code, number in zip(row, numbers, strict=True) if code >= 0]
             for row, numbers in zip(by_user, by_lane, strict=True)
         ]
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from streams.core.features.definitions import Feature, FeatureSet, Filter, Kind, shown
+from streams.core.features.rankings import TILE_COUNT_MAX
 from streams.core.features.recent import SESSIONS
 
 NUMBER_BYTES_MAX = 24
@@ -70,7 +71,14 @@ def exactness(feature: Feature) -> str:
                 f"sketch with a relative standard error of about {error:.1f} %, larger while most of a user's ids "
                 "leave the window (1/√(ids known in the window)), and named in the header `estimated`."
             )
-        case Kind.TOP_K | Kind.DECAYED_AFFINITY:
+        case Kind.TOP_K:
+            return (
+                f"Exact while the events in the window touch at most {feature.cap} values of {feature.group}, each at "
+                f"most {TILE_COUNT_MAX:,} times in {shown(feature.hop_ms)}; beyond that the value with the least is "
+                "dropped and begins at 0 when it comes again, and the feature is named in the header `estimated` until "
+                "what was dropped has left the window."
+            )
+        case Kind.DECAYED_AFFINITY:
             return (
                 f"Exact until a user has touched more than {feature.cap} values of {feature.group}; then the value "
                 "with the least is dropped and begins at 0 when it comes again, and the feature is named in the header "

@@ -1,4 +1,4 @@
-"""Bytes of a user's packed feature state: at most, and typically. Pure; the layout is in `pack.h` and `complete.h`.
+"""Bytes of a user's packed feature state: at most, and typically. Pure; `pack.h` and `lanes.h` have the layout.
 
 Typical is a user who acts on one day of four, about 12 times within two hours, on 10 items and 8 values of an
 attribute:
@@ -16,25 +16,27 @@ from dataclasses import dataclass
 
 from streams.core.features.definitions import DAY_MS, HOUR_MS, Feature, FeatureSet, Kind
 from streams.core.features.recent import SESSIONS
-from streams.core.features.tiles import KINDS, STATISTICS, Accumulator, Statistic
+from streams.core.features.tiles import KINDS, Accumulator, Statistic, accumulators_of
 
 ACTIVE_DAYS, ACTIVE_HOURS, ACTIVE_MINUTES = 1 / 4, 2, 4
 """Of a typical user: share of days, hours per active day, tiles of 5 minutes."""
 ITEMS, SURFACES, VALUES = 10, 2, 8
 """Of a typical user: items per active day, surfaces, values of an attribute."""
-HOP_BYTES, TIME_BYTES, COUNT_BYTES, NUMBER_BYTES = 5, 6, 5, 9
-"""Most bytes of a hop's number, of a time before the year 2109, of a count below 2^31, and of any number."""
-HEAD_BYTES = 9
-"""Bytes of the feature set's hash and of the number of features that are not complete."""
-COMPLETE_BYTES = 2 + TIME_BYTES
-"""Bytes of the time from which on a feature is complete, while it is not."""
-ID_BYTES = 4
-"""Bytes of a hashed id or name."""
+MARK_BITS, TIME_BITS, COUNT_BITS, NUMBER_BITS, DURATION_BITS = 1 + 63, 7 + 50, 61, 66, 41
+"""Most bits of a hop, of a time, of a count below 2^31, of any number, and of one with 32 bits."""
+TILE_COUNT_BITS = 31
+"""Most bits of a count in one tile of a ranking."""
+ID_BITS = 32
+"""Bits of a hashed id or name."""
+HEAD_BITS = 9 * 8 + 1 + 6 + 42
+"""Format and hash of the feature set, no feature that is not complete, and the newest time, before the year 2109."""
+COMPLETE_BITS = 17 + 6 + 50
+"""Most bits of the time from which on a feature is complete, while it is not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes of a user's state."""
+    """Bytes of a user's state, or bits while they are added."""
 
     typical: int
     most: int
@@ -49,18 +51,16 @@ def size_of(features: FeatureSet | Feature) -> Size:
     Features with windows of one hop share tiles, so a set can take less than the sum of its features; it can take more
     if their windows are of different lengths, because the tiles of all cover the longest.
     """
-    if isinstance(features, FeatureSet):
-        chosen, total = features.features, Size(HEAD_BYTES, HEAD_BYTES + 1)
-    else:
-        chosen, total = (features,), Size(0, 0)
-    total += Size(0, COMPLETE_BYTES * len(chosen))
+    chosen = features.features if isinstance(features, FeatureSet) else (features,)
+    total = Size(HEAD_BITS, HEAD_BITS + 16) if isinstance(features, FeatureSet) else Size(0, 0)
+    total += Size(0, COMPLETE_BITS * len(chosen))
     for hop_ms in sorted({each.hop_ms for each in chosen if each.kind in KINDS}):
         total += _ring([each for each in chosen if each.kind in KINDS and each.hop_ms == hop_ms])
     for _ in {(each.filter, each.gap_ms) for each in chosen if each.gap_ms}:
-        total += Size(1 + SESSIONS * 9, 1 + SESSIONS * (2 * TIME_BYTES + COUNT_BYTES))
+        total += Size(7 + SESSIONS * (35 + 29 + 7), 7 + SESSIONS * (56 + 56 + COUNT_BITS))
     for each in chosen:
         total += _single(each)
-    return total
+    return Size(math.ceil(total.typical / 8), math.ceil(total.most / 8))
 
 
 def active_tiles(feature: Feature) -> int:
@@ -73,54 +73,52 @@ def active_tiles(feature: Feature) -> int:
 
 def _ring(features: list[Feature]) -> Size:
     longest = max(features, key=lambda each: each.tiles)
-    accumulators = {
-        Accumulator(each.filter, each.of, statistic) for each in features for statistic in STATISTICS[each.kind]
-    }
-    most = sum(_longest_number(each) for each in accumulators)
-    typical = sum(_typical_number(each) for each in accumulators)
-    return Size(
-        HOP_BYTES + _gap_bytes(active_tiles(longest)) + active_tiles(longest) * (1 + typical),
-        HOP_BYTES + 2 + longest.tiles * (_gap_bytes(longest.tiles) + most),
-    )
+    accumulators = {each for feature in features for each in accumulators_of(feature)}
+    most = typical = 0.0
+    for each in accumulators:
+        tiles = [feature for feature in features if each in accumulators_of(feature)]
+        reach = max(tiles, key=lambda feature: feature.tiles)
+        most += reach.tiles * _longest_number(each)
+        typical += active_tiles(reach) * _typical_number(each)
+    return Size(8 + math.ceil(active_tiles(longest) * 4 + typical), math.ceil(MARK_BITS + 1 + longest.tiles * 3 + most))
 
 
 def _single(feature: Feature) -> Size:
-    gap, tiles = _gap_bytes(feature.tiles), feature.tiles
+    place = (feature.tiles - 1).bit_length()
     match feature.kind:
         case Kind.DISTINCT:
             days = max(1, math.ceil(feature.window_ms / DAY_MS * ACTIVE_DAYS))
             ids = min(feature.cap, ITEMS * days if feature.of == "item" else SURFACES)
-            return Size(HOP_BYTES + 2 + ids * (ID_BYTES + 1), HOP_BYTES + 8 + feature.cap * (ID_BYTES + gap))
+            lane = ID_BITS + place
+            return Size(8 + 7 + ids * lane, MARK_BITS + 1 + 17 + ID_BITS + 21 + feature.cap * lane)
         case Kind.TOP_K:
             values, active = min(feature.cap, VALUES), active_tiles(feature)
-            return Size(
-                HOP_BYTES + 2 + values * (ID_BYTES + 1 + 2 * math.ceil(active / 2)),
-                HOP_BYTES + 3 + feature.cap * (ID_BYTES + 2 + tiles * (gap + COUNT_BYTES)),
-            )
+            tile = 21 + feature.cap + feature.cap * TILE_COUNT_BITS
+            typical = values * ID_BITS + feature.tiles + active * (5 + values + math.ceil(values * 0.75) * 2)
+            return Size(8 + 7 + typical, MARK_BITS + 18 + 21 + feature.cap * ID_BITS + feature.tiles * tile)
         case Kind.DECAYED_AFFINITY:
-            lane = ID_BYTES + 8
-            return Size(TIME_BYTES + 2 + min(feature.cap, VALUES) * lane, TIME_BYTES + 3 + feature.cap * lane)
+            lane = ID_BITS + 64
+            return Size(16 + min(feature.cap, VALUES) * lane, TIME_BITS + 22 + feature.cap * lane)
         case Kind.LAST_K:
-            return Size(1 + TIME_BYTES + feature.k * 11, 1 + feature.k * (8 + TIME_BYTES))
+            return Size(7 + feature.k * (64 + 26), 21 + feature.k * (64 + TIME_BITS))
         case Kind.SECONDS_SINCE:
-            return Size(TIME_BYTES, TIME_BYTES)
+            return Size(8, TIME_BITS)
         case _:
             return Size(0, 0)
 
 
 def _longest_number(accumulator: Accumulator) -> int:
-    """Return the bytes of a count, of a duration, which has 32 bits, and of any number."""
-    is_duration = accumulator.of == "duration" and accumulator.statistic is not Statistic.SUM
-    return COUNT_BYTES if accumulator.statistic is Statistic.COUNT or is_duration else NUMBER_BYTES
+    """Return the bits of a count, of a duration, which has 32 bits, and of any number."""
+    if accumulator.statistic is Statistic.COUNT:
+        return COUNT_BITS
+    is_one_duration = accumulator.of == "duration" and accumulator.statistic in (Statistic.MIN, Statistic.MAX)
+    return DURATION_BITS if is_one_duration else NUMBER_BITS
 
 
 def _typical_number(accumulator: Accumulator) -> int:
-    """Return the bytes of a small count, of a duration in whole milliseconds, and of a number such as a price."""
+    """Return the bits of a small count, of a duration in whole milliseconds, and of a price or a sum of prices."""
     if accumulator.statistic is Statistic.COUNT:
-        return 1
-    return 4 if accumulator.of == "duration" else NUMBER_BYTES
-
-
-def _gap_bytes(tiles: int) -> int:
-    """Return the bytes of a distance between tiles, or of a number of them."""
-    return 1 if tiles <= 128 else 2
+        return 6
+    if accumulator.of == "duration":
+        return 28
+    return 27 if accumulator.statistic in (Statistic.MIN, Statistic.MAX) else 48

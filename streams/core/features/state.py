@@ -33,6 +33,8 @@ from streams.core.features.reference import Reference
 from streams.core.features.structures import Functions
 from streams.errors import HaltsPartition, RebuildsPartition
 
+EVENT_LATEST_MS = 2**49
+"""An event with a later time, far beyond every clock, counts as one of this time; one before 1970 as one of then."""
 REBUILT_TOGETHER = 256
 """Users whose features are computed from their kept actions at once."""
 
@@ -96,6 +98,11 @@ class FeatureState:
             each: (_table(each.actions), _table(each.surfaces), self._wanted(each)) for each in self._binding.filters
         }
 
+    @staticmethod
+    def row_bytes(feature_set: FeatureSet) -> int:
+        """Return the memory of one user in the hot table, in bytes; a row that was never used takes none."""
+        return Parts(feature_set, 1).row_bytes + 8 * len(feature_set.features) + 1
+
     def add(self, rows: I64, actions: Actions, values: F64) -> None:
         """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
         if not len(rows):
@@ -107,12 +114,12 @@ class FeatureState:
         self._kernel.add(
             Events(
                 rows=rows,
-                times_ms=np.ascontiguousarray(actions["timestamp_ms"]),
+                times_ms=np.clip(actions["timestamp_ms"], 0, EVENT_LATEST_MS),
                 passes=np.array([self._passes(each, actions, places) for each in self._binding.filters], np.bool_),
                 numbers=np.array([np.where(durations > 0, durations, np.nan), values]),
                 items=items,
                 ids=np.array([hashed(items), hashed(surfaces)]),
-                groups=np.array(groups, np.int64),
+                groups=np.array(groups, np.int32),
             )
         )
 
@@ -198,8 +205,7 @@ class FeatureState:
 
     def clear(self, rows: I64) -> None:
         """Forget everything of the users in these rows."""
-        self._parts.clear(rows)
-        self._complete.clear(rows)
+        self._kernel.clear(rows)
 
     def _rebuilder(self, features: Sequence[Feature]) -> FeatureState:
         """Return an empty state of only these features."""

@@ -30,6 +30,9 @@ class Functions(Protocol):
     def pack_users(self, state: Any, rows: Any, users: int, out: Any, size: int, ends: Any) -> int:
         """Write users to `out`; return the bytes, -1 if they do not fit."""
 
+    def clear_users(self, state: Any, rows: Any, users: int) -> None:
+        """Forget users."""
+
     def unpack_users(self, state: Any, rows: Any, users: int, data: Any, ends: Any) -> int:
         """Read users; return the first whose bytes are wrong, -1 if there is none."""
 
@@ -82,9 +85,10 @@ class PartStructure(ctypes.Structure):
     _fields_ = (
         *(
             (name, _LONG)
-            for name in ("kind", "hop_ms", "tiles", "cap", "k", "filter", "column", "accumulators", "gap_ms")
+            for name in (
+                *("kind", "hop_ms", "tiles", "cap", "k", "filter", "column", "accumulators", "gap_ms", "half_life_ms"),
+            )
         ),
-        ("half_life_ms", _DOUBLE),
         *((name, _POINTER) for name in "abcde"),
     )
 

@@ -9,6 +9,9 @@ that features over different windows, or with other names, do not count the same
 
 A late event goes into the tile of its hop if the ring still has it; otherwise no window can reach it any more.
 
+All arrays of a feature state begin as zeros that take no memory, so zero means "nothing" everywhere: a tile holds the
+*mark* of its hop, which is the hop index plus one.
+
 Shapes: U users, R rows of the hot table, T tiles of a ring, A accumulators of a ring.
 """
 
@@ -23,8 +26,6 @@ import numpy as np
 from encoder.arrays import F64, I64
 from streams.core.features.definitions import Feature, Filter, Kind
 
-EMPTY = -1
-"""Hop index of a tile without events."""
 NEVER_MS = 2**62
 
 
@@ -79,29 +80,22 @@ class Ring:
         self.accumulators = tuple(dict.fromkeys(each for feature in features for each in accumulators_of(feature)))
         self._number = {accumulator: at for at, accumulator in enumerate(self.accumulators)}
         self.initial = np.array([INITIAL[each.statistic] for each in self.accumulators])  # [A]
-        self.hops = np.full((rows, self.tiles), EMPTY, np.int32)
-        self.numbers = np.empty((rows * self.tiles, len(self.accumulators)))
-        """Numbers of each cell, side by side: an event touches one place in memory per ring."""
-        self.numbers[:] = self.initial
-
-    def clear(self, rows: I64) -> None:
-        """Forget everything of these users."""
-        self.hops[rows] = EMPTY
-        self.numbers.reshape(-1, self.tiles, len(self.accumulators))[rows] = self.initial
+        self.cells = np.zeros((rows, self.tiles, 1 + len(self.accumulators)))
+        """[R, T, 1 + A]: mark and numbers of each tile, side by side: an event touches one place in memory per ring."""
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[dict[str, F64], I64]:
         """Return the values [U] by feature name, and when [U] the first of them changes without an event.
 
         NaN and infinity stand for "none": the mean, least or greatest of no number, or a sum beyond every number.
         """
-        hops = self.hops[rows].astype(np.int64)  # [U, T]
-        numbers = self.numbers.reshape(-1, self.tiles, len(self.accumulators))[rows]  # [U, T, A]
+        cells = self.cells[rows]
+        hops, numbers = cells[:, :, 0].astype(np.int64) - 1, cells[:, :, 1:]  # [U, T], [U, T, A]
         values, until_ms = {}, np.full(len(rows), NEVER_MS)
         for feature in self.features:
             begin = (as_of_ms - feature.window_ms) // self.hop_ms  # [U] first hop of the window
             first, last = STATISTICS[feature.kind][0], STATISTICS[feature.kind][-1]
             evidence, tiles = (numbers[:, :, self.place(feature, each)] for each in (first, last))
-            used = (hops >= begin[:, None]) & (evidence != INITIAL[first])  # [U, T]
+            used = (hops >= np.maximum(begin, 0)[:, None]) & (evidence != INITIAL[first])  # [U, T]
             values[feature.name] = _value(feature, np.where(used, tiles, INITIAL[last]), np.where(used, evidence, 0.0))
             oldest = np.where(used, hops, NEVER_MS // self.hop_ms - self.tiles).min(axis=1)
             gone_ms = np.where(used.any(axis=1), (oldest + 1) * self.hop_ms + feature.window_ms, NEVER_MS)
@@ -120,7 +114,7 @@ class Ring:
         reach = min(self.reach(each) for each in accumulators_of(feature))
         if feature.tiles <= reach:
             return np.zeros(len(rows), np.int64)
-        newest: I64 = self.hops[rows].max(axis=1).astype(np.int64)
+        newest: I64 = self.cells[rows, :, 0].max(axis=1).astype(np.int64) - 1
         return np.maximum(newest - reach + 1, 0) * self.hop_ms
 
     def reach(self, accumulator: Accumulator) -> int:

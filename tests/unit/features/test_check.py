@@ -61,7 +61,7 @@ def test_each_feature_is_explained() -> None:
         "relative standard error of about 12.5 %, larger while most of a user's ids leave the window "
         "(1/√(ids known in the window)), and named in the header `estimated`.",
         "  cap       64 per user",
-        "  bytes     107 typically, 341 at most",
+        "  bytes     90 typically, 306 at most",
     ]
     assert sections[4].splitlines()[0] == "last_home  last_k"
     assert not any("window" in line or "cap" in line for line in sections[4].splitlines())

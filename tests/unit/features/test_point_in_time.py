@@ -18,7 +18,7 @@ from infra.harness.feature_model import Event, values
 from streams.batch import features
 from streams.batch.features import Timeline, compute
 from streams.core.features.definitions import DAY_MS, HOUR_MS
-from streams.core.features.state import FeatureRecords
+from streams.core.features.state import FeatureRecords, FeatureState
 from tests.unit.core.features.definitions import TOML
 from tests.unit.core.features.histories import ATTRIBUTES, EVENT, FEATURES, FUNCTIONS, ITEMS, SPANS_MS, START_MS
 from tests.unit.features.agreement import agrees
@@ -80,7 +80,7 @@ def test_answers_are_those_of_the_model(
     ]
     whole = timeline(events, queries)
     batches = cut(whole, [min(each, len(whole)) for each in cuts])
-    found = answers(batches, states * features.state_bytes(FEATURES))
+    found = answers(batches, states * FeatureState.row_bytes(FEATURES))
     assert [len(each.values) for each in found] == [int(batch.is_query.sum()) for batch in batches]
     texts = [text for each in found for text in each.values]
     asked = sorted(queries)

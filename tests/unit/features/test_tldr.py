@@ -170,7 +170,7 @@ def theta(feature: Feature, user: str, as_of_ms: int) -> float:
     state.add(np.zeros(len(events), np.int64), columns, np.full(len(events), np.nan))
     part = state._parts.of(feature)
     assert isinstance(part, Distinct)
-    return float(part.theta[0]) / FULL_RANGE
+    return float(part.heads["theta"][0]) / FULL_RANGE
 
 
 def test_estimated_counts_are_within_their_error(computed: tuple[dict[str, list[Any]], Summary]) -> None:
