@@ -91,7 +91,7 @@ def test_a_session_is_certain_from_one_gap_before_it() -> None:
     assert share("length", AS_OF_MS - 25 * MINUTE_MS, events) == 0.5
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=20),
     st.lists(TIMES, min_size=len(NAMES), max_size=len(NAMES)),

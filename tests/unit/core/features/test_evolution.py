@@ -94,7 +94,7 @@ def check(state: FeatureState, tables: Tables, user: int, events: list[list[Even
         assert tie or agrees(found[name], wanted[name]), (name, found[name], wanted[name])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=30),
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=10),
