@@ -45,13 +45,14 @@ def replay(  # noqa: PLR0913 - one parameter per option
     surface: Annotated[str, typer.Option(help="Column of surfaces, if any.")] = "",
     duration_ms: Annotated[str, typer.Option(help="Column of durations, if any.")] = "",
     event_id: Annotated[str, typer.Option(help="Column of event ids, if any.")] = "",
+    value: Annotated[str, typer.Option(help="Column of numbers for features, if any.")] = "",
 ) -> None:
     """Send a log in event-time order, keyed by user id, and wait until the broker has acknowledged every event."""
     pace = _pace(rate, speed)
     settings = settings_of(config, bootstrap_servers)
     if file and generate_events:
         raise typer.BadParameter("give a file or --generate, not both")
-    columns = Columns(user, item, action, timestamp, surface, duration_ms, event_id, time_unit)
+    columns = Columns(user, item, action, timestamp, surface, duration_ms, event_id, time_unit, value)
     log = _log(file, generate_events, seed, columns)
     totals = _run(log.head(limit) if limit else log, settings, pace)
     per_second = totals.acknowledged / max(totals.seconds, 1e-9)

@@ -25,7 +25,7 @@ class LogUnreadable(InfraError):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of a file's columns; the last three are optional, and "" means that the file has none."""
+    """Names of a file's columns; those with the default "" are optional, and "" means that the file has none."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -35,6 +35,7 @@ class Columns:
     duration_ms: str = ""
     event_id: str = ""
     time_unit: Literal["ms", "s"] = "ms"
+    value: str = ""
 
 
 class _Event(msgspec.Struct, omit_defaults=True):
@@ -47,6 +48,7 @@ class _Event(msgspec.Struct, omit_defaults=True):
     event_id: str
     surface: str | None = None
     duration_ms: int | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class EventLog:
     latest_ms: I64
     """[N] latest event time up to each row: the time at which the event is due at the log's own pace."""
     table: pa.Table
-    """Columns user_id, item_id, action, timestamp_ms, event_id and, where given, surface and duration_ms."""
+    """Columns user_id, item_id, action, timestamp_ms, event_id and, where given, surface, duration_ms and value."""
 
     def __len__(self) -> int:
         return len(self.user_index)
@@ -129,6 +131,7 @@ def _named(raw: pa.Table, columns: Columns, path: Path) -> pa.Table:
         "surface": columns.surface,
         "duration_ms": columns.duration_ms,
         "event_id": columns.event_id,
+        "value": columns.value,
     }
     named = {name: source for name, source in sources.items() if source}
     if missing := sorted(set(named.values()) - set(raw.column_names)):
@@ -150,7 +153,7 @@ def _typed(name: str, column: pa.ChunkedArray, columns: Columns, path: Path) -> 
     try:
         if name == "timestamp_ms":
             return _milliseconds(column, columns.time_unit)
-        return pc.cast(column, "int64" if name == "duration_ms" else "string")
+        return pc.cast(column, {"duration_ms": "int64", "value": "float64"}.get(name, "string"))
     except pa.ArrowException as error:
         raise LogUnreadable(
             f"cannot read the column for {name} in {path}", str(error), "name another column, or convert it"

@@ -1,25 +1,21 @@
 """Every user of a real log: values computed offline are those of the model and of the SQL queries.
 
 The log of tldr-pages contributors is bursty, and a few of its users are heavy: their values over many days are
-estimates where a definition has a cap. Values and durations are made from other columns. The log is in the folder
-`shared` beside the checkout, and the tests are skipped without it.
+estimates where a definition has a cap.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
 from encoder.actions.columns import ACTION_DTYPE, item_key
-from encoder.data.log import LogColumns
 from infra.features.offline import Job, Summary, compute_features
 from infra.features.spine import Spine
 from infra.harness import feature_model
@@ -38,31 +34,11 @@ from streams.core.features.state import FeatureState
 from streams.features_kernel import load_functions
 from tests.unit.features import feature_sql
 from tests.unit.features.agreement import agrees
+from tests.unit.features.tldr import COLUMNS, LOG, MISSING, actions, items
 from tests.unit.features.twenty import TOML, WHOLE
 
-LOG = Path(__file__).parents[3].parent / "shared" / "data" / "tldr_pages_actions" / "actions.csv.gz"
 SEED = 20_261_204
-COLUMNS = LogColumns(surface="surface", duration_ms="duration_ms", value="value")
-pytestmark = pytest.mark.skipif(not LOG.exists(), reason="the folder `shared` with the log is not beside the checkout")
-
-
-@cache
-def actions() -> pa.Table:
-    """Return the log with all columns that definitions can use."""
-    raw = pa.csv.read_csv(LOG)
-    many = raw["items_in_commit"].to_numpy()
-    lengths = np.array([len(item) for item in raw["item_id"].to_pylist()])
-    return pa.table(
-        {
-            "user_id": raw["user_id"],
-            "item_id": raw["item_id"],
-            "action": raw["action"],
-            "timestamp_ms": raw["timestamp"].to_numpy() * 1_000,
-            "surface": raw["language"],
-            "duration_ms": np.where(lengths % 3 == 0, 0, lengths * 100 + many),
-            "value": pa.array(many / 7, mask=many > 50),
-        }
-    )
+pytestmark = pytest.mark.skipif(not LOG.exists(), reason=MISSING)
 
 
 @cache
@@ -73,14 +49,6 @@ def by_user() -> dict[str, list[feature_model.Event]]:
         user = row.pop("user_id")
         found.setdefault(user, []).append(feature_model.Event(row.pop("item_id"), **row, arrival=arrival))
     return found
-
-
-@cache
-def items() -> dict[str, dict[str, str]]:
-    """Return attributes of the items: few platforms, and many beginnings of names."""
-    found = sorted(set(actions()["item_id"].to_pylist()))
-    parts = {item: item.partition("/") for item in found}
-    return {item: {"platform": first, "letters": last[:2] or "-"} for item, (first, _, last) in parts.items()}
 
 
 @cache

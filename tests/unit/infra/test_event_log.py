@@ -62,8 +62,8 @@ def test_event_ids_are_the_same_at_every_load(tmp_path: Path) -> None:
 
 def test_named_columns_seconds_and_optional_fields(tmp_path: Path) -> None:
     """Columns of other names, whole or fractional seconds, numeric ids and optional columns are read."""
-    columns = Columns("who", "what", "did", "at", "where", "took", "id", "s")
-    row = {"who": 1, "what": 2.0, "did": "view", "at": 1.5, "where": "home", "took": 30, "id": "e"}
+    columns = Columns("who", "what", "did", "at", "where", "took", "id", "s", "price")
+    row = {"who": 1, "what": 2.0, "did": "view", "at": 1.5, "where": "home", "took": 30, "id": "e", "price": 2}
     rows = {name: [value] for name, value in row.items()}
     assert _values(load_log(_parquet(tmp_path, rows), columns)) == [
         {
@@ -74,6 +74,7 @@ def test_named_columns_seconds_and_optional_fields(tmp_path: Path) -> None:
             "event_id": "e",
             "surface": "home",
             "duration_ms": 30,
+            "value": 2.0,
         }
     ]
 
