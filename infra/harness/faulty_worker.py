@@ -61,7 +61,7 @@ class FaultyRuntime:
 def main() -> None:
     """Take the fault from the command line and run the rest of it as `streamformer` does."""
     fault = sys.argv.pop(1)
-    module: Any = importlib.import_module("streams.app")
+    module: Any = importlib.import_module("encoder.inference")
     load = module.load_runtime
 
     def load_faulty(*args: Any, **kwargs: Any) -> FaultyRuntime:

@@ -94,9 +94,10 @@ class PartitionJobs:
     def refresh(self, users: Sequence[bytes]) -> None:
         """Publish the features of users again, because a value has changed without an event.
 
-        While others are on their way nothing happens: the state hands the users over again.
+        While others are on their way nothing happens, and neither while events are replayed of which something newer
+        is published: the state hands the users over again.
         """
-        if self._features or self._is_blocked():
+        if self._features or self._owned.is_replaying or self._is_blocked():
             return
         job = self._owned.state.feature_job(users, self._now_ms())
         if len(job):

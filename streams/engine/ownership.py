@@ -103,6 +103,8 @@ class OwnedPartition:
     """True until a checkpoint has written a mark that was found in an older format or with another identity."""
     notes_until: int = 0
     """Source offset from which on the notes in the store mean nothing; 0 without notes (`streams.engine.published`)."""
+    replayed_at: int = 0
+    """Source offset from which on no published record is ahead of the state."""
     failing_since: float | None = None
     """Monotonic time since which every checkpoint has failed, None after one that succeeded."""
     producer_failed: bool = False
@@ -125,6 +127,11 @@ class OwnedPartition:
     def has_notes(self) -> bool:
         """True while an event may still come that a published embedding contains and the user's state does not."""
         return self.next_offset < self.notes_until
+
+    @property
+    def is_replaying(self) -> bool:
+        """True while a record may be published that contains more than the state does."""
+        return self.next_offset < self.replayed_at
 
     def next_mark(self) -> CheckpointMark:
         """Return the mark of a checkpoint at the present position.

@@ -271,7 +271,7 @@ class Partitions(ProvenPartitions):
         start = mark.source_offset
         owned = OwnedPartition(source, state, store, producer, start, start - proven.expired, noted.end, mark)
         owned.mark_is_outdated, owned.notes_until = proven.must_write, noted.until
-        owned.features_offset = noted.features_end
+        owned.features_offset, owned.replayed_at = noted.features_end, noted.replayed_at
         return owned
 
     async def _note_published(

@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from encoder.arrays import I64
 from streams.core.columns import rows_where
@@ -34,6 +35,8 @@ from streams.storage.store import Store
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 5.0
+UNCERTAIN = 2
+"""Offsets after the newest noted one: a record may be one ahead of its note (`streams.engine.own_records`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Noted:
     """Offset after the last record of the partition of features."""
     until: int
     """Source offset from which on the notes mean nothing; 0 without notes."""
+    replayed_at: int = 0
+    """Source offset from which on nothing that is published is ahead of the state."""
 
 
 async def note_published(
@@ -61,30 +66,40 @@ async def note_published(
     `on_page(notes made)` is called after each page.
     """
     store.drop_notes()  # those of an earlier acquisition, perhaps of another encoder version
-    ends, until = [mark.output_offset, mark.features_offset], 0
+    ends, until, replayed_at = [mark.output_offset, mark.features_offset], 0, 0
     for index, pages in enumerate((embeddings, features)):
         if pages is not None:
-            ends[index], of_topic = await _note_all(pages, state, store, on_page)
-            until = max(until, of_topic)
-    return Noted(ends[0], ends[1], until)
+            of_topic = await _note_all(pages, state, store, on_page)
+            ends[index], until = of_topic.end, max(until, of_topic.until)
+            replayed_at = max(replayed_at, of_topic.newest + UNCERTAIN)
+    return Noted(ends[0], ends[1], until, replayed_at)
+
+
+class _OfTopic(NamedTuple):
+    end: int
+    until: int
+    newest: int
+    """Newest source offset that was noted, -1 without one."""
 
 
 async def _note_all(
     pages: AsyncGenerator[Published], state: PartitionState, store: Store, on_page: Callable[[int], None]
-) -> tuple[int, int]:
+) -> _OfTopic:
     """Note what is in one topic; return its end, and the source offset from which on the notes mean nothing."""
     end = until = notes = 0
+    newest = -1
     reported = time.monotonic()
     async with aclosing(pages):
         async for page in pages:
             of_page = _note(page, state, store)
             end, until, notes = page.end, max(until, int(of_page.max(initial=-1)) + 1), notes + len(of_page)
+            newest = max(newest, int(page.source_offsets.max(initial=-1)))
             on_page(len(of_page))
             if time.monotonic() - reported >= PROGRESS_EVERY_S:
                 logger.info("the outputs are read up to offset %d; %d users without state are noted", end, notes)
                 reported = time.monotonic()
             await asyncio.sleep(0)
-    return end, until
+    return _OfTopic(end, until, newest)
 
 
 def _note(page: Published, state: PartitionState, store: Store) -> I64:
