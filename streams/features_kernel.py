@@ -13,7 +13,10 @@ from streams.errors import CannotStart
 FOLDER = Path(__file__).parent / "core" / "features"
 KERNEL = Kernel(
     FOLDER / "kernel.cpp",
-    tuple(FOLDER / name for name in ("parts.h", "add.h", "bits.h", "pack.h", "lanes.h", "complete.h", "values.h")),
+    tuple(
+        FOLDER / name
+        for name in ("parts.h", "columns.h", "add.h", "bits.h", "pack.h", "lanes.h", "complete.h", "values.h")
+    ),
     "features cannot be computed",
 )
 
@@ -29,7 +32,7 @@ def load_functions() -> Functions:
     if library is None:
         raise NoCompiler("features need a C++ compiler", "the log has the reason", "install g++, or set CXX")
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    library.add_events.argtypes, library.add_events.restype = [pointer, pointer], None
+    library.add_events.argtypes, library.add_events.restype = [pointer, pointer, pointer], None
     library.write_values.argtypes, library.write_values.restype = [pointer, pointer, pointer, whole], whole
     library.write_shares.argtypes, library.write_shares.restype = [pointer, pointer, pointer, whole, pointer], None
     library.pack_users.argtypes, library.pack_users.restype = [pointer, pointer, whole, pointer, whole, pointer], whole

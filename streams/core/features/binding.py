@@ -59,9 +59,9 @@ class Binding:
     def __init__(self, feature_set: FeatureSet, parts: Parts, complete: Completeness, texts: KnownTexts) -> None:
         features = feature_set.features
         self.filters = list(dict.fromkeys(each.filter for each in features))
-        """In the order of the rows of `Events.passes`."""
+        """In the order in which the kernel has them."""
         self.groups = sorted({each.group for each in features if each.group})
-        """In the order of the rows of `Events.groups`."""
+        """Item attributes in the order in which the kernel has them."""
         self.estimates = [each.name for each in features if each.kind in ESTIMATES]
         """Names of the features that may be estimates."""
         self._texts, self._kept = texts, [parts, complete]

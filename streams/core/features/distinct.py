@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from encoder.arrays import I64, U32, Bool
+from encoder.arrays import I64, Bool
 from streams.core.features.definitions import Feature
 from streams.core.features.tiles import NEVER_MS
 
 FULL_RANGE = 2**32
 """Ids are hashed to numbers below this."""
-MIX = np.uint64(0x9E3779B97F4A7C15)
-"""Odd multiplier after Fibonacci hashing: its product's upper bits depend on every bit of an id."""
-
-
-def hashed(ids: I64) -> U32:
-    """Return ids as numbers from 1 to below 2^32, and 0 for 0, which stands for no id."""
-    numbers = ids.astype(np.uint64) * MIX >> np.uint64(32)
-    return np.where(ids == 0, 0, np.maximum(numbers, 1)).astype(np.uint32)
-
 
 HEAD_DTYPE = np.dtype(
     [

@@ -4,6 +4,7 @@
 // part holds, and mean the same by every name.
 
 #include "add.h"
+#include "columns.h"
 #include "complete.h"
 #include "lanes.h"
 #include "pack.h"
@@ -75,8 +76,12 @@ extern "C" void clear_users(const State *state, const int64_t *rows, int64_t use
     }
 }
 
-extern "C" void add_events(const State *state, const Batch *batch) {
-    for (int64_t at = 0; at < state->part_count; ++at) ADD[state->parts[at].kind](state->parts[at], *batch);
+extern "C" void add_events(const State *state, const Selection *selection, const Source *source) {
+    Columns columns(*selection);
+    for (int64_t begin = 0; begin < source->events; begin += BLOCK) {
+        const Batch batch = columns.fill(*source, begin, std::min(BLOCK, source->events - begin));
+        for (int64_t at = 0; at < state->part_count; ++at) ADD[state->parts[at].kind](state->parts[at], batch);
+    }
 }
 
 // Write the values of users as JSON objects to `out`, and where each ends, until when it holds, and which fields are

@@ -9,54 +9,38 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from encoder.arrays import F64, I32, I64, U32, Bool
+from encoder.actions.columns import ACTION_DTYPE, Actions
+from encoder.arrays import F64, I64, Bool
 from streams.core.features.binding import Binding
-from streams.core.features.structures import BatchStructure, Functions, MomentsStructure
+from streams.core.features.selection import Selection
+from streams.core.features.structures import Functions, MomentsStructure, SourceStructure
 
 ROOM_BYTES = 2**20
 """Size of the output at first; twice as much whenever that is not enough."""
 
 
-@dataclass(frozen=True, slots=True)
-class Events:
-    """The columns of a batch that the kernel reads; row i of each is one event, in order of arrival."""
-
-    rows: I64
-    times_ms: I64
-    passes: Bool
-    """[filters, E]"""
-    numbers: F64
-    """[NUMBERS, E], NaN where an event has none."""
-    items: I64
-    ids: U32
-    """[IDS, E], hashed (`distinct.hashed`)."""
-    groups: I32
-    """[attributes, E], codes of the values, -1 where there is none."""
-
-
 class Kernel:
     """The functions of the compiled library, for one feature state."""
 
-    def __init__(self, functions: Functions, binding: Binding) -> None:
-        self._functions, self._binding = functions, binding
-        self._state = ctypes.byref(binding.structure)
+    def __init__(self, functions: Functions, binding: Binding, selection: Selection) -> None:
+        self._functions, self._binding, self._selection = functions, binding, selection
+        self._state, self._selected = ctypes.byref(binding.structure), ctypes.byref(selection.structure)
         self._estimated: dict[bytes, tuple[str, ...]] = {}
         """Names of the estimates of a user, by the bytes of the user's row in the matrix that the library fills."""
         self._out = np.empty(ROOM_BYTES, np.uint8)
         """Kept, because memory of that size is given back to the operating system when it is freed."""
 
-    def add(self, events: Events) -> None:
-        """Add events."""
-        columns = (events.rows, events.times_ms, events.passes, events.numbers, events.items, events.ids, events.groups)
-        contiguous = [np.ascontiguousarray(column) for column in columns]
-        count = len(events.rows)
-        batch = BatchStructure(count, count, *(column.ctypes.data for column in contiguous))
-        self._functions.add_events(self._state, ctypes.byref(batch))
+    def add(self, rows: I64, actions: Actions, values: F64 | None) -> None:
+        """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
+        rows, actions = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(actions, ACTION_DTYPE)
+        numbers = None if values is None else np.ascontiguousarray(values, np.float64)
+        address = None if numbers is None else numbers.ctypes.data
+        source = SourceStructure(len(rows), rows.ctypes.data, actions.ctypes.data, address)
+        self._functions.add_events(self._state, self._selected, ctypes.byref(source))
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[list[bytes], I64, list[tuple[str, ...]]]:
         """Return the values of users [U] as JSON objects, until when each holds, and the names of the estimates."""

@@ -224,10 +224,11 @@ class PartitionFeatures:
         forgotten = rows_where(applied.outcomes == _TOMBSTONE)
         if len(forgotten) or applied.expired:
             is_added &= self._reset(batch, applied, forgotten)
-        events = rows_where(is_added)
-        rows = applied.rows[events]
-        values = np.full(len(events), np.nan) if batch.values is None else batch.values[events]
-        self._state.add(rows, batch.actions[events], values)
+        rows, actions, values = applied.rows, batch.actions, batch.values
+        if not is_added.all():
+            events = rows_where(is_added)
+            rows, actions, values = rows[events], actions[events], None if values is None else values[events]
+        self._state.add(rows, actions, values)
         self._changed[rows] = True
 
     def _reset(self, batch: ActionBatch, applied: Applied, forgotten: I64) -> Bool:

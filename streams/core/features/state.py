@@ -17,24 +17,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encoder.actions.columns import Actions, name_code
-from encoder.arrays import F64, I64, Bool
+from encoder.actions.columns import Actions
+from encoder.arrays import F64, I64
 from streams.core.features.attributes import Attributes as Attributes
 from streams.core.features.attributes import AttributesError as AttributesError
 from streams.core.features.binding import FORMAT, Binding, KnownTexts
 from streams.core.features.completeness import Completeness
-from streams.core.features.definitions import Feature, FeatureSet, Filter
-from streams.core.features.distinct import hashed
+from streams.core.features.definitions import Feature, FeatureSet
 from streams.core.features.evolution import copy, copy_completeness, origins
-from streams.core.features.kernel import Events, Kernel
+from streams.core.features.kernel import Kernel
 from streams.core.features.parts import Parts
 from streams.core.features.reference import FeatureColumns as FeatureColumns
 from streams.core.features.reference import Reference
+from streams.core.features.selection import Selection
 from streams.core.features.structures import Functions
 from streams.errors import HaltsPartition, RebuildsPartition
 
-EVENT_LATEST_MS = 2**49
-"""An event with a later time, far beyond every clock, counts as one of this time; one before 1970 as one of then."""
 REBUILT_TOGETHER = 256
 """Users whose features are computed from their kept actions at once."""
 
@@ -91,37 +89,23 @@ class FeatureState:
         self._parts = Parts(feature_set, rows)
         self._complete = Completeness(feature_set, self._parts, rows)
         self._binding = Binding(feature_set, self._parts, self._complete, self._texts)
-        self._kernel = Kernel(functions, self._binding)
+        selection = Selection(self._binding.filters, self._binding.groups, attributes, self._texts.items)
+        self._kernel = Kernel(functions, self._binding, selection)
         self._reference = Reference(feature_set, self._parts, attributes, self._complete)
         self._rebuilders: dict[tuple[str, ...], FeatureState] = {}
-        self._codes = {
-            each: (_table(each.actions), _table(each.surfaces), self._wanted(each)) for each in self._binding.filters
-        }
 
     @staticmethod
     def row_bytes(feature_set: FeatureSet) -> int:
         """Return the memory of one user in the hot table, in bytes; a row that was never used takes none."""
         return Parts(feature_set, 1).row_bytes + 8 * len(feature_set.features) + 1
 
-    def add(self, rows: I64, actions: Actions, values: F64) -> None:
-        """Add events [E] of users in `rows` [E], in order of arrival; `values` [E] is NaN where an event has none."""
-        if not len(rows):
-            return
-        items, surfaces = actions["item"].astype(np.int64), actions["surface"].astype(np.int64)
-        places = self._attributes.places(items)
-        durations = actions["duration_ms"].astype(np.float64)
-        groups = [_codes(self._codes_of(each), places) for each in self._binding.groups]
-        self._kernel.add(
-            Events(
-                rows=rows,
-                times_ms=np.clip(actions["timestamp_ms"], 0, EVENT_LATEST_MS),
-                passes=np.array([self._passes(each, actions, places) for each in self._binding.filters], np.bool_),
-                numbers=np.array([np.where(durations > 0, durations, np.nan), values]),
-                items=items,
-                ids=np.array([hashed(items), hashed(surfaces)]),
-                groups=np.array(groups, np.int32),
-            )
-        )
+    def add(self, rows: I64, actions: Actions, values: F64 | None = None) -> None:
+        """Add events [E] of users in `rows` [E], in order of arrival.
+
+        `values` [E] is NaN where an event has no value; None if no event has one.
+        """
+        if len(rows):
+            self._kernel.add(rows, actions, values)
 
     def values(self, rows: I64, as_of_ms: I64) -> FeatureColumns:
         """Return the values of users in `rows` [U]; `as_of_ms` [U] must be later than each user's newest event.
@@ -194,7 +178,7 @@ class FeatureState:
             users = np.arange(low, min(low + REBUILT_TOGETHER, len(rows)))
             chosen = actions[starts[users[0]] : starts[users[-1] + 1]]
             state.clear(users - low)
-            state.add(np.repeat(users - low, np.diff(starts)[users]), chosen, np.full(len(chosen), np.nan))
+            state.add(np.repeat(users - low, np.diff(starts)[users]), chosen)
             copy(self._parts, rows[users], state._parts, users - low, pairs)
         self._complete.set(rows, [each.name for each in wanted], complete_from_ms)
         is_empty = starts[1:] == starts[:-1]
@@ -227,28 +211,6 @@ class FeatureState:
             return _damaged(packed, user, f"format {found[0]} is unknown, this release reads {FORMAT}")
         return OtherFeatureSet(found[1 : len(header)].hex(), self.feature_set.version)
 
-    def _wanted(self, chosen: Filter) -> list[tuple[str, Bool]]:
-        """Return, per attribute of the filter, whether each of its codes counts."""
-        names = self._attributes.names
-        return [(each, np.isin(np.array(names.get(each, ()), object), values)) for each, values in chosen.where]
-
-    def _codes_of(self, attribute: str) -> I64:
-        """Return the code of each item, none where the attribute is not known any more."""
-        return self._attributes.codes.get(attribute, np.zeros(0, np.int64))
-
-    def _passes(self, chosen: Filter, actions: Actions, places: I64) -> Bool:
-        """Return which events pass the filter [E]."""
-        by_action, by_surface, wanted = self._codes[chosen]
-        passes = np.ones(len(actions), np.bool_)
-        if by_action is not None:
-            passes &= by_action[actions["action"]]
-        if by_surface is not None:
-            passes &= by_surface[actions["surface"]]
-        for attribute, counts in wanted:
-            codes = _codes(self._codes_of(attribute), places)
-            passes &= (codes >= 0) & counts[np.maximum(codes, 0)] if len(counts) else False
-        return passes
-
 
 def _damaged(packed: Sequence[bytes], user: int, detail: str) -> DamagedFeatures:
     return DamagedFeatures(
@@ -256,17 +218,3 @@ def _damaged(packed: Sequence[bytes], user: int, detail: str) -> DamagedFeatures
         f"user {user} of {len(packed)}: {detail}",
         "rebuild the partition from the changelog",
     )
-
-
-def _table(names: tuple[str, ...]) -> Bool | None:
-    """Return whether each code counts [65536], None if all do."""
-    if not names:
-        return None
-    table = np.zeros(65_536, np.bool_)
-    table[[name_code(name) for name in names]] = True
-    return table
-
-
-def _codes(codes: I64, places: I64) -> I64:
-    """Return the code of the item at each place, -1 where the item is not known."""
-    return np.where(places >= 0, codes[np.maximum(places, 0)], -1) if len(codes) else np.full(len(places), -1)

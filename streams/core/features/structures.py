@@ -18,8 +18,8 @@ _LONG, _INT, _POINTER, _DOUBLE = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 class Functions(Protocol):
     """The functions of the compiled library."""
 
-    def add_events(self, state: Any, batch: Any) -> None:
-        """Add a batch to all parts."""
+    def add_events(self, state: Any, selection: Any, source: Any) -> None:
+        """Add events to all parts."""
 
     def write_values(self, state: Any, moments: Any, out: Any, size: int) -> int:
         """Write the values of users to `out`; return the bytes, -1 if they do not fit."""
@@ -93,14 +93,31 @@ class PartStructure(ctypes.Structure):
     )
 
 
-class BatchStructure(ctypes.Structure):
-    """The columns of a batch."""
+class ConditionStructure(ctypes.Structure):
+    """A condition on an item attribute."""
+
+    _fields_ = (("codes", _POINTER), ("counts", _POINTER))
+
+
+class FilterStructure(ctypes.Structure):
+    """A filter: tables of action types and of surfaces, and conditions."""
+
+    _fields_ = (*((name, _POINTER) for name in ("actions", "surfaces", "conditions")), ("condition_count", _LONG))
+
+
+class SelectionStructure(ctypes.Structure):
+    """Filters and attributes."""
 
     _fields_ = (
-        ("events", _LONG),
-        ("stride", _LONG),
-        *((name, _POINTER) for name in ("rows", "times_ms", "passes", "numbers", "items", "ids", "groups")),
+        *((name, _LONG) for name in ("filter_count", "group_count")),
+        *((name, _POINTER) for name in ("filters", "groups", "items")),
     )
+
+
+class SourceStructure(ctypes.Structure):
+    """Events."""
+
+    _fields_ = (("events", _LONG), *((name, _POINTER) for name in ("rows", "actions", "values")))
 
 
 class MomentsStructure(ctypes.Structure):

@@ -33,6 +33,24 @@ ONLY_VIEWS = ("views", "longest")
 TABLES: list[dict[str, Any]] = tomllib.loads(TOML)["feature"]
 
 
+def test_a_long_batch_is_added_like_its_events_one_by_one() -> None:
+    """A batch of more events than the kernel takes at once gives the state that the same events give one by one."""
+    rng = np.random.default_rng(3)
+    names = [*ITEMS, "unknown"]
+    events = [
+        Event(
+            names[n % len(names)], "buy" if n % 3 else "view", START_MS + n, ["", "home", "search"][n % 5 % 3], n, n / 7
+        )
+        for n in rng.integers(1_000, size=700).tolist()
+    ]
+    batch = [(n % USERS, event) for n, event in enumerate(events)]
+    whole, single = (FeatureState(FEATURES, ATTRIBUTES, USERS, FUNCTIONS) for _ in range(2))
+    add_events(whole, batch)
+    for each in batch:
+        add_events(single, [each])
+    assert whole.pack(np.arange(USERS)) == single.pack(np.arange(USERS))
+
+
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, USERS - 1), EVENT), max_size=40),
