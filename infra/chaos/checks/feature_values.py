@@ -8,7 +8,7 @@ attribute whose decayed sums are equal but for rounding, either may come first.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from infra.harness.feature_files import FeatureRules
@@ -52,9 +52,14 @@ def is_close(found: Any, must: Any) -> bool:
     return type(found) is type(must) and bool(found == must)
 
 
-def is_steady(rules: FeatureRules, events: Sequence[Event], as_of_ms: int, until_ms: int) -> str:
-    """Describe the first value of the model that changes before a time; empty if none does."""
-    tables = [table for table in rules.tables if table["kind"] not in MOVING]
+def is_steady(
+    rules: FeatureRules, events: Sequence[Event], as_of_ms: int, until_ms: int, estimated: Collection[str] = ()
+) -> str:
+    """Describe the first value of the model that changes before a time; empty if none does.
+
+    Estimates are left out: the ids that the worker does not keep leave the window unseen.
+    """
+    tables = [table for table in rules.tables if table["kind"] not in MOVING and table["name"] not in estimated]
     now = values(tables, events, as_of_ms, rules.attributes)
     then = values(tables, events, until_ms - 1, rules.attributes)
     name = next((name for name in now if not is_close(then[name], now[name])), "")

@@ -193,7 +193,7 @@ class FeatureChecks:
         rules, of = self._rules, one.record
         problem = difference(rules, events, metadata.as_of_ms, of.values, metadata.estimated)
         if not problem and not is_last and metadata.valid_until_ms is not None:
-            problem = is_steady(rules, events, metadata.as_of_ms, metadata.valid_until_ms)
+            problem = is_steady(rules, events, metadata.as_of_ms, metadata.valid_until_ms, metadata.estimated)
         if problem:
             detail = f"{problem} (as of {metadata.as_of_ms}, {len(events)} events)"
             yield Violation(Kind.WRONG_FEATURES, one.name, one.partition, one.offset, detail)

@@ -44,7 +44,7 @@ class Distinct:
         self.heads = np.zeros(rows, HEAD_DTYPE)
 
     def values(self, rows: I64, as_of_ms: I64) -> tuple[I64, Bool, I64]:
-        """Return the counts [U], whether each is exact [U], and when the first id leaves the window [U]."""
+        """Return the counts [U], whether each is exact [U], and when that changes without an event [U]."""
         feature, heads = self.feature, self.heads[rows]
         begin = np.maximum((as_of_ms - feature.window_ms) // feature.hop_ms, 0)  # [U]
         hops = self.last[rows].astype(np.int64) - 1  # [U, L]
@@ -55,4 +55,6 @@ class Distinct:
         estimates = np.rint(counts * (FULL_RANGE / theta)).astype(np.int64)
         oldest = np.where(inside, hops, NEVER_MS // feature.hop_ms - feature.tiles).min(axis=1)
         until_ms = np.where(counts > 0, (oldest + 1) * feature.hop_ms + feature.window_ms, NEVER_MS)
+        exact_ms = heads["dropped"].astype(np.int64) * feature.hop_ms + feature.window_ms  # an estimate ends then
+        until_ms = np.where(exact, until_ms, np.minimum(until_ms, exact_ms))
         return np.where(exact, counts, estimates), exact, until_ms

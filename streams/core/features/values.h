@@ -98,6 +98,7 @@ void write_distinct(const Part &part, const Field &field, Moment &moment, Json &
     }
     if (count) moment.leaves(oldest, field.window_ms, part.hop_ms);
     moment.is_estimate = head.theta && head.dropped >= first;
+    if (moment.is_estimate) moment.leaves(head.dropped, field.window_ms, part.hop_ms);  // the count is exact again then
     const double share = FULL_RANGE / static_cast<double>(head.theta);
     out.whole(moment.is_estimate ? static_cast<int64_t>(std::rint(static_cast<double>(count) * share)) : count);
 }

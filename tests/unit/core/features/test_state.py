@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.harness.feature_model import Event, values
-from streams.core.features.definitions import DAY_MS, HOUR_MS
+from streams.core.features.definitions import DAY_MS, HOUR_MS, MINUTE_MS, parse_features
 from streams.core.features.state import DamagedFeatures, FeatureState, OtherFeatureSet
+from streams.core.features.tiles import NEVER_MS
 from tests.unit.core.features.definitions import TOML
 from tests.unit.core.features.histories import (
     ATTRIBUTES,
@@ -160,6 +161,20 @@ def test_an_estimate_says_so_and_is_near() -> None:
     later = state.values(np.zeros(1, np.int64), np.array([START_MS + 30 * DAY_MS]))
     assert later.values["items"] == [0]
     assert later.estimated["items"].tolist() == [False]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 13)), min_size=3, max_size=25), st.integers(1, HOUR_MS))
+def test_an_estimate_holds_until_the_stated_time(events: list[tuple[int, int]], later_ms: int) -> None:
+    """It also ends when the last id that was dropped leaves the window, since the count is exact from then on."""
+    small = parse_features('[[feature]]\nname = "few"\nkind = "distinct"\nof = "item"\nwindow = "30m"\ncap = 2\n')
+    state, row = FeatureState(small, ATTRIBUTES, 1, FUNCTIONS), np.zeros(1, np.int64)
+    add_events(state, [(0, Event(f"i{item}", "view", START_MS + hop * 5 * MINUTE_MS)) for item, hop in events])
+    as_of_ms = np.array([START_MS + max(hop for _, hop in events) * 5 * MINUTE_MS + later_ms])
+    now = state.records(row, as_of_ms)
+    if now.valid_until_ms[0] < NEVER_MS:
+        assert now.valid_until_ms[0] > as_of_ms[0]
+        assert state.records(row, now.valid_until_ms - 1).values == now.values
 
 
 def test_a_cleared_user_begins_anew() -> None:
