@@ -37,13 +37,15 @@ def go_on(deployment: Deployment, screen: Screen) -> None:
 
 
 def addresses(settings: Settings) -> list[str]:
-    """Return the addresses of everything that runs, and a command that shows embeddings."""
-    bootstrap, web, topic = settings.kafka.bootstrap_servers, settings.web, settings.topics.embeddings
-    tail = f"{variable('topics.embeddings')}={topic} {command()} tail --bootstrap-servers {bootstrap}"
+    """Return the addresses of everything that runs, and commands that show embeddings and features."""
+    bootstrap, web, topics = settings.kafka.bootstrap_servers, settings.web, settings.topics
+    tail = f"{command()} tail --bootstrap-servers {bootstrap}"
+    features = f"{variable('topics.features')}={topics.features} {tail} --features"
     return [
         f"broker      {bootstrap}",
         f"metrics     http://{web.host}:{web.port}/metrics",
-        f"embeddings  {tail}",
+        f"embeddings  {variable('topics.embeddings')}={topics.embeddings} {tail}",
+        *([f"features    {features}"] if topics.features in settings.output_topics else []),
         f"{RATE:,.0f} generated events per second until Ctrl-C",
     ]
 

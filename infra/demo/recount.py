@@ -17,6 +17,7 @@ from encoder.actions.columns import Actions, SequenceBatch
 from encoder.arrays import F32, I64
 from encoder.inference import load_runtime
 from infra.demo.contents import compare_contents
+from infra.demo.features import FeatureRecount, SampledEvents, recount_features
 from infra.demo.histories import Histories, recompute
 from infra.demo.observer import Observer
 from infra.harness.whole_topic import count_records, read_topic
@@ -53,6 +54,8 @@ class Recount:
     parity_users: int
     cosine_min: float
     difference_max: float
+    features: FeatureRecount | None
+    """None where the worker computes no features."""
 
     @property
     def faults(self) -> list[str]:
@@ -64,7 +67,12 @@ class Recount:
             (self.outdated, f"{self.outdated} users have an embedding without their last action"),
             (self.cosine_min < COSINE_MIN, f"an embedding differs from its recomputation (cosine {self.cosine_min})"),
         )
-        return [text for is_wrong, text in checks if is_wrong]
+        found = [text for is_wrong, text in checks if is_wrong]
+        wrong = self.features.wrong if self.features else {}
+        if wrong:
+            user, problem = next(iter(wrong.items()))
+            found.append(f"{len(wrong)} users have wrong features, such as {user}: {problem}")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +87,20 @@ class Input:
         """Return the history of each user."""
         return recompute(users, self.user, self.actions["timestamp_ms"], self.actions["event_id"], length_max)
 
+    def last_offsets(self, users: int) -> I64:
+        """[U] Return the offset of each user's last event, -1 for none: features contain those too late for a sequence.
+
+        The demo sends no event twice.
+        """
+        found = np.full(users, -1, np.int64)
+        np.maximum.at(found, self.user, self.offset)
+        return found
+
 
 async def recount(settings: Settings, user_keys: Sequence[bytes], observer: Observer, release_dir: Path) -> Recount:
     """Read the topics and compare; `observer` holds the published embeddings."""
-    events = await read_input(settings, user_keys)
+    sample_of_features = SampledEvents.of(user_keys)
+    events = await read_input(settings, user_keys, sample_of_features)
     length_max = settings.state.sequence_length
     histories = events.histories(len(user_keys), length_max)
     found = compare_contents(histories, events.actions, await read_state(settings, user_keys), length_max)
@@ -100,15 +118,17 @@ async def recount(settings: Settings, user_keys: Sequence[bytes], observer: Obse
         parity_users=len(sample),
         cosine_min=cosine,
         difference_max=difference,
+        features=await recount_features(settings, user_keys, events.last_offsets(len(user_keys)), sample_of_features),
     )
 
 
-async def read_input(settings: Settings, user_keys: Sequence[bytes]) -> Input:
-    """Read every valid event of the input topic."""
+async def read_input(settings: Settings, user_keys: Sequence[bytes], sample: SampledEvents) -> Input:
+    """Read every valid event of the input topic, and pass the records to the sample for features."""
     user_of = {key: user for user, key in enumerate(user_keys)}
-    limits = DecodeLimits(**settings.decode.model_dump())
+    limits = DecodeLimits(**settings.decode.model_dump(), with_values=settings.features.definitions_file is not None)
     columns: dict[int, list[tuple[I64, I64, Actions]]] = {}
     async for partition, records in read_topic(settings, settings.topics.actions):
+        sample.take(records)
         batch = decode_actions(records, now_ms=time.time_ns() // 1_000_000, limits=limits).actions
         users = np.array([user_of[user] for user in batch.users], np.int64)
         columns.setdefault(partition, []).append((users, batch.offsets, batch.actions))

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from infra.demo.features import FeatureRecount
 from infra.demo.readers import GROUPS
 from infra.demo.run import Outcome
 from infra.harness.freshness import percentiles
@@ -21,6 +22,7 @@ READERS = {
     "popular": "no embedding: most popular of seven days",
 }
 TEXT_COLUMNS = 118
+EXAMPLE_COLUMNS = 100
 NOTES = """\
 Freshness: from handing an event to Kafka to receiving an embedding that contains it. The replay compresses
 {days:,.0f} days into {seconds:.0f} s, so several actions of a user often share one embedding; "fresh" is the embedding
@@ -95,7 +97,35 @@ def _recount(outcome: Outcome) -> list[tuple[str, str]]:
             f"{counted.parity_users:,} users recomputed in batch: cosine at least {counted.cosine_min:.6f}, "
             f"difference at most {counted.difference_max:.1e}",
         ),
+        *_features(counted.features),
     ]
+
+
+def _features(found: FeatureRecount | None) -> list[tuple[str, str]]:
+    """Return the lines about features: what was recomputed, and the values of one user, cut to the width."""
+    if found is None:
+        return [("features", "none, because there is no C++ compiler")]
+    user, values = found.example
+    shown = ", ".join(f"{name}: {_shown(value)}" for name, value in values.items())
+    example = f"of user {user}: {shown}"
+    is_long = len(example) > EXAMPLE_COLUMNS
+    return [
+        ("features", f"{found.published:,} published, {found.users:,} users recomputed, {len(found.wrong):,} wrong"),
+        ("", f"{example[: EXAMPLE_COLUMNS - 1]}…" if is_long else example),
+    ]
+
+
+def _shown(value: Any) -> str:
+    """Return the value of a feature as short text.
+
+    >>> _shown(2.0), _shown(None), _shown([["1990s", 1.25], ["1980s", 1]]), _shown(["a"])
+    ('2', 'none', '[1990s 1.2, 1980s 1]', '[a]')
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(' '.join(map(_shown, one)) if isinstance(one, list) else _shown(one) for one in value)}]"
+    if value is None:
+        return "none"
+    return f"{value:,.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _seconds(outcome: Outcome) -> str:
@@ -144,6 +174,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "recall10_daily": _number(recall["daily"]["all"]),
         "recall10_once": _number(recall["once"]["all"]),
         "recall10_popular": _number(recall["popular"]["all"]),
+        "features": counted.features.published if counted.features else None,
+        "features_wrong": len(counted.features.wrong) if counted.features else None,
         "parity_cosine_min": _number(counted.cosine_min),
         "seconds": round(outcome.seconds, 1),
     }

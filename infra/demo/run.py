@@ -21,6 +21,7 @@ from encoder.release import Release
 from encoder.training.recipe import Recipe
 from encoder.training.run import Progress, train_release
 from infra.datasets.generator import GeneratorPolicy
+from infra.demo.features import feature_values, write_attributes
 from infra.demo.live import Screen
 from infra.demo.observer import Observer
 from infra.demo.readers import Recalls, compare
@@ -109,6 +110,7 @@ def deploy(options: DemoOptions) -> Iterator[Deployment]:
             "worker.instance_id": WORKER_ID,
             "web.port": free_port(),
         }
+        values |= feature_values(folder)
         is_external = isinstance(broker, ExternalBroker)
         values |= _unique_names() if is_external else {}
         settings = with_values(settings, values)
@@ -125,6 +127,8 @@ def run(deployment: Deployment, options: DemoOptions, screen: Screen, started_s:
     steps, settings = Steps(screen), deployment.settings
     with steps.step("actions", "reading the log"):
         split = demo_split(options.newer_events, options.generated, seed=options.seed, notice=screen.line)
+    if settings.features.attributes_file:
+        write_attributes(split, settings.features.attributes_file)
     ledger = Ledger(split, settings.topics.partitions)
     with steps.step("backfill", f"{split.cut:,} events of {split.origin} go to {settings.topics.actions}"):
         asyncio.run(backfill(split, settings, ledger))
@@ -162,6 +166,7 @@ def _unique_names() -> dict[str, str]:
     topics = {
         "topics.actions": "user-actions",
         "topics.embeddings": "user-embeddings",
+        "topics.features": "user-features",
         "topics.dead_letter": "user-actions.dead-letter",
     }
     return {"app_id": prefix, **{key: f"{prefix}-{name}" for key, name in topics.items()}}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from encoder.arrays import I64
 from infra.datasets.event_log import EventLog, event_log, load_log
@@ -14,6 +17,7 @@ from infra.datasets.movielens import DatasetUnavailable, movielens_1m
 from infra.errors import InfraError
 
 DAY_MS = 86_400_000
+WEEK_MS = 7 * DAY_MS
 
 
 class LogTooShort(InfraError):
@@ -49,16 +53,36 @@ class Split:
 def demo_split(
     newer_events: int, generated: GeneratorPolicy | None, *, seed: int, notice: Callable[[str], None]
 ) -> Split:
-    """Return MovieLens-1M, or generated actions if a policy is given or the download fails, which `notice` reports."""
+    """Return MovieLens-1M, or generated actions if a policy is given or the download fails, which `notice` reports.
+
+    Times are moved to the present, because the values of features are as of the present.
+    """
+    now_ms = time.time_ns() // 1_000_000
     if generated is None:
         try:
-            return cut_at_midnight("MovieLens-1M", load_log(movielens_1m(notice)), newer_events)
+            log = with_ratings(moved(load_log(movielens_1m(notice)), now_ms))
+            return cut_at_midnight("MovieLens-1M", log, newer_events)
         except DatasetUnavailable as error:
             notice(f"{error}")
             notice("using generated actions instead of MovieLens-1M")
     policy = generated or GeneratorPolicy(users=4_000, events=600_000)
     origin = f"generated actions (seed {seed})"
-    return cut_at_midnight(origin, event_log(generate(policy, seed)), newer_events)
+    return cut_at_midnight(origin, moved(event_log(generate(policy, seed)), now_ms), newer_events)
+
+
+def moved(log: EventLog, now_ms: int) -> EventLog:
+    """Move all times by whole weeks, so that the last event is at most a week old; weekdays and hours stay."""
+    by_ms = (now_ms - int(log.latest_ms[-1])) // WEEK_MS * WEEK_MS
+    times = log.timestamp_ms + by_ms
+    place = log.table.column_names.index("timestamp_ms")
+    table = log.table.set_column(place, "timestamp_ms", pa.array(times))
+    return replace(log, timestamp_ms=times, latest_ms=log.latest_ms + by_ms, table=table)
+
+
+def with_ratings(log: EventLog) -> EventLog:
+    """Add the column `value`: the number in the name of the action, such as 4 of `rated_4`."""
+    ratings = pc.cast(pc.utf8_slice_codeunits(log.table["action"], -1), pa.float64())
+    return replace(log, table=log.table.append_column("value", ratings))
 
 
 def cut_at_midnight(origin: str, log: EventLog, newer_events: int) -> Split:

@@ -44,6 +44,7 @@ tokens_max = 2000
 KEYS = {
     "bench", "machine", "events", "embeddings", "lost", "duplicated", "dead_letters", "freshness_p50_ms",
     "freshness_p99_ms", "events_per_second", "recall10_fresh", "recall10_daily", "recall10_once", "seconds",
+    "features", "features_wrong",
 }  # fmt: skip
 DEADLINE_S = 90.0
 DELETION_S = 10.0
@@ -109,6 +110,11 @@ def test_the_demo_counts_everything_and_leaves_nothing(
     assert figures["events"] == EVENTS
     assert (figures["lost"], figures["duplicated"], figures["dead_letters"]) == (0, 0, 0)
     assert figures["embeddings"] > 20
+    assert figures["features"] > 20
+    assert figures["features_wrong"] == 0
+    report = (tmp_path / "report.txt").read_text()
+    assert " users recomputed, 0 wrong" in report
+    assert "actions_1d: " in report
     assert 0 < figures["freshness_p50_ms"] <= figures["freshness_p99_ms"]
     assert figures["parity_cosine_min"] >= 0.9999
     assert "The value of freshness" in (tmp_path / "report.txt").read_text()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from infra.datasets.event_log import EventLog, event_log
-from infra.demo.split import DAY_MS, LogTooShort, cut_at_midnight, distinct_items
+from infra.demo.split import DAY_MS, WEEK_MS, LogTooShort, cut_at_midnight, distinct_items, moved, with_ratings
 
 
 def _log(times_ms: list[int]) -> EventLog:
@@ -51,3 +54,25 @@ def test_items_are_named_by_row() -> None:
     """The index of a row leads to the id of its item."""
     ids, index = distinct_items(_log([0, 1, 2]))
     assert [ids[i] for i in index] == ["i0", "i1", "i0"]
+
+
+def test_times_are_moved_by_whole_weeks() -> None:
+    """The last event is at most a week old, no event is in the future, and everything else stays."""
+    now_ms = 3_000 * WEEK_MS + 12_345
+    log = _log([5, DAY_MS, DAY_MS - 7])
+    later = moved(log, now_ms)
+    (by_ms,) = set((later.timestamp_ms - log.timestamp_ms).tolist())
+    assert by_ms % WEEK_MS == 0
+    assert now_ms - WEEK_MS < later.latest_ms.max() <= now_ms
+    assert later.table["timestamp_ms"].to_pylist() == later.timestamp_ms.tolist()
+    assert np.diff(later.latest_ms).tolist() == np.diff(log.latest_ms).tolist()
+    rest = ["user_id", "item_id", "action", "event_id"]
+    assert later.table.select(rest) == log.table.select(rest)
+
+
+def test_the_rating_of_an_action_is_its_value() -> None:
+    """`rated_4` has the value 4, as a column and in the records."""
+    log = with_ratings(replace(_log([1]), table=_log([1]).table.set_column(2, "action", pa.array(["rated_4"]))))
+    assert log.table["value"].to_pylist() == [4.0]
+    ((_, value),) = log.records(np.arange(1))
+    assert json.loads(value)["value"] == 4.0
