@@ -11,27 +11,34 @@ import numpy as np
 import pytest
 
 from encoder.actions.columns import ActionBatch
-from encoder.arrays import I64
+from encoder.arrays import F32, I64
 from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker
 from infra.harness.simulation.history import History
 from infra.harness.simulation.schedule import failure, histories
 from streams.core import partition_state, snapshots
 from streams.core.effects import Effects
+from streams.core.features.partition import PartitionFeatures
+from streams.core.jobs import EncodeJob
 from streams.core.layout import LONG_AGO
+from streams.core.merge import Outcome
 from streams.core.policy import TriggerPolicy
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
+from streams.encoding.partition_jobs import PartitionJobs
 from streams.engine import acquisition, checkpoints, proof
+from streams.engine import partitions as partitions_module
+from streams.engine import published as published_module
 from streams.engine.delivery import BatchConsumerThread
 from streams.engine.lanes import Lane
+from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
 from streams.ingest import Ingest
 from streams.storage import checkpoint as checkpoint_module
 from streams.storage import codec
 from streams.storage.codec import encode, encode_mark
 from streams.storage.memory_store import MemoryStore
-from streams.storage.store import OFFSET_KEY, Record
+from streams.storage.store import DEADLINE_PREFIX, OFFSET_KEY, Record
 from tests.simulation.test_simulation import REGRESSIONS
 
 HISTORIES = 400
@@ -259,6 +266,80 @@ def tombstones_are_lost_while_giving_back(patch: Patch) -> None:
     patch.setattr(Ingest, "_perform", careless)
 
 
+def features_are_not_cleared_when_forgotten(patch: Patch) -> None:
+    """Keep the features of a forgotten user."""
+    patch.setattr(PartitionFeatures, "clear", lambda self, rows: None)
+
+
+def features_count_repetitions(patch: Patch) -> None:
+    """Add events to the features that the sequence drops because it has them."""
+    apply = PartitionFeatures.apply
+
+    def twice(self: PartitionFeatures, batch: ActionBatch, applied: Applied) -> None:
+        outcomes = np.where(applied.outcomes == Outcome.DUPLICATE, Outcome.APPLIED, applied.outcomes)
+        apply(self, batch, replace(applied, outcomes=outcomes.astype(np.uint8)))
+
+    patch.setattr(PartitionFeatures, "apply", twice)
+
+
+def features_skip_what_is_too_old_for_the_sequence(patch: Patch) -> None:
+    """Leave out events that are older than everything kept."""
+    patch.setattr("streams.core.features.partition._TOO_OLD", 99)
+
+
+def embeddings_do_not_wait_for_features(patch: Patch) -> None:
+    """Publish embeddings whose features are not acknowledged."""
+    publish = PartitionJobs._publish
+
+    async def hasty(self: PartitionJobs, job: EncodeJob, embeddings: F32) -> None:
+        await publish(self, replace(job, features=None), embeddings)
+
+    patch.setattr(PartitionJobs, "_publish", hasty)
+
+
+def tombstones_go_to_the_first_topic_only(patch: Patch) -> None:
+    """Publish no tombstones of features."""
+    patch.setattr(Outputs, "topics", property(lambda self: self._config.outputs[:1]))
+
+
+def tombstones_go_to_the_last_topic_only(patch: Patch) -> None:
+    """Publish no tombstones of embeddings where there are features."""
+    patch.setattr(Outputs, "topics", property(lambda self: self._config.outputs[-1:]))
+
+
+def features_are_not_stored(patch: Patch) -> None:
+    """Write checkpoints without features."""
+    patch.setattr(checkpoint_module, "encode_features", lambda snapshot: [])
+
+
+def published_features_are_not_read(patch: Patch) -> None:
+    """Read only the embeddings when a partition is acquired."""
+    note = published_module.note_published
+
+    async def half(embeddings: Any, features: Any, *rest: Any) -> Any:
+        return await note(embeddings, None, *rest)
+
+    patch.setattr(published_module, "note_published", half)
+    for module in (partitions_module, acquisition):
+        patch.setattr(module, "note_published", half, raising=False)
+
+
+def refreshes_are_lost_in_a_crash(patch: Patch) -> None:
+    """Leave refreshes out of the stored index."""
+    patch.setattr(MemoryStore, "pending", lambda self: pending_deadlines(self))
+
+
+def pending_deadlines(store: MemoryStore) -> Iterator[tuple[bytes, int]]:
+    """Yield the deadlines of embeddings only."""
+    keys = [key for key in sorted(store.records) if key[:1] == DEADLINE_PREFIX]
+    return ((key[1:], int.from_bytes(store.records[key], "little", signed=True)) for key in keys)
+
+
+def refreshes_do_not_fire(patch: Patch) -> None:
+    """Never publish a user again because of time."""
+    patch.setattr(PartitionFeatures, "due", lambda self, rows, now_ms: rows[:0])
+
+
 MUTATIONS: list[Callable[[Patch], None]] = [
     no_dedupe_by_offset,
     no_dedupe_by_event_id,
@@ -283,6 +364,16 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     former_owner_publishes,
     outputs_in_flight_are_overlooked,
     tombstones_are_lost_while_giving_back,
+    features_are_not_cleared_when_forgotten,
+    features_count_repetitions,
+    features_skip_what_is_too_old_for_the_sequence,
+    embeddings_do_not_wait_for_features,
+    tombstones_go_to_the_first_topic_only,
+    tombstones_go_to_the_last_topic_only,
+    features_are_not_stored,
+    published_features_are_not_read,
+    refreshes_are_lost_in_a_crash,
+    refreshes_do_not_fire,
 ]
 
 

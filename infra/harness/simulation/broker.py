@@ -6,7 +6,7 @@ It keeps the rules of Kafka that the worker relies on, and passes the same contr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber, ProducerFenced
@@ -114,6 +114,8 @@ class Broker:
     committed: dict[tuple[str, TopicPartition], tuple[int, str]] = field(default_factory=dict)
     """Offset and metadata by consumer group and partition."""
     cluster_id: str = "simulated"
+    on_produced: Callable[[int, TopicPartition, Sequence[Message]], None] = lambda producer, tp, messages: None
+    """Called before each batch is appended."""
     _topic_ids: int = 0
     _producers: int = 0
     _current: dict[str, int] = field(default_factory=dict)
@@ -155,6 +157,7 @@ class Broker:
         if self._sequences.get((producer, tp), 0) != first:
             raise OutOfOrderSequenceNumber
         self._sequences[producer, tp] = first + len(messages)
+        self.on_produced(producer, tp, messages)
         return self.log(tp).append(messages, writer=producer, is_transactional=is_transactional)
 
     def add_offsets(self, producer: int, group: str, offsets: dict[TopicPartition, tuple[int, str]]) -> None:

@@ -11,7 +11,10 @@ The checks, by invariant of the design:
    had in flight, and for what was sent again because its acknowledgement was lost;
 6. (no poison) exactly the malformed records are rejected, nothing ends the worker, and no partition stops for good;
 7. (bounded) there are never more users in memory than the limit, and a strong action moves its user up in the queue;
-8. (identity) a worker processes nothing of a source topic that its state is not derived from.
+8. (features) the values of every record are those of the model at its source offset and time; an older source offset
+   never follows a newer one; an embedding is published when features of its source offset, or newer ones, are
+   acknowledged; a forgotten user has its tombstone in both topics before anything that follows;
+9. (identity) a worker processes nothing of a source topic that its state is not derived from.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from encoder.arrays import I64
 from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker, Record
 from infra.harness.simulation.faust_app import APP
+from infra.harness.simulation.features import FeatureOutput, expected, features_of
 from infra.harness.simulation.machine import LIMITS, low_bits
 from infra.harness.simulation.model import Model
-from infra.harness.simulation.worker import DEAD, OUT, Worker
+from infra.harness.simulation.model import Sequence as Kept
+from infra.harness.simulation.worker import DEAD, FEATURES, OUT, Worker
 from streams.core.columns import Columns
 from streams.core.deadlines import BUCKET_MS
 from streams.core.policy import Reason
@@ -66,6 +71,13 @@ class Checks:
     _foreign: set[int]
     _repeats: bool
     _checked_outputs: list[int]
+    _checked_features: list[int]
+    _newest_features: dict[bytes, tuple[int, int]]
+    _published_features: dict[bytes, int]
+    _last_features: dict[bytes, FeatureOutput]
+    _acknowledged_features: dict[bytes, int]
+    _tombstones: dict[tuple[str, bytes], int]
+    _clock_went_back: bool
     _newest: dict[tuple[bytes, str | None], int]
     _published: dict[bytes, int]
     _trusted_ms: int
@@ -105,9 +117,22 @@ class Checks:
         self._compare(owned)
 
     def _note_acknowledged(self, topic: str, messages: Sequence[Message]) -> None:
+        for key, value, headers in messages if topic == FEATURES else ():
+            if key is not None and value is not None:
+                offset = int(dict(headers)["source-offset"])
+                self._acknowledged_features[key] = max(offset, self._acknowledged_features.get(key, -1))
         if topic == OUT:
             users = [key for key, value, _ in messages if key is not None and value is not None]
             self._handed_over_ms |= dict.fromkeys(users, self._clock_ms())
+
+    def _on_produced(self, producer: int, tp: TopicPartition, messages: Sequence[Message]) -> None:
+        """Check that an embedding follows features of its source offset; frozen workers are not followed."""
+        if tp.topic != OUT or not self.history.features or producer not in self.worker.link.producers:
+            return
+        for key, value, headers in messages:
+            offset = int(dict(headers)["source-offset"])
+            if key is not None and value is not None and self._acknowledged_features.get(key, -1) < offset:
+                self._violation = self._violation or Violation(f"the embedding of {key!r}, {offset} precedes features")
 
     def on_handed_over(self, user: bytes, *, waits: bool) -> None:
         """Check the cooldown, which does not apply to a user that is moved up in the queue."""
@@ -132,9 +157,17 @@ class Checks:
                 continue
             if event.tombstone:
                 self._unencoded.pop(event.user, None)
-            elif offset > self._published.get(event.user, -1):
+            elif offset > self._covered(event.user):
                 self._unencoded.setdefault(event.user, []).append((offset, self._clock_ms(), event.strong))
         self._next[partition] = owned.next_offset
+
+    def _covered(self, user: bytes) -> int:
+        """Return up to which source offset a user need not be published again.
+
+        Features that are published hold back what is older, so that nothing older follows them, until the replay
+        reaches their own source offset.
+        """
+        return max(self._published.get(user, -1), self._published_features.get(user, -1) - 1)
 
     # -- the checks
 
@@ -150,6 +183,7 @@ class Checks:
             if "the disk is full" not in reason and "was given up" not in reason:
                 raise Violation(f"a partition is halted: {reason}")
         self._check_outputs()
+        self._check_features()
         for owned in worker.partitions.ready.values():
             self._note_applied(owned)
         for owned in worker.partitions.ready.values():
@@ -200,9 +234,11 @@ class Checks:
     def _check_output(self, model: Model, record: Record) -> None:
         output = output_of(record)
         self._check_content(model, output)
+        self._check_tombstone(OUT, model, record, output.offset)
         if record.writer not in self._foreign:
             newest = max(self._newest.get((output.user, v), -1) for v in (None, output.version or f"v{self.version}"))
-            if output.offset < newest or (output.offset == newest and not self._repeats):
+            may_repeat = self._repeats or (output.version is None and self.history.features)
+            if output.offset < newest or (output.offset == newest and not may_repeat):
                 raise Violation(f"{output} follows an output of offset {newest}")
             self._newest[output.user, output.version] = output.offset
         self._published[output.user] = max(output.offset, self._published.get(output.user, -1))
@@ -215,6 +251,43 @@ class Checks:
         is_tombstone = output.version is None
         if (output.offset, output.items, is_tombstone) != (right.changed_at, right.items, not right.items):
             raise Violation(f"{output} differs from the expected {right}")
+
+    def _check_features(self) -> None:
+        for partition, log in enumerate(self.broker.topics[FEATURES].logs):
+            for offset in range(self._checked_features[partition], log.end):
+                self._check_feature_record(self.models[partition], log.records[offset])
+            self._checked_features[partition] = log.end
+
+    def _check_feature_record(self, model: Model, record: Record) -> None:
+        """Check values, as of the time and source offset that the record states, and its place among the others."""
+        found = features_of(record)
+        right = model.at(found.user, found.offset + 1)
+        values = expected(right.seen, found.as_of_ms) if found.values is not None else None
+        if (found.offset, found.values, found.completeness) != (right.changed_at, values, "{}") or (
+            (found.values is None) != (not right.seen)
+        ):
+            raise Violation(f"{found} differs from the expected {values} of {right}")
+        self._check_tombstone(FEATURES, model, record, found.offset)
+        if found.offset >= self._published_features.get(found.user, -1):
+            self._published_features[found.user] = found.offset
+            self._last_features[found.user] = found
+        if record.writer in self._foreign:
+            return
+        newest, as_of_ms = self._newest_features.get(found.user, (-1, 0))
+        went_back = found.offset == newest and 0 < found.as_of_ms < as_of_ms and not self._clock_went_back
+        if found.offset < newest or went_back:
+            raise Violation(f"{found} follows features of offset {newest} as of {as_of_ms}")
+        self._newest_features[found.user] = found.offset, found.as_of_ms
+
+    def _check_tombstone(self, topic: str, model: Model, record: Record, offset: int) -> None:
+        """What is published of a user who was forgotten follows the tombstone."""
+        user = record.key or b""
+        if record.value is None:
+            self._tombstones[topic, user] = max(offset, self._tombstones.get((topic, user), -1))
+            return
+        forgotten = (each.changed_at for each in model.past[user] if not each.kept and each.changed_at <= offset)
+        if self._tombstones.get((topic, user), -1) < max(forgotten, default=-1):
+            raise Violation(f"{user!r} has a record in {topic} at {offset} without the tombstone before it")
 
     def _check_freshness(self, owned: OwnedPartition) -> None:
         worker, policy, state = self.worker, self.history.policy, owned.state._sequences
@@ -261,6 +334,19 @@ class Checks:
                 last = self._published.get(user, -1)
                 if last != right.changed_at:
                     raise Violation(f"the last output of {user!r} has offset {last}, expected {right.changed_at}")
+                last = self._published_features.get(user, -1)
+                if self.history.features and last != right.changed_at:
+                    raise Violation(f"the last features of {user!r} have offset {last}, expected {right.changed_at}")
+                if self.history.features and self.history.refresh_ms and right.seen and not self._clock_went_back:
+                    self._check_refreshed(user, right)
+
+    def _check_refreshed(self, user: bytes, right: Kept) -> None:
+        """Check that no value has changed by time alone since the last record, apart from the one that always does."""
+        now, found = expected(right.seen, self._clock_ms()), self._last_features[user].values or {}
+        if any(found[name] != now[name] for name in now if name != "since_buy"):
+            raise Violation(
+                f"the last features of {user!r} are {found}; by now they are {now}, and nobody refreshed them"
+            )
 
     def _check_rejected(self) -> None:
         for partition, (model, log) in enumerate(zip(self.models, self.broker.topics[DEAD].logs, strict=True)):

@@ -79,6 +79,7 @@ class Producer:
         for each in list(self._in_flight):
             if not each.done():
                 each.set_exception(error)
+                each.exception()  # nobody may be left who waits for it
 
     async def close(self) -> None:
         """Close the connections."""

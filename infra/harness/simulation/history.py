@@ -241,7 +241,7 @@ REFUSALS = 4
 
 _KINDS: list[tuple[float, Callable[[Random], Step]]] = [
     (30, lambda r: Act(r.randrange(USERS), r.random() < 0.2)),
-    (8, lambda r: Late(r.randrange(USERS), r.choice([0, 5, 40, 300, 5_000]))),
+    (8, lambda r: Late(r.randrange(USERS), r.choice([0, 5, 40, 300, 5_000, 3_590_000]))),
     (4, lambda r: Duplicate(r.randrange(1, 12))),
     (2, lambda r: Tombstone(r.randrange(USERS))),
     (2, lambda r: Poison(r.randrange(POISONS))),
@@ -250,7 +250,7 @@ _KINDS: list[tuple[float, Callable[[Random], Step]]] = [
     (20, lambda r: Poll(r.choice([1, 2, 5, 30]))),
     (1, lambda r: LostFetch(r.choice([1, 5]))),
     (2, lambda r: Redeliver(r.randrange(2), r.randrange(1, 10))),
-    (6, lambda r: Silence(r.choice([1, 50, 150, 1_000, 4_000]))),
+    (6, lambda r: Silence(r.choice([1, 1, 50, 50, 150, 150, 1_000, 1_000, 4_000, 4_000, 50_000]))),
     (1, lambda r: ClockJump(r.choice([-3_000, -100, 100, 3_000]))),
     (14, lambda r: Encode(r.choice([1, 3, 30]))),
     (1, lambda r: EncoderFails(r.choice([1, 2, 3]))),
@@ -284,6 +284,10 @@ class History:
     partitions: int = 1
     wait_ms: int = 0
     """Time for which a micro-batch gathers users."""
+    features: bool = False
+    """Whether the workers compute features, too."""
+    refresh_ms: int = 0
+    """Least time between two refreshes of a user's features; 0 for no refresh."""
 
 
 def random_history(rng: Random, steps: int) -> History:
@@ -291,7 +295,9 @@ def random_history(rng: Random, steps: int) -> History:
     weights = [weight for weight, _ in _KINDS]
     makers = rng.choices([make for _, make in _KINDS], weights, k=steps)
     partitions, wait_ms = rng.choice([1, 2, 2]), rng.choice([0, 0, 100])
-    return History(random_policy(rng), tuple(make(rng) for make in makers), partitions, wait_ms)
+    policy, made = random_policy(rng), tuple(make(rng) for make in makers)
+    features, refresh_ms = rng.random() < 0.6, rng.choice([0, 200, 1_500])
+    return History(policy, made, partitions, wait_ms, features, refresh_ms)
 
 
 def random_policy(rng: Random) -> TriggerPolicy:

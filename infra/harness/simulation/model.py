@@ -15,6 +15,9 @@ class Event:
     event_id: int = 0
     strong: bool = False
     tombstone: bool = False
+    name: str = ""
+    """Item, as text."""
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Sequence:
     forgotten_ms: int | None = None
     changed_at: int = -1
     """Offset of the last record that changed it."""
+    seen: tuple[Event, ...] = ()
+    """Every event since the user was last forgotten that is no repetition, in order of arrival."""
 
     @property
     def items(self) -> tuple[int, ...]:
@@ -38,6 +43,8 @@ class Model:
     """A source log (None where it holds no action), and every sequence after each of its records."""
 
     length_max: int
+    counts_too_old: bool = False
+    """Whether an event that is older than everything kept changes the user, because features count it."""
     log: list[Event | None] = field(default_factory=list)
     malformed: set[int] = field(default_factory=set)
     """Offsets of records that are not actions."""
@@ -71,8 +78,9 @@ class Model:
             return before
         if event.event_id and any(kept.event_id == event.event_id for kept in before.kept):
             return before
+        seen = (*before.seen, event)
         is_full = len(before.kept) == self.length_max
         if is_full and event.timestamp_ms < before.kept[0].timestamp_ms:
-            return before
+            return replace(before, changed_at=offset, seen=seen) if self.counts_too_old else before
         kept = sorted((*before.kept, event), key=lambda each: each.timestamp_ms)[-self.length_max :]
-        return replace(before, kept=tuple(kept), count=before.count + 1, changed_at=offset)
+        return replace(before, kept=tuple(kept), count=before.count + 1, changed_at=offset, seen=seen)

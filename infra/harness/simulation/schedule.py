@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import fields
 from random import Random
 
 from infra.harness.simulation.history import History, random_history, shrink
@@ -47,4 +48,5 @@ def shortest(history: History) -> History:
 def as_source(history: History) -> str:
     """Return a history as Python source, ready to become a regression test."""
     steps = "".join(f"    {step},\n" for step in history.steps)
-    return f"{history.policy}\n[\n{steps}]\n{history.partitions=}, {history.wait_ms=}"
+    rest = {each.name: getattr(history, each.name) for each in fields(history) if each.name not in ("policy", "steps")}
+    return f"{history.policy}\n[\n{steps}]\n{rest}"

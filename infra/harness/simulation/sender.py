@@ -47,13 +47,17 @@ class Sender:
         name, item = f"u{user}", f"i{number}"
         body = {"user_id": name, "item_id": item, "action": action, "timestamp_ms": self.now_ms - behind_ms}
         event_id = f"e{number}" if number % 3 else ""
-        value = json.dumps(body | ({"event_id": event_id} if event_id else {})).encode()
+        body |= {"event_id": event_id} if event_id else {}
+        body |= {"value": number / 8} if number % 4 else {}
+        value = json.dumps(body).encode()
         event = Event(
             name.encode(),
             self.now_ms - behind_ms,
             low_bits(item_key(item)),
             item_key(event_id) if event_id else 0,
             strong=action == "buy",
+            name=item,
+            value=number / 8 if number % 4 else None,
         )
         self._log(self._partition_of[event.user], event.user, value, event, is_transactional=is_transactional)
 

@@ -17,11 +17,12 @@ from infra.harness.simulation.broker import Broker, Log, Record
 from infra.harness.simulation.checks import Checks, Violation, output_of
 from infra.harness.simulation.clients import REFUSALS
 from infra.harness.simulation.clock import Clock, virtual_time
+from infra.harness.simulation.features import FeatureOutput, features_of
 from infra.harness.simulation.link import CHANGELOG, OUTPUT
 from infra.harness.simulation.machine import LIMITS, Machine
 from infra.harness.simulation.model import Event, Model
 from infra.harness.simulation.sender import Sender
-from infra.harness.simulation.worker import CHANGELOG_TOPIC, DEAD, OUT, SOURCE, Worker
+from infra.harness.simulation.worker import CHANGELOG_TOPIC, DEAD, FEATURES, OUT, SOURCE, Worker
 from streams.core.deadlines import BUCKET_MS
 from streams.engine.delivery import RecordBatch
 from streams.wire.partitioner import partitions_of
@@ -74,9 +75,10 @@ class Simulation(Checks, Sender):
 
     def __post_init__(self) -> None:
         partitions = self.history.partitions
-        for topic in (SOURCE, CHANGELOG_TOPIC, OUT, DEAD):
+        for topic in (SOURCE, CHANGELOG_TOPIC, OUT, FEATURES, DEAD):
             self.broker.create(topic, partitions)
-        self.models = [Model(LIMITS.sequence_length) for _ in range(partitions)]
+        self.models = [Model(LIMITS.sequence_length, self.history.features) for _ in range(partitions)]
+        self.broker.on_produced = self._on_produced
         self._events: list[dict[int, Event | None]] = [{} for _ in range(partitions)]
         """What was sent, by partition and offset."""
         self._sent: list[tuple[int, Record, Event | None]] = []
@@ -91,9 +93,18 @@ class Simulation(Checks, Sender):
         self._has_lost = False
         """True once a fetch was lost: nothing but a later record shows the gap."""
         self._checked_outputs = [0] * partitions
+        self._checked_features = [0] * partitions
+        self._newest_features: dict[bytes, tuple[int, int]] = {}
+        """Source offset and time of each user's newest features."""
+        self._last_features: dict[bytes, FeatureOutput] = {}
+        self._published_features: dict[bytes, int] = {}
+        """Greatest source offset of each user's features, by frozen workers too."""
+        self._tombstones: dict[tuple[str, bytes], int] = {}
+        """Source offset of the last tombstone by topic and user."""
         self._newest: dict[tuple[bytes, str | None], int] = {}
         self._published: dict[bytes, int] = {}
         self._trusted_ms = 0
+        self._clock_went_back = False
         self._violation: Violation | None = None
         self._steps: dict[type[h.Step], Callable[[Any], None]] = {
             h.Act: lambda s: self._send(s.user, 0, "buy" if s.strong else "see"),
@@ -145,10 +156,12 @@ class Simulation(Checks, Sender):
             self.worker.run_until(self.clock.now_s)
             self._check()
         outputs = [self._output(log) for log in self.broker.topics[OUT].logs]
+        features = [features_of(log.records[log.end - 1]) for log in self.broker.topics[FEATURES].logs if log.end]
         offsets = [owned.next_offset for _, owned in sorted(self.worker.partitions.ready.items())]
-        self.event_log.append(f"{step} {self.now_ms} {offsets} {outputs}")
+        seen = [(each.user, each.offset, each.as_of_ms, each.values) for each in features]
+        self.event_log.append(f"{step} {self.now_ms} {offsets} {outputs} {seen}")
         if self.digest is not None:
-            self.digest.update(f"{astuple(step)} {self.now_ms} {offsets} {outputs}\n".encode())
+            self.digest.update(f"{astuple(step)} {self.now_ms} {offsets} {outputs} {seen}\n".encode())
 
     def finish(self) -> None:
         """Process everything that is left; then every user must be covered, and a restore must yield the same state."""
@@ -200,11 +213,10 @@ class Simulation(Checks, Sender):
         self.worker = Worker(
             self.broker,
             machine,
-            self.history.policy,
+            self.history,
             f"v{self.version}",
             clock=self.clock,
             now_ms=self._clock_ms,
-            wait_ms=self.history.wait_ms,
             watch=self,
         )
         self.worker.link.on_acknowledged = self._note_acknowledged
@@ -216,6 +228,8 @@ class Simulation(Checks, Sender):
         """Per user: offset, time of application and whether it was strong, of actions that no output contains."""
         self._handed_over_ms = dict[bytes, int]()
         """Processing time of each user's last hand-over, or of the acknowledgement after it."""
+        self._acknowledged_features = dict[bytes, int]()
+        """Source offset of the newest features of each user that this worker knows to be published."""
         self.worker.start(holds=holds)
 
     def _clock_ms(self) -> int:
@@ -237,6 +251,7 @@ class Simulation(Checks, Sender):
         self.worker.run_until(self.clock.now_s + ms / 1_000)
 
     def _jump(self, step: h.ClockJump) -> None:
+        self._clock_went_back |= step.ms < 0
         if step.ms < 0:  # older deadlines refer to the clock before it was set back, so they come later by the jump
             self._trusted_ms = max(self._trusted_ms, self._clock_ms())
             self._handed_over_ms.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +14,12 @@ from infra.harness.simulation.broker import Broker
 from infra.harness.simulation.clients import clients_of
 from infra.harness.simulation.clock import Clock, VirtualLoop
 from infra.harness.simulation.faust_app import APP, App
+from infra.harness.simulation.features import feature_config
+from infra.harness.simulation.history import History
 from infra.harness.simulation.link import CHANGELOG, OUTPUT, Died, Link
 from infra.harness.simulation.machine import LIMITS, Disk, Encoder, EncoderThread, Machine
 from streams.core.jobs import EncodeJob
 from streams.core.partition_state import PartitionState
-from streams.core.policy import TriggerPolicy
 from streams.encoding.queue import EncodeQueuePolicy
 from streams.engine.delivery import RecordBatch
 from streams.engine.outputs import OutputsConfig
@@ -32,7 +34,7 @@ from streams.wire.actions import DecodeLimits
 from streams.wire.embeddings import EmbeddingCodec
 
 QUEUE = EncodeQueuePolicy(users_max=5, batch_users_max=4, batch_ms=0.001, publishing_max=3, attempts_max=2)
-SOURCE, OUT, DEAD = "actions", "embeddings", "dead-letters"
+SOURCE, OUT, FEATURES, DEAD = "actions", "embeddings", "features", "dead-letters"
 CHANGELOG_TOPIC = "changelog"
 STREAM_FETCHES = 4
 """Fetches that wait to be ingested, as in Faust's stream."""
@@ -82,12 +84,11 @@ class Worker(WorkerParts):
         self,
         broker: Broker,
         machine: Machine,
-        policy: TriggerPolicy,
+        history: History,
         version: str,
         *,
         clock: Clock,
         now_ms: Callable[[], int],
-        wait_ms: float = 0.0,
         watch: Watch,
     ) -> None:
         self.loop, self.link, self.machine = VirtualLoop(clock), Link(broker), machine
@@ -103,7 +104,7 @@ class Worker(WorkerParts):
         """Time at which a partition was last seen waiting for room, or held."""
         metrics = Metrics()
         super().__init__(
-            _config(self.link, policy, wait_ms, len(broker.topics[SOURCE].logs)),
+            _config(self.link, history, len(broker.topics[SOURCE].logs)),
             self.encoder,
             metrics,
             now_ms=now_ms,
@@ -264,7 +265,7 @@ class Worker(WorkerParts):
 
     def new_state(self) -> PartitionState:
         """Return an empty state."""
-        state = State(self._config.policy, self._shared_limits())
+        state = State(self._config.policy, self._shared_limits(), self._config.features)
         state.watch = self.watch
         return state
 
@@ -286,18 +287,26 @@ class Worker(WorkerParts):
         super().on_ready(owned)
 
 
-def _config(link: Link, policy: TriggerPolicy, wait_ms: float, partitions: int) -> PartsConfig:
+def _config(link: Link, history: History, partitions: int) -> PartsConfig:
     clients, limits = clients_of(link), KnownLimits({}, ())
     queue = EncodeQueuePolicy(
-        **{name: getattr(QUEUE, name) for name in QUEUE.__dataclass_fields__} | {"wait_ms": wait_ms}
+        **{name: getattr(QUEUE, name) for name in QUEUE.__dataclass_fields__} | {"wait_ms": history.wait_ms}
     )
     return PartsConfig(
-        policy=policy,
-        state=LIMITS,
+        policy=history.policy,
+        state=replace(LIMITS, counts_too_old=history.features),
         hot_users_worker_max=LIMITS.hot_users_max * partitions,
-        decode=DecodeLimits(timestamp_ahead_max_ms=10**9),
+        decode=DecodeLimits(timestamp_ahead_max_ms=10**9, with_values=history.features),
         queue=queue,
-        outputs=OutputsConfig(OUT, DEAD, EmbeddingCodec.FLOAT32, {}, request_timeout_ms=1_000, clients=clients),
+        outputs=OutputsConfig(
+            OUT,
+            DEAD,
+            EmbeddingCodec.FLOAT32,
+            {},
+            request_timeout_ms=1_000,
+            clients=clients,
+            features_topic=FEATURES if history.features else "",
+        ),
         partitions=PartitionsConfig(
             app_id=APP,
             source_topic=SOURCE,
@@ -314,4 +323,5 @@ def _config(link: Link, policy: TriggerPolicy, wait_ms: float, partitions: int) 
         ),
         checkpoint_events_max=1_000,
         in_flight_max=InFlightLimits(records=40),
+        features=feature_config(history.refresh_ms) if history.features else None,
     )
