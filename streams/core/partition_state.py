@@ -315,10 +315,15 @@ class PartitionState:
         return self.features.job(hot, rows, headers, live["newest_ms"].copy(), now_ms)
 
     def finish_feature_job(self, job: FeatureJob, now_ms: int) -> None:
-        """Record that the features topic has acknowledged a job, and set when its users are refreshed."""
+        """Record that the features topic has acknowledged a job, and set when its users are refreshed.
+
+        Users that were forgotten in the meantime are not.
+        """
         assert self.features is not None
         hot = self._hot(job.users)
         rows = self._sequences.rows_of([job.users[index] for index in hot.tolist()])
+        is_acting = self._sequences.headers["count"][rows] > 0
+        hot, rows = hot[is_acting], rows[is_acting]
         changed = self.features.plan(rows, job.records.valid_until_ms[hot], job.newest_event_ms[hot], now_ms)
         self._sequences.live["dirty"][changed] = True
         self._enter(rows)
@@ -378,6 +383,8 @@ class PartitionState:
             strong=np.logical_or.reduceat(strong, starts),
             first=headers["count"] - lengths < self.policy.first_n,
         )
+        if self.features and not fresh.all():
+            self.features.plan_found(users[(touched.fresh < lengths) & (headers["count"] > 0)])
         go = self._triggers.on_actions(headers, live, touched, now_ms)
         self._sequences.put(users, headers, live)
         self._enter(users)
@@ -407,6 +414,9 @@ class PartitionState:
         cover_found(headers, offsets, has_timers=self.policy.has_timers)
         live["dirty"] = True
         self._sequences.put(rows, headers, live)
+        if self.features:
+            self.features.plan_found(rows[headers["count"] > 0])
+            self._enter(rows)
 
     def _end_job(self, rows: I64, offsets: I64) -> None:
         """Clear `in_job`, except of users whose latest job is a later one."""

@@ -39,6 +39,8 @@ class Published:
     """Offset in the output topic after the page."""
     foreign: int = 0
     """Records left out because their source offsets belong to another log."""
+    newest: int = -1
+    """Newest source offset of a record of the page, -1 without one; up to one ahead of what is certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +60,45 @@ class OwnRecords:
 
     def page(self, records: Sequence[Any]) -> Published:
         """Return the newest source offset of each user in consecutive records of the topic."""
-        newest: dict[bytes, int] = {}
-        foreign = 0
+        certain: dict[bytes, int] = {}
+        foreign, newest = 0, -1
         for record in records:
-            source_offset, of = self._source(record)
+            source_offset, of, ahead = self._source(record)
             if record.key is None or source_offset is None:
                 continue
             if of and self.source_id and of != self.source_id:
                 foreign += 1
             else:
-                newest[record.key] = max(source_offset, newest.get(record.key, -1))
-        offsets = np.fromiter(newest.values(), np.int64, len(newest))
-        return Published(list(newest), offsets, records[-1].offset + 1, foreign)
+                certain[record.key] = max(source_offset, certain.get(record.key, -1))
+                newest = max(newest, source_offset + ahead)
+        offsets = np.fromiter(certain.values(), np.int64, len(certain))
+        return Published(list(certain), offsets, records[-1].offset + 1, foreign, newest)
 
-    def _source(self, record: Any) -> tuple[int | None, str]:
-        """Return the certain source offset and the source id of a record; None for one of others."""
+    def _source(self, record: Any) -> tuple[int | None, str, int]:
+        """Return the certain source offset of a record, its source id, and how far its own offset is ahead.
+
+        The offset is None for a record of others.
+        """
         has_both = bool(self.encoder_version and self.feature_set)
         if record.value is None:
             headers = dict(record.headers)
             text = headers.get("source-offset")
             source_id = (headers.get("source-id") or b"").decode()
-            return (None if text is None else self._certain(record.key, int(text), has_both)), source_id
+            if text is None:
+                return None, source_id, 0
+            certain = self._certain(record.key, int(text), has_both)
+            return certain, source_id, int(text) - certain
         try:
             if self.is_features:
                 features = decode_feature_metadata(record.headers)
                 offset = features.source_offset - has_both
-                return offset if features.feature_set == self.feature_set else None, features.source_id
+                is_own = features.feature_set == self.feature_set
+                return offset if is_own else None, features.source_id, int(has_both)
             metadata = decode_metadata(record.headers)
         except (MalformedEmbedding, MalformedFeatures):
-            return None, ""
+            return None, "", 0
         is_own = metadata.encoder_version == self.encoder_version
-        return metadata.source_offset if is_own else None, metadata.source_id
+        return metadata.source_offset if is_own else None, metadata.source_id, 0
 
     def _certain(self, user: bytes, offset: int, has_both: bool) -> int:
         """Return the offset up to which a tombstone is in every topic for certain."""

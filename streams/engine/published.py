@@ -35,8 +35,6 @@ from streams.storage.store import Store
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 5.0
-UNCERTAIN = 2
-"""Offsets after the newest noted one: a record may be one ahead of its note (`streams.engine.own_records`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ async def note_published(
         if pages is not None:
             of_topic = await _note_all(pages, state, store, on_page)
             ends[index], until = of_topic.end, max(until, of_topic.until)
-            replayed_at = max(replayed_at, of_topic.newest + UNCERTAIN)
+            replayed_at = max(replayed_at, of_topic.newest + 1)
     return Noted(ends[0], ends[1], until, replayed_at)
 
 
@@ -79,7 +77,7 @@ class _OfTopic(NamedTuple):
     end: int
     until: int
     newest: int
-    """Newest source offset that was noted, -1 without one."""
+    """Newest source offset of a record, -1 without one."""
 
 
 async def _note_all(
@@ -93,7 +91,7 @@ async def _note_all(
         async for page in pages:
             of_page = _note(page, state, store)
             end, until, notes = page.end, max(until, int(of_page.max(initial=-1)) + 1), notes + len(of_page)
-            newest = max(newest, int(page.source_offsets.max(initial=-1)))
+            newest = max(newest, page.newest)
             on_page(len(of_page))
             if time.monotonic() - reported >= PROGRESS_EVERY_S:
                 logger.info("the outputs are read up to offset %d; %d users without state are noted", end, notes)

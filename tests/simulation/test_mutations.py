@@ -39,7 +39,7 @@ from streams.storage import codec
 from streams.storage.codec import encode, encode_mark
 from streams.storage.memory_store import MemoryStore
 from streams.storage.store import DEADLINE_PREFIX, OFFSET_KEY, Record
-from tests.simulation.test_simulation import REGRESSIONS
+from tests.simulation.test_simulation import REGRESSIONS, WITH_FEATURES
 
 HISTORIES = 400
 DIRECTED: list[list[h.Step]] = [
@@ -48,6 +48,10 @@ DIRECTED: list[list[h.Step]] = [
     [h.Act(5), h.Poll(1), h.Encode(1), h.Refuse(0), h.Tombstone(5), h.Poll(1), h.Deliver(1), h.Acknowledge()],
 ]
 """Histories for mutations that random ones find late."""
+DIRECTED_FEATURES: list[list[h.Step]] = [
+    [*(h.Act(0) for _ in range(9)), h.Late(0, 3_590_000), h.Poll(4), h.Poll(4), h.Poll(4)],
+]
+"""The same, with features."""
 Patch = pytest.MonkeyPatch
 
 
@@ -382,5 +386,7 @@ def test_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch
     """Some known or generated history violates an invariant under this mutation."""
     mutation(monkeypatch)
     cases = [*REGRESSIONS.values(), *((TriggerPolicy(), steps) for steps in DIRECTED)]
-    known = (History(policy, tuple(steps), count) for policy, steps in cases for count in (1, 2))
+    known = [History(policy, tuple(steps), count) for policy, steps in cases for count in (1, 2)]
+    of_features = [*WITH_FEATURES.values(), *DIRECTED_FEATURES]
+    known += [History(TriggerPolicy(), tuple(steps), 1, features=True, refresh_ms=200) for steps in of_features]
     assert any(failure(history) is not None for history in (*known, *histories(2024, HISTORIES)))

@@ -81,8 +81,10 @@ STEP = st.one_of(
 @settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
 @given(seed=st.integers(0, 2**32), partitions=st.integers(1, 2), steps=st.lists(STEP, max_size=STEPS))
 def test_generated_histories_violate_nothing(seed: int, partitions: int, steps: list[h.Step]) -> None:
-    """No sequence of steps under any policy violates an invariant."""
-    run_history(h.History(h.random_policy(Random(seed)), tuple(steps), partitions))
+    """No sequence of steps under any policy violates an invariant, with features or without."""
+    features, refresh_ms = seed % 2 == 0, 500 * (seed % 3)
+    policy = h.random_policy(Random(seed))
+    run_history(h.History(policy, tuple(steps), partitions, features=features, refresh_ms=refresh_ms))
 
 
 EVERY_ACTION = TriggerPolicy()
@@ -168,6 +170,33 @@ REGRESSIONS: dict[str, tuple[TriggerPolicy, list[h.Step]]] = {
         ],
     ),
 }
+
+
+SENT = (h.Deliver(ALL), h.Acknowledge(), h.Silence(1))
+PUBLISHED = (h.Poll(1), *SENT, h.Encode(ALL), *SENT, *SENT)
+STORED = (h.Checkpoint(), h.Commit(ALL), h.Commit(ALL))
+WITH_FEATURES: dict[str, list[h.Step]] = {
+    "a refresh that no checkpoint has stored is planned again": [h.Act(0), *PUBLISHED, h.Crash()],
+    "nothing is refreshed before the replay has reached what is published": [
+        *(h.Act(0), *PUBLISHED, *STORED, h.Act(0), *PUBLISHED, h.Crash(), h.Silence(4_000), *SENT, h.Silence(4_000)),
+    ],
+    "nor before it has reached features whose embedding is not published": [
+        *(h.Act(0), *PUBLISHED, *STORED, h.Act(0), h.Poll(1), *SENT, h.Crash(), h.Silence(4_000), *SENT),
+    ],
+    "a user who is forgotten while features are on their way is not refreshed": [
+        *(h.Act(0), h.Poll(1), h.Tombstone(0), h.Poll(1), *SENT, *SENT, h.Silence(4_000), h.Silence(4_000)),
+    ],
+    "a user who is replayed and forgotten in one batch is not refreshed": [
+        *(h.Act(0), h.Tombstone(0), h.Poll(ALL), *SENT, h.Crash(), h.Poll(ALL), h.Silence(4_000), h.Silence(4_000)),
+    ],
+}
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+@pytest.mark.parametrize("name", WITH_FEATURES)
+def test_regression_with_features(name: str, partitions: int) -> None:
+    """A history of features that once violated an invariant no longer does."""
+    run_history(h.History(EVERY_ACTION, tuple(WITH_FEATURES[name]), partitions, features=True, refresh_ms=200))
 
 
 @pytest.mark.parametrize("partitions", [1, 2])

@@ -263,6 +263,14 @@ class PartitionFeatures:
         self._changed[changed] = True
         return changed
 
+    def plan_found(self, rows: I64) -> None:
+        """Publish users again soon of whom something was published that the stored state knows nothing of.
+
+        When those values change is not known any more, because the worker ended before it was stored.
+        """
+        if self.config.refresh.enabled:
+            self.refresh_ms[rows], self._changed[rows] = 0, True
+
     def due(self, rows: I64, now_ms: int) -> I64:
         """Return those of `rows` that are to be refreshed now, and put them off in case that is not acknowledged."""
         found: I64 = rows[self.refresh_ms[rows] <= now_ms]
