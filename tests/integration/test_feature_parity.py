@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from infra.features.spine import Spine
 from infra.harness.deployment import Deployment, deploy
 from infra.harness.run import Run
 from infra.harness.supervisor import STOPPED
-from streams.core.features.definitions import HOUR_MS
+from streams.core.features.definitions import HOUR_MS, Kind
 from streams.features import read_definitions
 from streams.wire.features import UserFeatures, decode_features
 from tests.unit.features.agreement import agrees
@@ -87,6 +88,17 @@ def send(log: EventLog, run: Run) -> I64:
     return offsets
 
 
+def users_with_late_events(log: EventLog) -> set[str]:
+    """Return the users of whom an event comes after a newer one.
+
+    What is dropped beyond a cap depends on the order of arrival, so their estimates may differ from those offline.
+    """
+    order = np.argsort(log.user_index, kind="stable")
+    user, times = log.user_index[order], log.timestamp_ms[order]
+    is_late = (np.diff(times) < 0) & (np.diff(user) == 0)
+    return {log.user_keys[number].decode() for number in user[1:][is_late].tolist()}
+
+
 def deployed(folder: Path, servers: str, name: str) -> Deployment:
     """Deploy a worker without a release, with the twenty definitions."""
     (folder / "features.toml").write_text(TOML)
@@ -126,6 +138,9 @@ def computed(table: pa.Table, found: dict[str, UserFeatures], folder: Path, run:
     settings = run.deployment.settings.features
     assert settings.definitions_file is not None
     features, attributes = read_definitions(settings.definitions_file, settings.attributes_file)
+    # Sums that differ by rounding may change places, also across the end of a ranking, so offline it is whole.
+    whole = (replace(each, k=each.cap) if each.kind is Kind.DECAYED_AFFINITY else each for each in features.features)
+    features = replace(features, features=tuple(whole))
     pa.parquet.write_table(table, folder / "log.parquet")
     as_of_ms = np.array([of.metadata.as_of_ms for of in found.values()])
     spine = Spine(list(found), np.arange(len(found)), as_of_ms)
@@ -139,7 +154,10 @@ def computed(table: pa.Table, found: dict[str, UserFeatures], folder: Path, run:
 
 
 def test_every_user_has_the_values_of_the_offline_computation(broker: Any, topic_prefix: str, tmp_path: Path) -> None:
-    """Counts and lists are equal, numbers to 1e-9, of 4,028 users and twenty definitions; late and repeated events."""
+    """Counts and lists are equal, numbers to 1e-9, of 4,028 users and twenty definitions; late and repeated events.
+
+    Only estimates of users with late events are left out.
+    """
     table, repeats = arriving(time.time_ns() // 1_000_000)
     log = event_log(table)
     with Run(deployed(tmp_path, broker.bootstrap_servers, topic_prefix)) as run:
@@ -151,11 +169,13 @@ def test_every_user_has_the_values_of_the_offline_computation(broker: Any, topic
         columns = computed(table, found, tmp_path, run)
         features = read_definitions(tmp_path / "features.toml", tmp_path / "items.csv")[0].features
     assert len(found) == 4_028
+    with_late = users_with_late_events(log)
     wrong = [
         (SEED, user, each.name, of.values[each.name], columns[each.name][place], of.metadata.estimated)
         for place, (user, of) in enumerate(found.items())
         for each in features
         if not agrees(each, of.values[each.name], columns[each.name][place])
+        and not (user in with_late and each.name in {*of.metadata.estimated, *columns["estimated"][place]})
     ]
     assert wrong == []
     assert all(of.metadata.completeness == {} for of in found.values())
