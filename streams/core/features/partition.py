@@ -284,15 +284,11 @@ class PartitionFeatures:
         changed = rows_where(self._changed[rows] & (headers["count"] > 0))
         packed = self._state.pack(rows[changed])
         found: list[StoredFeatures | None] = [None] * len(rows)
-        for index, data in zip(changed.tolist(), packed, strict=True):
-            row = int(rows[index])
-            found[index] = StoredFeatures(
-                int(headers["count"][index]),
-                int(headers["revision"][index]),
-                int(self.refresh_ms[row]),
-                bool(self._had_refresh[row]),
-                data,
-            )
+        counts, revisions = (headers[name][changed].tolist() for name in ("count", "revision"))
+        refresh_ms, had_refresh = self.refresh_ms[rows[changed]].tolist(), self._had_refresh[rows[changed]].tolist()
+        columns = zip(counts, revisions, refresh_ms, had_refresh, packed, strict=True)
+        for index, column in zip(changed.tolist(), columns, strict=True):
+            found[index] = StoredFeatures(*column)
         self._changed[rows] = False
         self._had_refresh[rows] = self.refresh_ms[rows] != NEVER
         return found
