@@ -4,8 +4,8 @@ It reads the stored heads of a partition in pages, at a bounded rate, and takes 
 users who were there before the TTL was set, and needs no record that would have to survive a restart. Users who may be
 too old are loaded, and the core decides: a user may have acted since it was stored.
 
-A worker that lags must not forget users whose actions it has not read yet. So a sweep begins with the time and the end
-of the log as of now, waits until everything up to that end is applied, and judges by that time.
+A worker that lags must not forget users whose actions it has not read yet. So a sweep begins with the time, asks the
+broker for the end of the log, waits until everything up to that end is applied, and judges by that time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+
+from aiokafka.errors import KafkaError
 
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partitions import Partitions
@@ -47,13 +49,14 @@ class Expiry:
             for owned in list(self._partitions.ready.values()):
                 try:
                     await self.sweep(owned)
-                except StreamformerError as error:  # of the store; the next read of it mends it
-                    logger.warning("users of %s could not be looked at for their expiry: %s", owned.tp, error)
+                except (StreamformerError, KafkaError, TimeoutError) as error:  # of store or broker; later again
+                    logger.warning("users of %s could not be looked at for their expiry: %r", owned.tp, error)
             await asyncio.sleep(interval_s)
 
     async def sweep(self, owned: OwnedPartition) -> None:
         """Forget every user of a partition who is too old by now, unless the partition is lost or paused on the way."""
-        now_ms, (end, _) = self._now_ms(), self._partitions.ends(owned)
+        now_ms = self._now_ms()
+        end = await self._partitions.read_end(owned)  # not before the time by which users are judged
         while owned.next_offset < end:
             await asyncio.sleep(CATCH_UP_EVERY_S)
             if not self._is_running(owned):

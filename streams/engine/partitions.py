@@ -29,7 +29,7 @@ from faust.types import TP
 
 from streams.core.partition_state import PartitionState
 from streams.engine.acquisition import ProvenPartitions
-from streams.engine.changelog import ChangelogProducer, Fenced
+from streams.engine.changelog import ChangelogProducer, Fenced, LogReader
 from streams.engine.delivery import RecordBatch
 from streams.engine.ownership import Continuity, OwnedPartition
 from streams.engine.partition_host import PartitionHost, PartitionsConfig
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 MEMBER_S = 3.0
 """Time that the group may take to answer whether this worker is a member."""
+END_S = 10.0
+"""Time that the broker may take to report the end of a log."""
 RESTORE_STALL_S = 15.0
 """Time without a record after which a restore is given up and tried again, because its partition may have no leader."""
 
@@ -336,6 +338,19 @@ class Partitions(ProvenPartitions):
         end, high = self.app.consumer._thread.end(owned.tp)
         end = max(end, owned.next_offset)
         return end, max(high, end)
+
+    async def read_end(self, owned: OwnedPartition) -> int:
+        """Return the last stable offset of the source partition as the broker has it now; raise `KafkaError`.
+
+        What is known from the last fetch may be old: a partition may be paused, and a fetch may be under way.
+        """
+        reader = LogReader(TopicPartition(*owned.tp), self._config.client, self._config.clients)
+        try:
+            async with asyncio.timeout(END_S):
+                await reader.open()
+                return reader.end
+        finally:
+            await reader.close()
 
     def progress(self) -> dict[str, Progress]:
         """Return the positions of fetching, processing and checkpoints of each ready partition, for the watchdog."""

@@ -22,6 +22,7 @@ from streams.core.features.partition import PartitionFeatures
 from streams.core.jobs import EncodeJob
 from streams.core.layout import LONG_AGO
 from streams.core.merge import Outcome
+from streams.core.partition_state import PartitionState
 from streams.core.policy import TriggerPolicy
 from streams.core.sequences import Applied, SequenceState
 from streams.core.triggers import Triggers
@@ -33,6 +34,8 @@ from streams.engine.delivery import BatchConsumerThread
 from streams.engine.lanes import Lane
 from streams.engine.outputs import Outputs
 from streams.engine.ownership import OwnedPartition
+from streams.engine.partitions import Partitions
+from streams.expiry import Expiry
 from streams.ingest import Ingest
 from streams.storage import checkpoint as checkpoint_module
 from streams.storage import codec
@@ -344,6 +347,37 @@ def refreshes_do_not_fire(patch: Patch) -> None:
     patch.setattr(PartitionFeatures, "due", lambda self, rows, now_ms: rows[:0])
 
 
+def users_do_not_expire(patch: Patch) -> None:
+    """Never look for users without an action for the TTL."""
+
+    async def idle(self: Expiry, owned: OwnedPartition) -> None: ...
+
+    patch.setattr(Expiry, "sweep", idle)
+
+
+def a_sweep_trusts_the_last_fetch(patch: Patch) -> None:
+    """Take the end of the log that the last fetch reported for the present one."""
+
+    async def known(self: Partitions, owned: OwnedPartition) -> int:
+        return self.ends(owned)[0]
+
+    patch.setattr(Partitions, "read_end", known)
+
+
+def expired_users_keep_their_features(patch: Patch) -> None:
+    """Clear the features of users who are forgotten by the sweep only in the sequence."""
+    expire = PartitionState.expire
+
+    def partly(self: PartitionState, users: Sequence[bytes], now_ms: int, offset: int) -> Effects:
+        features, self.features = self.features, None
+        try:
+            return expire(self, users, now_ms, offset)
+        finally:
+            self.features = features
+
+    patch.setattr(PartitionState, "expire", partly)
+
+
 MUTATIONS: list[Callable[[Patch], None]] = [
     no_dedupe_by_offset,
     no_dedupe_by_event_id,
@@ -378,6 +412,9 @@ MUTATIONS: list[Callable[[Patch], None]] = [
     published_features_are_not_read,
     refreshes_are_lost_in_a_crash,
     refreshes_do_not_fire,
+    users_do_not_expire,
+    a_sweep_trusts_the_last_fetch,
+    expired_users_keep_their_features,
 ]
 
 

@@ -73,6 +73,10 @@ class Partitions:
         """Return the end of the log."""
         return self.end, self.end
 
+    async def read_end(self, owned: OwnedPartition) -> int:
+        """Return the end of the log."""
+        return self.end
+
     async def accept(self, batch: RecordBatch) -> OwnedPartition | None:
         """Accept every batch."""
         return self.ready.get(0)

@@ -11,10 +11,11 @@ The checks, by invariant of the design:
    had in flight, and for what was sent again because its acknowledgement was lost;
 6. (no poison) exactly the malformed records are rejected, nothing ends the worker, and no partition stops for good;
 7. (bounded) there are never more users in memory than the limit, and a strong action moves its user up in the queue;
-8. (features) the values of every record are those of the model at its source offset and time; an older source offset
+8. (expiry) in histories with a TTL, users without an action for so long, and no others, are forgotten in every topic;
+9. (features) the values of every record are those of the model at its source offset and time; an older source offset
    never follows a newer one; an embedding is published when features of its source offset, or newer ones, are
    acknowledged; a forgotten user has its tombstone in both topics before anything that follows;
-9. (identity) a worker processes nothing of a source topic that its state is not derived from.
+10. (identity) a worker processes nothing of a source topic that its state is not derived from.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ from streams.wire.embeddings import Message
 
 NEVER_MS = 10**9
 """Stands for "no bound"."""
+
+
+SWEPT_MS = 5_000
+"""Time within which a user who is too old is forgotten: more than two sweeps are apart."""
 
 
 class Violation(AssertionError):
@@ -78,6 +83,7 @@ class Checks:
     _acknowledged_features: dict[bytes, int]
     _tombstones: dict[tuple[str, bytes], int]
     _clock_went_back: bool
+    _clock_max_ms: int
     _newest: dict[tuple[bytes, str | None], int]
     _published: dict[bytes, int]
     _trusted_ms: int
@@ -222,6 +228,9 @@ class Checks:
         for row, user in enumerate(users):
             right = model.at(user, offset)
             kept = tuple(low_bits(item) for item in items[starts[row] : starts[row + 1]])
+            is_forgotten = not counts[row] and model.is_expired(right, self._clock_max_ms)
+            if is_forgotten and applied[row] in (right.changed_at, -1):
+                continue
             if (kept, counts[row], applied[row]) != (right.items, right.count, right.changed_at):
                 raise Violation(f"{user!r} has {kept} and header {headers[row]}, expected {right}")
 
@@ -249,8 +258,18 @@ class Checks:
     def _check_content(self, model: Model, output: Output) -> None:
         right = model.at(output.user, output.offset + 1)
         is_tombstone = output.version is None
+        if is_tombstone and self._is_expiry(model, right, output.user, output.offset):
+            return
         if (output.offset, output.items, is_tombstone) != (right.changed_at, right.items, not right.items):
             raise Violation(f"{output} differs from the expected {right}")
+
+    def _is_expiry(self, model: Model, right: Kept, user: bytes, offset: int) -> bool:
+        """Return whether a tombstone is that of a user without an action for the TTL: by the clock, or by the log."""
+        following = model.log[offset + 1] if offset + 1 < len(model.log) else None
+        by_log = following is not None and following.user == user and not following.tombstone
+        return model.is_expired(right, self._clock_max_ms) or (
+            by_log and following is not None and model.is_expired(right, following.timestamp_ms)
+        )
 
     def _check_features(self) -> None:
         for partition, log in enumerate(self.broker.topics[FEATURES].logs):
@@ -263,9 +282,9 @@ class Checks:
         found = features_of(record)
         right = model.at(found.user, found.offset + 1)
         values = expected(right.seen, found.as_of_ms) if found.values is not None else None
-        if (found.offset, found.values, found.completeness) != (right.changed_at, values, "{}") or (
-            (found.values is None) != (not right.seen)
-        ):
+        is_expiry = found.values is None and self._is_expiry(model, right, found.user, found.offset)
+        must = right.changed_at, values, "{}", not right.seen
+        if not is_expiry and (found.offset, found.values, found.completeness, found.values is None) != must:
             raise Violation(f"{found} differs from the expected {values} of {right}")
         self._check_tombstone(FEATURES, model, record, found.offset)
         if found.offset >= self._published_features.get(found.user, -1):
@@ -294,6 +313,9 @@ class Checks:
         wait_ms = 0 if policy.every_n == 1 else policy.max_staleness_ms or NEVER_MS
         for user, waiting in self._unencoded.items():
             if not waiting or self._partition_of[user] != owned.tp.partition:
+                continue
+            model = self.models[owned.tp.partition]
+            if model.is_expired(model.at(user, owned.next_offset), self._clock_max_ms):
                 continue
             row = state.row_of.get(user)
             if user in worker.queue._priority_of or (row is not None and state.live["in_job"][row]):
@@ -331,6 +353,9 @@ class Checks:
                 raise Violation(f"partition {partition} is at {ready[partition].next_offset} of {len(model.log)}")
             for user in model.past:
                 right = model.at(user, len(model.log))
+                if model.is_expired(right, self._clock_max_ms):
+                    self._check_expired(model, user, right)
+                    continue
                 last = self._published.get(user, -1)
                 if last != right.changed_at:
                     raise Violation(f"the last output of {user!r} has offset {last}, expected {right.changed_at}")
@@ -339,6 +364,20 @@ class Checks:
                     raise Violation(f"the last features of {user!r} have offset {last}, expected {right.changed_at}")
                 if self.history.features and self.history.refresh_ms and right.seen and not self._clock_went_back:
                     self._check_refreshed(user, right)
+
+    def _check_expired(self, model: Model, user: bytes, right: Kept) -> None:
+        """Check that a user who has been too old for longer than a sweep takes has its tombstone in every topic.
+
+        The user of the last record stays: there is no source offset yet that its tombstone could have.
+        """
+        is_overdue = (
+            right.changed_at < len(model.log) - 1
+            and model.is_expired(right, self._clock_ms() - SWEPT_MS)
+            and not self._clock_went_back
+        )
+        for topic in (OUT, FEATURES) if self.history.features and is_overdue else (OUT,) if is_overdue else ():
+            if self._tombstones.get((topic, user), -1) < right.changed_at:
+                raise Violation(f"{user!r} expired, and there is no tombstone in {topic}")
 
     def _check_refreshed(self, user: bytes, right: Kept) -> None:
         """Check that no value has changed by time alone since the last record, apart from the one that always does."""

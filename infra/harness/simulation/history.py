@@ -288,6 +288,8 @@ class History:
     """Whether the workers compute features, too."""
     refresh_ms: int = 0
     """Least time between two refreshes of a user's features; 0 for no refresh."""
+    user_ttl_ms: int = 0
+    """Time without an action after which a user is forgotten; 0 for never."""
 
 
 def random_history(rng: Random, steps: int) -> History:
@@ -297,7 +299,8 @@ def random_history(rng: Random, steps: int) -> History:
     partitions, wait_ms = rng.choice([1, 2, 2]), rng.choice([0, 0, 100])
     policy, made = random_policy(rng), tuple(make(rng) for make in makers)
     features, refresh_ms = rng.random() < 0.6, rng.choice([0, 200, 1_500])
-    return History(policy, made, partitions, wait_ms, features, refresh_ms)
+    user_ttl_ms = rng.choice([0, 0, 0, 15_000])
+    return History(policy, made, partitions, wait_ms, features, refresh_ms, user_ttl_ms)
 
 
 def random_policy(rng: Random) -> TriggerPolicy:

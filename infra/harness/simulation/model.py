@@ -45,6 +45,8 @@ class Model:
     length_max: int
     counts_too_old: bool = False
     """Whether an event that is older than everything kept changes the user, because features count it."""
+    ttl_ms: int = 0
+    """Gap between two actions at which the older ones are forgotten; 0 for none."""
     log: list[Event | None] = field(default_factory=list)
     malformed: set[int] = field(default_factory=set)
     """Offsets of records that are not actions."""
@@ -70,6 +72,10 @@ class Model:
         """Return the user's sequence after all records before `offset`."""
         return next(s for s in reversed(self.past.get(user, [Sequence()])) if s.changed_at < offset)
 
+    def is_expired(self, sequence: Sequence, at_ms: int) -> bool:
+        """Return whether a user is so old at a time that it is, or may be, forgotten."""
+        return bool(self.ttl_ms and sequence.kept) and at_ms - sequence.kept[-1].timestamp_ms >= self.ttl_ms
+
     def _after(self, before: Sequence, event: Event, offset: int) -> Sequence:
         if event.tombstone:
             forgotten_ms = max(event.timestamp_ms, before.forgotten_ms or event.timestamp_ms)
@@ -78,6 +84,8 @@ class Model:
             return before
         if event.event_id and any(kept.event_id == event.event_id for kept in before.kept):
             return before
+        if self.is_expired(before, event.timestamp_ms):
+            before = Sequence(forgotten_ms=before.forgotten_ms)
         seen = (*before.seen, event)
         is_full = len(before.kept) == self.length_max
         if is_full and event.timestamp_ms < before.kept[0].timestamp_ms:

@@ -9,7 +9,7 @@ from infra.harness.simulation import history as h
 from infra.harness.simulation.broker import Broker, Record
 from infra.harness.simulation.clock import Clock
 from infra.harness.simulation.machine import low_bits
-from infra.harness.simulation.model import Event, Model
+from infra.harness.simulation.model import Event, Model, Sequence
 from infra.harness.simulation.worker import (
     SOURCE,
 )
@@ -36,6 +36,7 @@ class Sender:
     _sent: list[tuple[int, Record, Event | None]]
     _partition_of: dict[bytes, int]
     clock: Clock
+    _clock_max_ms: int
 
     @property
     def now_ms(self) -> int:
@@ -45,14 +46,15 @@ class Sender:
     def _send(self, user: int, behind_ms: int, action: str, *, is_transactional: bool = False) -> None:
         number = len(self._sent)
         name, item = f"u{user}", f"i{number}"
-        body = {"user_id": name, "item_id": item, "action": action, "timestamp_ms": self.now_ms - behind_ms}
+        timestamp_ms = self._acting_ms(name.encode(), self.now_ms - behind_ms)
+        body = {"user_id": name, "item_id": item, "action": action, "timestamp_ms": timestamp_ms}
         event_id = f"e{number}" if number % 3 else ""
         body |= {"event_id": event_id} if event_id else {}
         body |= {"value": number / 8} if number % 4 else {}
         value = json.dumps(body).encode()
         event = Event(
             name.encode(),
-            self.now_ms - behind_ms,
+            timestamp_ms,
             low_bits(item_key(item)),
             item_key(event_id) if event_id else 0,
             strong=action == "buy",
@@ -61,9 +63,27 @@ class Sender:
         )
         self._log(self._partition_of[event.user], event.user, value, event, is_transactional=is_transactional)
 
+    def _newest_of(self, user: bytes) -> Sequence:
+        return self.models[self._partition_of[user]].past.get(user, [Sequence()])[-1]
+
+    def _may_be_expired(self, user: bytes) -> bool:
+        """Return whether a worker may have forgotten the user, because its clock has passed the TTL."""
+        return self.models[0].is_expired(self._newest_of(user), self._clock_max_ms)
+
+    def _acting_ms(self, user: bytes, timestamp_ms: int) -> int:
+        """Return when a user acts; one who may be forgotten acts so late that it makes no difference.
+
+        A sweep that is lost in a crash would otherwise decide what becomes of the event.
+        """
+        if not self._may_be_expired(user):
+            return timestamp_ms
+        return max(timestamp_ms, self._newest_of(user).kept[-1].timestamp_ms + self.history.user_ttl_ms)
+
     def _duplicate(self, step: h.Duplicate) -> None:
         if step.back <= len(self._sent):
             partition, record, event = self._sent[-step.back]
+            if event is not None and self._may_be_expired(event.user):
+                return
             self._log(partition, record.key, record.value, event)
 
     def _tombstone(self, step: h.Tombstone) -> None:

@@ -77,7 +77,11 @@ class Simulation(Checks, Sender):
         partitions = self.history.partitions
         for topic in (SOURCE, CHANGELOG_TOPIC, OUT, FEATURES, DEAD):
             self.broker.create(topic, partitions)
-        self.models = [Model(LIMITS.sequence_length, self.history.features) for _ in range(partitions)]
+        self.models = [
+            Model(LIMITS.sequence_length, self.history.features, self.history.user_ttl_ms) for _ in range(partitions)
+        ]
+        self._clock_max_ms = 0
+        """Latest time that any worker has seen."""
         self.broker.on_produced = self._on_produced
         self._events: list[dict[int, Event | None]] = [{} for _ in range(partitions)]
         """What was sent, by partition and offset."""
@@ -112,7 +116,7 @@ class Simulation(Checks, Sender):
             h.Duplicate: self._duplicate,
             h.Tombstone: self._tombstone,
             h.Poison: self._poison,
-            h.InTransaction: lambda s: self._send(s.user, 0, "see", is_transactional=True),
+            h.InTransaction: lambda s: self._send(s.user, 0, "see", is_transactional=not self.history.user_ttl_ms),
             h.EndTransactions: lambda s: self._end_transactions(commit=s.commit),
             h.Poll: lambda s: self.worker.poll(s.records),
             h.LostFetch: self._lose_fetch,
@@ -233,7 +237,9 @@ class Simulation(Checks, Sender):
         self.worker.start(holds=holds)
 
     def _clock_ms(self) -> int:
-        return self.now_ms + self.clock_offset_ms
+        now_ms = self.now_ms + self.clock_offset_ms
+        self._clock_max_ms = max(self._clock_max_ms, now_ms)
+        return now_ms
 
     def _redeliver(self, step: h.Redeliver) -> None:
         owned = self.worker.partitions.ready.get(step.partition)

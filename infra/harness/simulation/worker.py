@@ -26,6 +26,7 @@ from streams.engine.outputs import OutputsConfig
 from streams.engine.ownership import OwnedPartition
 from streams.engine.partition_host import PartitionsConfig
 from streams.engine.topic_limits import TopicLimits
+from streams.expiry import Expiry
 from streams.ingest import InFlightLimits
 from streams.parts import PartsConfig, WorkerParts
 from streams.storage.identity import layout_of
@@ -114,6 +115,7 @@ class Worker(WorkerParts):
         self.tps = [TopicPartition(SOURCE, number) for number in range(len(broker.topics[SOURCE].logs))]
         self.partitions.app = self.app = App(self.link, self.tps)
         self.partitions.loop = self.loop
+        self._expiry = Expiry(self.ingest, self.partitions, history.user_ttl_ms, now_ms)
         self._watch_queue()
         self._stream: asyncio.Queue[Collection[RecordBatch]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -135,7 +137,7 @@ class Worker(WorkerParts):
 
     def start(self, *, holds: bool = True) -> None:
         """Join the group, and acquire every partition as far as that needs no time; then hold what histories hold."""
-        for work in (self._join(), self.queue.run(), self.ingest.run_timers(), self._ingest_all()):
+        for work in (self._join(), self.queue.run(), self.ingest.run_timers(), self._ingest_all(), self._expiry.run()):
             self._tasks.append(self.loop.create_task(work))
         self.loop.settle()
         self.hold(holds=holds)
@@ -294,7 +296,7 @@ def _config(link: Link, history: History, partitions: int) -> PartsConfig:
     )
     return PartsConfig(
         policy=history.policy,
-        state=replace(LIMITS, counts_too_old=history.features),
+        state=replace(LIMITS, counts_too_old=history.features, user_ttl_ms=history.user_ttl_ms),
         hot_users_worker_max=LIMITS.hot_users_max * partitions,
         decode=DecodeLimits(timestamp_ahead_max_ms=10**9, with_values=history.features),
         queue=queue,
