@@ -9,8 +9,9 @@ The age of a user is that of its newest action, by event time. Two rules forget 
 - a sweep forgets users whose newest action is the TTL behind the clock. It runs once every event up to that moment is
   applied, so nothing is forgotten because the worker lags.
 
-The tombstone of an expiry has the offset of a source record that is not the user's: newer than everything published of
-the user, older than everything that will be.
+The tombstone of an expiry has the offset of a source record that is mostly not the user's: newer than everything
+published of the user, older than everything that will be. Where two actions of a user with the gap between them follow
+each other in the log, the tombstone has the offset of the former, and follows what is published of it.
 """
 
 from __future__ import annotations

@@ -136,11 +136,12 @@ class OwnedPartition:
     def next_mark(self) -> CheckpointMark:
         """Return the mark of a checkpoint at the present position.
 
-        While there are notes, its output offsets stay before the outputs that were noted, for the next owner.
+        While there are notes, and while anything published is ahead of the state, its output offsets stay before those
+        outputs, for the next owner.
         """
         last = self.mark.last if self.last_record is None else LastRecord.of(self.last_record)
         mark = replace(self.mark, source_offset=self.next_offset, last=last)
-        if self.has_notes:
+        if self.has_notes or self.is_replaying:
             return mark
         return replace(mark, output_offset=self.output_offset, features_offset=self.features_offset)
 

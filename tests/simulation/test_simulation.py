@@ -183,6 +183,21 @@ WITH_FEATURES: dict[str, list[h.Step]] = {
     "nor before it has reached features whose embedding is not published": [
         *(h.Act(0), *PUBLISHED, *STORED, h.Act(0), h.Poll(1), *SENT, h.Crash(), h.Silence(4_000), *SENT),
     ],
+    "nor by a worker that is restored in the middle of the replay": [
+        *(
+            h.Tombstone(1),
+            h.Poll(1),
+            *SENT,
+            *STORED,
+            h.Act(2),
+            h.Act(2),
+            h.Act(2),
+            h.Act(1),
+            h.Tombstone(1),
+            h.Poll(ALL),
+        ),
+        *(h.Poll(ALL), *SENT, *SENT, h.Crash(), h.Poll(4), *STORED, *STORED, h.Crash(), h.Silence(4_000), *SENT),
+    ],
     "a user who is forgotten while features are on their way is not refreshed": [
         *(h.Act(0), h.Poll(1), h.Tombstone(0), h.Poll(1), *SENT, *SENT, h.Silence(4_000), h.Silence(4_000)),
     ],
