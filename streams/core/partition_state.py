@@ -329,12 +329,18 @@ class PartitionState:
         self._enter(rows)
 
     def _refresh_now(self, rows: I64, now_ms: int) -> list[bytes]:
-        """Return which users in `rows` are to be refreshed; those that are due are published without that."""
+        """Return which users in `rows` are to be refreshed; those that are due are published without that.
+
+        A user waits of whom something newer is published than the state has: the tombstone of an expiry that a crash
+        has undone, or what a replay has not reached.
+        """
         if not self.features:
             return []
         headers, live = self._sequences.columns(rows)
         idle = rows[~live["queued"] & ~live["in_job"] & (headers["count"] > 0) & (headers["reason"] == 0)]
-        return self._sequences.users_of(self.features.due(idle, now_ms))
+        due = self.features.due(idle, now_ms)
+        headers = self._sequences.headers[due]
+        return self._sequences.users_of(due[headers["encoded_offset"] <= headers["applied_offset"]])
 
     # -- checkpoints
 
