@@ -79,10 +79,9 @@ class CheckpointedPartitions(Service):
             if self.ready.get(owned.tp.partition) is not owned:
                 return
             try:
-                if owned.producer_failed or owned.producer.is_worn:
-                    if not await self._is_member():
-                        return  # the partition may have a new owner, which a new producer would fence
-                    await self._renew_producer(owned)
+                must_renew = owned.producer_failed or owned.producer.is_worn
+                if must_renew and not await self._renew_producer(owned):
+                    return
                 await self._write_checkpoint(owned)
             except LosesPartition:
                 await self._drop_fenced(owned)
@@ -121,12 +120,20 @@ class CheckpointedPartitions(Service):
         self._metrics.changelog_bytes.inc(owned.producer.bytes_written - written_before)
         self._metrics.committed_offset.set(mark.source_offset, partition=owned.tp.partition)
 
-    async def _renew_producer(self, owned: OwnedPartition) -> None:
-        """Replace the producer after a failure; starting the new one ends the open transaction."""
+    async def _renew_producer(self, owned: OwnedPartition) -> bool:
+        """Replace the producer after a failure; starting the new one ends the open transaction.
+
+        Return False if the partition may have a new owner, which a new producer would fence. The group is asked after
+        the stop, which takes seconds where the broker does not answer.
+        """
+        owned.producer_failed = True
         await owned.producer.stop()
+        if not await self._is_member():
+            return False
         owned.producer = self._new_producer(owned.tp.partition)
         await owned.producer.start()
         owned.producer_failed = False
+        return True
 
     async def _drop_fenced(self, owned: OwnedPartition) -> None:
         logger.warning("partition %d has a new owner; it is dropped without a write", owned.tp.partition)

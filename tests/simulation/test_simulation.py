@@ -222,6 +222,26 @@ def test_regression(name: str, partitions: int) -> None:
     run_history(h.History(policy, tuple(steps), partitions))
 
 
+def test_a_worker_that_is_frozen_while_it_replaces_its_producer_does_not_fence_its_successor() -> None:
+    """The group is asked whether it is a member after the old producer has stopped, which may take seconds."""
+    steps = [
+        *(h.Act(0, True), h.Act(5, True), h.Act(7, True), h.Poll(ALL), h.TornCheckpoint(5), h.Silence(4_000)),
+        *(h.TornCheckpoint(0), h.Silence(50), h.Checkpoint(), h.Silence(50_000), h.Rebalance(False, True)),
+    ]
+    policy = TriggerPolicy(every_n=3, first_n=2, session_gap_ms=3_000, cooldown_ms=300)
+    run_history(h.History(policy, tuple(steps), 1, features=True, refresh_ms=1_500))
+
+
+def test_a_user_whose_expiry_a_crash_has_undone_is_not_refreshed() -> None:
+    """Its tombstone is in a topic, and no event will bring it back: nothing older may follow it."""
+    steps = [
+        *(h.Late(0, 300), h.Silence(4_000), h.Late(1, 40), h.Act(3), h.Act(4), h.Poll(ALL), h.Act(6), h.Poll(2)),
+        *(h.Commit(ALL), h.Silence(50_000), h.Deliver(2), h.Crash(), h.Poll(1)),
+    ]
+    policy = TriggerPolicy(every_n=0, session_gap_ms=3_000, spread_ms=400)
+    run_history(h.History(policy, tuple(steps), 2, 100, features=True, refresh_ms=1_500, user_ttl_ms=15_000))
+
+
 def test_every_reason_is_met() -> None:
     """The random policies use every trigger, so none of the checks is vacuous."""
     policies = [h.random_policy(Random(seed)) for seed in range(50)]

@@ -300,6 +300,10 @@ def random_history(rng: Random, steps: int) -> History:
     policy, made = random_policy(rng), tuple(make(rng) for make in makers)
     features, refresh_ms = rng.random() < 0.6, rng.choice([0, 200, 1_500])
     user_ttl_ms = rng.choice([0, 0, 0, 15_000])
+    if user_ttl_ms:
+        # An expiry has no event of its own. Where a crash leaves its tombstone in one topic only, and undoes it, a
+        # refresh may publish the user once more at the offset before the tombstone's, until it is forgotten again.
+        refresh_ms = 0
     return History(policy, made, partitions, wait_ms, features, refresh_ms, user_ttl_ms)
 
 
