@@ -226,10 +226,10 @@ def test_a_worker_that_is_frozen_while_it_replaces_its_producer_does_not_fence_i
     """The group is asked whether it is a member after the old producer has stopped, which may take seconds."""
     steps = [
         *(h.Act(0, True), h.Act(5, True), h.Act(7, True), h.Poll(ALL), h.TornCheckpoint(5), h.Silence(4_000)),
-        *(h.TornCheckpoint(0), h.Silence(50), h.Checkpoint(), h.Silence(50_000), h.Rebalance(False, True)),
+        *(h.TornCheckpoint(0), h.Silence(50), h.Checkpoint(), h.Act(3), h.Act(4, True), h.Silence(50_000)),
+        *(h.Poll(5), h.Rebalance(False, True)),
     ]
-    policy = TriggerPolicy(every_n=3, first_n=2, session_gap_ms=3_000, cooldown_ms=300)
-    run_history(h.History(policy, tuple(steps), 1, features=True, refresh_ms=1_500))
+    run_history(h.History(EVERY_ACTION, tuple(steps), 1, features=True, refresh_ms=1_500))
 
 
 def test_a_user_whose_expiry_a_crash_has_undone_is_not_refreshed() -> None:
